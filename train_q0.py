@@ -1,0 +1,1200 @@
+"""q0: hyper-epoch pretraining in one file.
+
+Text runs out before compute does, and one model stops gaining after about 16 epochs over it. q0 spends the same epochs on a
+population: a cyclic schedule collects snapshots (lr falls while weight decay rises), each snapshot teaches the next, and a
+prior fitted on held-out text mixes their predictions. Method: arXiv 2606.03938.
+
+    python train_q0.py                                    laptop: default corpus, preset tiny
+    python train_q0.py --preset small                     one GPU (after: python data/prepare.py fineweb)
+    torchrun --nproc_per_node=8 train_q0.py --preset q0   one node, 8 GPUs
+    python train_q0.py plan --preset q0 --epochs 256      what a run would do, without running it
+    python train_q0.py select RUN --k 4                   fit the prior again from a run's cached predictions
+
+The file reads top to bottom: config, data, model, loss, optimizer, schedule, population, prior, training loop, commands.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # first of all: the log must hold the text that ran, not a later edit
+
+import argparse
+import ctypes
+import dataclasses
+import datetime
+import difflib
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import resource
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parent
+LOGS = ROOT / "logs"
+SPLITS = ("train", "heldout", "dev", "val")
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Its text is one line: what is wrong, where, and what to do."""
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Config: a knob is one line here; its flag, its check and its help text are made from that line
+
+def knob(default, why, **rule):
+    """A Config field. `rule` may hold low, high (inclusive bounds) and choices."""
+    return field(default=default, metadata={"why": why, **rule})
+
+
+@dataclass(frozen=True)
+class Config:
+    """Every setting of a run; defaults are the preset `tiny`. None means derived by `resolve`, which says why."""
+    preset: str = knob("tiny", "row of PRESETS", choices=("tiny", "small", "q0"))
+    # population (epochs are the budget: the sum over all cycles of all trajectories)
+    population: str = knob("q0", "row of POPULATIONS", choices=("q0", "snapshots", "chain", "ensemble", "single"))
+    epochs: int = knob(16, "epochs over the training text, all members together", low=1)
+    trajectories: int | None = knob(None, "independent training runs; they differ by seed alone", low=1)
+    cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
+    epochs_per_cycle: int | None = knob(None, "sets how many cycles the budget buys; a rest lengthens the first", low=1)
+    boundary: str | None = knob(None, "weights at a cycle's start", choices=("perturb", "continue", "fresh"))
+    distill_weight: float | None = knob(None, "weight a of the teacher in the loss", low=0, high=1)
+    distill_after: int | None = knob(None, "cycles of a trajectory before distillation starts", low=1)
+    distill_temperature: float = knob(1.2, "temperature of teacher and student in the KL term", low=0.01)
+    noise_first: float = knob(0.25, "noise at the first boundary, in standard deviations of the tensor", low=0)
+    noise_last: float = knob(0.05, "noise at the last boundary", low=0)
+    seed: int = knob(0, "initial weights, data order, dropout and noise follow from it", low=0)
+    # data
+    data: str = knob("data/wiki", "folder of token shards with a manifest.json")
+    train_tokens: int = knob(150_000, "whole training documents up to about this many tokens; 0: all of them", low=0)
+    seq_len: int = knob(256, "tokens predicted per sequence", low=8)
+    batch_tokens: int = knob(4096, "tokens per optimizer step in the middle half of the cycles", low=1)
+    edge_batch_tokens: int | None = knob(None, "tokens per step in the first and last quarter of the cycles", low=1)
+    micro_batch: int = knob(16, "sequences per forward pass", low=1)
+    report: str = knob("val", "split to report on; every choice between settings is made on dev", choices=("val", "dev"))
+    # model
+    layers: int = knob(4, "transformer blocks", low=1)
+    width: int = knob(128, "channels of the residual stream", low=32)
+    head_dim: int = knob(64, "channels per attention head", low=16)
+    mlp_hidden: int | None = knob(384, "channels inside the SwiGLU", low=1)
+    softcap: float = knob(15.0, "logits are softcap * tanh(z / softcap)", low=0.1)
+    rotary_base: float = knob(10_000.0, "base of the rotary frequencies", low=1)
+    dropout: float = knob(0.1, "on the output of both branches of a block", low=0, high=0.9)
+    windows: str = knob("L", "attention windows by layer, repeated: S half the sequence, L all; the last layer is L")
+    unet: bool = knob(False, "learned skips from layer i to layer n-1-i")
+    x0_mix: bool = knob(False, "learned mix of the stream with the embedding before every block")
+    value_embeds: bool = knob(False, "gated projection of the embedding added to the values of every second layer")
+    attn_gates: bool = knob(False, "input-dependent output gate per attention head")
+    head_mixing: bool = knob(False, "learned mixing of the heads of q, k and v")
+    loop_first: int = knob(0, "first looped layer", low=0)
+    loop_last: int = knob(0, "last looped layer", low=0)
+    loop_passes: int = knob(1, "how often the looped layers run in all", low=1)
+    mtp_weight: float = knob(0.0, "weight of the loss on the token after next; 0 builds no block for it", low=0)
+    # optimizer
+    lr_matrix: float = knob(0.01, "peak lr of Muon: every matrix inside the blocks", low=0)
+    lr_embed: float = knob(0.0375, "peak lr of the embedding", low=0)
+    lr_head: float = knob(0.002, "peak lr of the head", low=0)
+    lr_resid: float = knob(0.00025, "peak lr of residual and skip scalars", low=0)
+    lr_x0: float = knob(0.025, "peak lr of x0 scalars", low=0)
+    lr_mixing: float = knob(0.02, "peak lr of head mixing", low=0)
+    weight_decay: float = knob(1.3, "peak decay of matrices, embedding and head; multiplied by lr", low=0)
+    lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", low=0, high=1)
+    wd_floor: float = knob(0.7, "decay multiplier at a cycle's start; it rises to 1 as lr falls", low=0)
+    momentum: float = knob(0.95, "Nesterov momentum of Muon", low=0, high=0.999)
+    grad_clip: float = knob(1.0, "largest global gradient norm", low=0)
+    # machine
+    device: str = knob("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
+    precision: str = knob("auto", "arithmetic of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
+    compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
+    log_every: int = knob(10, "steps between logged lines (each one waits for the device)", low=1)
+
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            value, rule, name = getattr(self, f.name), f.metadata, flag(f.name)
+            if value is None:
+                continue
+            if "choices" in rule and value not in rule["choices"]:
+                raise UserError(f"{name} {value} is not one of: {', '.join(rule['choices'])}")
+            for bound, outside in (("low", lambda x: not value >= x), ("high", lambda x: not value <= x)):
+                if bound in rule and outside(rule[bound]):
+                    raise UserError(f"{name} {value} is out of range: "
+                                    f"{'at least' if bound == 'low' else 'at most'} {rule[bound]}")
+
+
+PRESETS = {
+    "tiny": {},
+    "small": dict(data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16, layers=12,
+                  width=768, mlp_hidden=2048, weight_decay=1.3),
+    "q0": dict(epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
+               edge_batch_tokens=393_216, micro_batch=8, layers=30, width=2048, head_dim=128, mlp_hidden=None,
+               windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
+               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3, lr_matrix=0.01, lr_head=0.0005,
+               distill_after=8, weight_decay=1.3),
+}
+
+members_of = lambda epochs: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
+pairs_of = lambda epochs: max(1, epochs // 2)
+one = lambda epochs: 1
+POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's start; weight of the teacher
+    "single":    dict(trajectories=one, cycles=one, boundary="fresh", distill_weight=0.0),
+    "ensemble":  dict(trajectories=members_of, cycles=one, boundary="fresh", distill_weight=0.0),
+    "chain":     dict(trajectories=one, cycles=members_of, boundary="fresh", distill_weight=0.45),
+    "snapshots": dict(trajectories=one, cycles=pairs_of, boundary="continue", distill_weight=0.0),
+    "q0":        dict(trajectories=one, cycles=pairs_of, boundary="perturb", distill_weight=0.45),
+}
+
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+
+def resolve(cfg):
+    """Fill every None of `cfg`. Returns (Config, {field: reason}). Raises UserError where settings contradict."""
+    row, why, new = POPULATIONS[cfg.population], {}, {}
+
+    def derive(name, value, reason):
+        if getattr(cfg, name) is None:
+            new[name], why[name] = value, reason
+        return new.get(name, getattr(cfg, name))
+
+    per, known = cfg.epochs_per_cycle, (cfg.trajectories or 1) * (cfg.cycles or 1)
+    bought = max(1, cfg.epochs // (known * per)) if per else None
+    many = "trajectories" if cfg.population == "ensemble" else "cycles"
+    for name in ("trajectories", "cycles"):
+        value = bought if per and name == many else row[name](max(1, cfg.epochs // known))
+        derive(name, value, f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
+    J, C = (new.get(n, getattr(cfg, n)) for n in ("trajectories", "cycles"))
+    if J * C > cfg.epochs or per and J * C * per > cfg.epochs:
+        raise UserError(f"--epochs {cfg.epochs} does not pay for {J} trajectories x {C} cycles x {per or 1} epochs: "
+                        f"give --epochs {J * C * (per or 1)} or fewer cycles")
+    derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
+    derive("boundary", row["boundary"], f"population {cfg.population}")
+    weight = derive("distill_weight", row["distill_weight"], f"population {cfg.population}")
+    derive("distill_after", 1 if cfg.population == "chain" else min(8, max(1, C // 4)),
+           "min(8, max(1, cycles // 4)); 1 for a chain" if weight else "no distillation")
+    derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
+    derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
+    cuda = torch.cuda.is_available()
+    if cfg.device == "cuda" and not cuda:
+        raise UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or use --device cpu")
+    if cfg.device == "auto":
+        new["device"], why["device"] = ("cuda", "a GPU is present") if cuda else ("cpu", "no GPU")
+    if cfg.precision == "auto":
+        fast = new.get("device", cfg.device) == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        new["precision"], why["precision"] = ("bfloat16", "supported here") if fast else (
+            "float32", "this CPU lacks bfloat16 instructions: slower")
+    derive("compile", new.get("device", cfg.device) == "cuda", "only a GPU gains enough from it")
+    cfg = dataclasses.replace(cfg, **new)
+
+    if cfg.width % cfg.head_dim or cfg.head_dim % 2:
+        raise UserError(f"--width {cfg.width} is not a multiple of --head-dim {cfg.head_dim} (which must be even)")
+    for name in ("batch_tokens", "edge_batch_tokens"):
+        if getattr(cfg, name) % (cfg.seq_len * cfg.micro_batch):
+            raise UserError(f"{flag(name)} {getattr(cfg, name)} is not a multiple of --seq-len x --micro-batch = "
+                            f"{cfg.seq_len * cfg.micro_batch}")
+    if not cfg.windows or set(cfg.windows) - set("SL"):
+        raise UserError(f"--windows {cfg.windows!r} must be a pattern of S and L, such as SSSL")
+    if cfg.loop_passes > 1 and not cfg.loop_first <= cfg.loop_last < cfg.layers:
+        raise UserError(f"--loop-first {cfg.loop_first} to --loop-last {cfg.loop_last} is not a range of the "
+                        f"{cfg.layers} layers")
+    return cfg, why
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Data: shards of uint16 tokens, split by whole documents; order is a pure function of (seed, trajectory, epoch)
+
+SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
+
+
+def seed_of(*key):
+    """A 63-bit seed that is a pure function of `key`; all randomness comes from here, so none is ever stored."""
+    return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
+
+
+def read_shard(path, vocab_size, sha256=None):
+    """Tokens of one shard, uint16 [n]. Raises UserError for a file that is missing, damaged or of another kind."""
+    again = "prepare the data again (python data/prepare.py)"
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as e:
+        raise UserError(f"cannot read shard {path}: {e.strerror}; {again}") from None
+    header = np.frombuffer(raw[:4 * SHARD_HEADER], dtype="<i4") if len(raw) >= 4 * SHARD_HEADER else [0, 0, 0]
+    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+        raise UserError(f"{path} is not a token shard: magic and version are {header[0]}, {header[1]}, "
+                        f"not {SHARD_MAGIC}, {SHARD_VERSION}")
+    if len(raw) != 4 * SHARD_HEADER + 2 * int(header[2]):
+        raise UserError(f"shard {path} is truncated or too long: {len(raw)} bytes for {header[2]} tokens; {again}")
+    if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
+        raise UserError(f"shard {path} is corrupted: its sha256 is not the manifest's; {again}")
+    tokens = np.frombuffer(raw, dtype="<u2", offset=4 * SHARD_HEADER)
+    if len(tokens) and tokens.max() >= vocab_size:
+        raise UserError(f"shard {path} holds token {tokens.max()}, beyond the vocabulary of {vocab_size}")
+    return tokens
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The four splits as token arrays, and the documents of the training part."""
+    name: str
+    vocab_size: int
+    splits: dict  # split -> uint16 [n]
+    hashes: dict  # shard file -> sha256
+    documents: tuple  # of uint16 arrays: the training documents in file order
+    seq_len: int
+
+    @property
+    def train_sequences(self):
+        """Sequences of seq_len + 1 tokens in one epoch (the same every epoch: the tail is dropped)."""
+        return sum(map(len, self.documents)) // (self.seq_len + 1)
+
+    def eval_sequences(self, split):
+        """[n, seq_len + 1]: file order, consecutive, non-overlapping, tail dropped."""
+        n = len(self.splits[split]) // (self.seq_len + 1)
+        return self.splits[split][:n * (self.seq_len + 1)].reshape(n, -1)
+
+    @functools.lru_cache(maxsize=2)  # two: a batch may straddle an epoch's end
+    def epoch(self, seed, trajectory, epoch):
+        """[train_sequences, seq_len + 1]: documents shuffled, joined, cut into sequences, sequences shuffled."""
+        rng = np.random.default_rng(seed_of("order", seed, trajectory, epoch))
+        stream = np.concatenate([self.documents[i] for i in rng.permutation(len(self.documents))])
+        n = self.train_sequences
+        return stream[:n * (self.seq_len + 1)].reshape(n, -1)[rng.permutation(n)]
+
+    def batch(self, seed, trajectory, first, count):
+        """Sequences first .. first+count-1 of a trajectory's endless stream of epochs, int64 [count, seq_len + 1]."""
+        n = self.train_sequences
+        return np.stack([self.epoch(seed, trajectory, i // n)[i % n] for i in range(first, first + count)]).astype(np.int64)
+
+    def __hash__(self):
+        return id(self)
+
+
+def load_corpus(folder, seq_len, train_tokens):
+    """Read and check a prepared corpus. Raises UserError for anything missing, damaged or too small."""
+    folder = Path(folder)
+    try:
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        vocab_size, eot = int(manifest["vocab_size"]), int(manifest["eot"])
+        files = {s: [(f["name"], f["sha256"]) for f in manifest["splits"][s]["files"]] for s in SPLITS}
+        name = str(manifest["name"])
+    except OSError as e:
+        raise UserError(f"cannot read {folder / 'manifest.json'}: {e.strerror}; prepare the data first "
+                        "(python data/prepare.py wiki, or fineweb)") from None
+    except (ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder / 'manifest.json'} is damaged ({type(e).__name__}: {e}); prepare the data again") from None
+    for split, listed in files.items():
+        if not listed or any(Path(file).name != file for file, _ in listed):
+            raise UserError(f"{folder / 'manifest.json'}: split {split} must list plain file names in its own folder")
+    splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in listed]) for s, listed in files.items()}
+    for s, tokens in splits.items():
+        if len(tokens) < seq_len + 1:
+            raise UserError(f"split {s} of {folder} has {len(tokens)} tokens, fewer than one sequence of {seq_len + 1}: "
+                            "more text or a smaller --seq-len is needed")
+    if train_tokens > len(splits["train"]):
+        raise UserError(f"--train-tokens {train_tokens} is more than the {len(splits['train'])} training tokens of {folder}")
+    starts = np.flatnonzero(splits["train"] == eot)
+    starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+    if train_tokens:  # whole documents, up to and including the one that reaches the target
+        ends = np.append(starts[1:], len(splits["train"]))
+        keep = int(np.searchsorted(ends, train_tokens)) + 1
+        splits["train"], starts = splits["train"][:ends[keep - 1]], starts[:keep]
+    return Corpus(name, vocab_size, splits, {f: h for listed in files.values() for f, h in listed},
+                  tuple(np.split(splits["train"], starts[1:])), seq_len)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Model: shapes are B batch, T sequence, H heads, K head channels, D width, V vocabulary
+
+ATTN_GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32
+
+
+def norm(x):
+    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
+
+
+def linear(x, weight):
+    return F.linear(x, weight.to(x.dtype))
+
+
+def rotate(x, cos, sin):
+    """Rotary position embedding of x [B, T, H, K]; cos, sin [T, 1, K/2]."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
+
+
+def attention(q, k, v, mask):
+    """Causal attention, [B, T, H, K] each; `mask` bool [T, T] for a window, None for all earlier tokens."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+
+def layer_windows(cfg):
+    """Attention window of each layer in tokens, the own one included."""
+    pattern = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers - 1)] + ["L"]
+    return [cfg.seq_len if w == "L" else cfg.seq_len // 2 for w in pattern]
+
+
+def layer_order(cfg):
+    """Indices of the blocks in the order they run, replays of looped layers included."""
+    order = list(range(cfg.layers))
+    loop = order[cfg.loop_first:cfg.loop_last + 1] * (cfg.loop_passes - 1)
+    return order[:cfg.loop_last + 1] + loop + order[cfg.loop_last + 1:]
+
+
+class Attention(nn.Module):
+    def __init__(self, cfg, value_embed):
+        super().__init__()
+        D, H = cfg.width, cfg.width // cfg.head_dim
+        self.heads = H
+        self.qkv = nn.Parameter(torch.empty(3, D, D))
+        self.out = nn.Parameter(torch.empty(D, D))
+        self.mixing = nn.Parameter(torch.empty(3, H, H)) if cfg.head_mixing else None
+        self.gate = nn.Parameter(torch.empty(H, ATTN_GATE_CHANNELS)) if cfg.attn_gates else None
+        self.value = nn.Parameter(torch.empty(D, D)) if value_embed else None
+        self.value_gate = nn.Parameter(torch.empty(H, VALUE_GATE_CHANNELS)) if value_embed else None
+
+    def forward(self, x, x0, cos, sin, mask):
+        B, T, D = x.shape
+        H, qkv = self.heads, self.qkv
+        if self.mixing is not None:  # mixing heads of the output = mixing rows of the projection
+            qkv = torch.einsum("sgh,shkd->sgkd", self.mixing, qkv.view(3, H, D // H, D))
+        q, k, v = linear(x, qkv.reshape(3 * D, D)).view(B, T, 3, H, D // H).unbind(2)
+        if self.value is not None:
+            gate = 2 * torch.sigmoid(linear(x[..., :VALUE_GATE_CHANNELS], self.value_gate))
+            v = v + gate.unsqueeze(-1) * linear(x0, self.value).view(B, T, H, D // H)
+        y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, mask)
+        if self.gate is not None:
+            y = y * torch.sigmoid(linear(x[..., :ATTN_GATE_CHANNELS], self.gate)).unsqueeze(-1)
+        return linear(y.reshape(B, T, D), self.out)
+
+
+class Block(nn.Module):
+    def __init__(self, cfg, value_embed=False):
+        super().__init__()
+        self.attn = Attention(cfg, value_embed)
+        self.gate_up = nn.Parameter(torch.empty(2, cfg.mlp_hidden, cfg.width))
+        self.down = nn.Parameter(torch.empty(cfg.width, cfg.mlp_hidden))
+        self.dropout = cfg.dropout
+
+    def forward(self, x, x0, cos, sin, mask):
+        x = x + F.dropout(self.attn(norm(x), x0, cos, sin, mask), self.dropout, self.training)
+        gate, up = linear(norm(x), self.gate_up.flatten(0, 1)).chunk(2, dim=-1)
+        return x + F.dropout(linear(F.silu(gate) * up, self.down), self.dropout, self.training)
+
+
+class GPT(nn.Module):
+    """Maps tokens to normed hidden states; the head is applied inside the loss, in chunks."""
+
+    def __init__(self, cfg, vocab_size):
+        super().__init__()
+        n, D, padded = cfg.layers, cfg.width, 64 * math.ceil(vocab_size / 64)
+        self.cfg, self.vocab_size = cfg, vocab_size
+        self.embed = nn.Parameter(torch.empty(padded, D))
+        self.head = nn.Parameter(torch.empty(padded, D))
+        self.blocks = nn.ModuleList(Block(cfg, cfg.value_embeds and i % 2 == (n - 1) % 2) for i in range(n))
+        self.resid_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
+        self.x0_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
+        self.skip_scale = nn.Parameter(torch.empty(n // 2)) if cfg.unet else None
+        self.mtp_proj = nn.Parameter(torch.empty(D, 2 * D)) if cfg.mtp_weight else None
+        self.mtp_block = Block(cfg) if cfg.mtp_weight else None
+        self.order, self.windows = layer_order(cfg), layer_windows(cfg)
+        self.dtype = getattr(torch, cfg.precision)
+        T = torch.arange(cfg.seq_len)
+        angle = T[:, None, None] / cfg.rotary_base ** (torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+        self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
+        self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
+        short = cfg.seq_len // 2
+        back = T[:, None] - T[None, :]
+        mask = (back >= 0) & (back < short) if short in self.windows else None
+        self.register_buffer("short_mask", mask, persistent=False)
+
+    @torch.no_grad()
+    def init_weights(self, *key):
+        """Fill every parameter; a pure function of `key` and the parameter's name, on any device."""
+        bound = math.sqrt(3 / self.cfg.width)
+        for name, p in self.named_parameters():
+            kind, draw = name.rsplit(".", 1)[-1], torch.empty(p.shape)
+            g = torch.Generator().manual_seed(seed_of("init", *key, name))
+            if kind in ("embed", "head"):
+                draw.normal_(0, {"embed": 1.0, "head": 0.001}[kind], generator=g)
+            elif kind in ("out", "down"):
+                draw.normal_(0, self.cfg.width ** -0.5, generator=g)
+            elif kind in ("qkv", "gate_up", "value", "mtp_proj"):
+                draw.uniform_(-bound, bound, generator=g)
+            elif kind == "mixing":
+                draw.copy_(torch.eye(p.size(-1)).expand_as(draw))
+            else:
+                draw.fill_({"resid_scale": 1.0, "skip_scale": 1.0, "x0_scale": 0.1, "gate": 0.0, "value_gate": 0.0}[kind])
+            p.copy_(draw)
+        return self
+
+    def forward(self, tokens, targets=None):
+        """tokens [B, T] -> hidden [B, T, D]; with targets (the next tokens) also the multi-token block's, or None."""
+        T, n = tokens.size(1), self.cfg.layers
+        cos, sin = self.cos[:T], self.sin[:T]
+        short = None if self.short_mask is None else self.short_mask[:T, :T]
+        x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        outputs = {}
+        for i in self.order:
+            if self.skip_scale is not None and i >= n - n // 2:
+                x = x + self.skip_scale[i - (n - n // 2)].to(x.dtype) * outputs[n - 1 - i]
+            if self.resid_scale is not None:
+                x = self.resid_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
+            x = self.blocks[i](x, x0, cos, sin, None if self.windows[i] == self.cfg.seq_len else short)
+            outputs[i] = x
+        x = norm(x)
+        if targets is None or self.mtp_proj is None:
+            return x, None
+        ahead = torch.cat((x, norm(F.embedding(targets, self.embed).to(x.dtype))), dim=-1)
+        return x, norm(self.mtp_block(linear(ahead, self.mtp_proj), x0, cos, sin, None))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, from hidden states, never all logits at once
+
+CHUNK_LOGITS = 2 ** 23  # float32 logits held at a time
+
+
+def soft_capped(hidden, head, softcap):
+    """float32 logits; the product runs in the dtype of `hidden`."""
+    return softcap * torch.tanh(linear(hidden, head).float() / softcap)
+
+
+def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, temperature=1.0):
+    """The loss as one reads it; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N] (-1: ignored),
+    teacher (hidden [N, D'], head [V, D']) or None. Returns (loss, cross-entropy) in nats per token."""
+    cap = lambda h, w: softcap * torch.tanh(h @ w.T / softcap)
+    logits = cap(hidden, head)
+    ce = F.cross_entropy(logits, targets, ignore_index=-1)
+    if teacher is None:
+        return ce, ce
+    log_p = torch.log_softmax(cap(*teacher) / temperature, dim=-1)
+    log_q = torch.log_softmax(logits / temperature, dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
+    return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
+
+
+class ChunkedLoss(torch.autograd.Function):
+    """plain_loss in chunks of rows. Gradients are formed in the forward pass, while a chunk's logits are at hand."""
+
+    @staticmethod
+    def forward(ctx, hidden, head, targets, softcap, teacher_hidden, teacher_head, weight, temperature):
+        rows, valid = max(1, CHUNK_LOGITS // head.size(0)), targets >= 0
+        scale = valid / valid.sum()  # [N]: mean over the targets that count
+        d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        total = ce_total = 0.0
+        for i in range(0, len(hidden), rows):
+            h, s, target = hidden[i:i + rows], scale[i:i + rows, None], targets[i:i + rows, None].clamp_min(0)
+            capped = soft_capped(h, head, softcap)
+            slope = 1 - (capped / softcap).square()  # of the soft-cap
+            log_q = torch.log_softmax(capped, dim=-1)
+            ce = -(log_q.gather(1, target) * s).sum()
+            d = log_q.exp_()
+            d.scatter_add_(1, target, torch.full_like(s, -1.0))
+            loss = ce
+            if teacher_hidden is not None:
+                log_p = torch.log_softmax(soft_capped(teacher_hidden[i:i + rows], teacher_head, softcap) / temperature, -1)
+                log_q = torch.log_softmax(capped / temperature, dim=-1)
+                p = log_p.exp()
+                kl = ((p * (log_p - log_q)).sum(-1, keepdim=True) * s).sum()
+                loss = (1 - weight) * ce + weight * temperature ** 2 * kl
+                d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
+            d = d.mul_(slope).mul_(s).to(hidden.dtype)
+            d_hidden[i:i + rows] = d @ head.to(d.dtype)
+            d_head += d.T @ h
+            total, ce_total = total + loss, ce_total + ce
+        ctx.save_for_backward(d_hidden, d_head)
+        ctx.mark_non_differentiable(ce_total)
+        return total, ce_total
+
+    @staticmethod
+    def backward(ctx, d_loss, _):
+        d_hidden, d_head = ctx.saved_tensors
+        return d_hidden * d_loss, d_head * d_loss, *[None] * 6
+
+
+def training_loss(model, teacher, cfg, tokens):
+    """tokens [B, T+1] -> (loss, cross-entropy) in nats per token: (1 - a)(CE + m MTP) + a T^2 KL."""
+    inputs, targets = tokens[:, :-1], tokens[:, 1:]
+    hidden, ahead = model(inputs, targets)
+    head = model.head[:model.vocab_size]
+    weight, t_hidden, t_head = 0.0, None, None
+    if teacher is not None:
+        weight, t_head = cfg.distill_weight, teacher.head[:teacher.vocab_size]
+        with torch.no_grad():
+            t_hidden = teacher(inputs)[0].flatten(0, 1)
+    loss, ce = ChunkedLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), cfg.softcap, t_hidden, t_head, weight,
+                                 cfg.distill_temperature)
+    if ahead is not None:
+        after_next = F.pad(targets[:, 1:], (0, 1), value=-1)  # the last position has no token after next
+        mtp, _ = ChunkedLoss.apply(ahead.flatten(0, 1), head, after_next.flatten(), cfg.softcap, None, None, 0.0, 1.0)
+        loss = loss + (1 - weight) * cfg.mtp_weight * mtp
+    return loss, ce
+
+
+@torch.no_grad()
+def true_token_probs(model, sequences, batch, world):
+    """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
+    n, T = sequences.shape[0], sequences.shape[1] - 1
+    probs = torch.zeros(n, T, device=world.device)
+    head = model.head[:model.vocab_size].float()
+    rows = max(1, CHUNK_LOGITS // len(head))
+    for i in range(batch * world.rank, n, batch * world.size):
+        tokens = torch.from_numpy(sequences[i:i + batch].astype(np.int64)).to(world.device)
+        hidden, targets = model(tokens[:, :-1])[0].flatten(0, 1).float(), tokens[:, 1:].flatten()
+        for j in range(0, len(hidden), rows):
+            log_p = torch.log_softmax(soft_capped(hidden[j:j + rows], head, model.cfg.softcap), dim=-1)
+            probs[i:i + batch].view(-1)[j:j + rows] = log_p.gather(1, targets[j:j + rows, None]).squeeze(1).exp()
+    world.sum_(probs)
+    return probs.flatten().cpu().numpy()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Optimizer: Muon for matrices, AdamW for the rest
+
+POLAR_EXPRESS = (  # coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T; arXiv 2505.16932
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+    (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+    (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
+
+
+def orthogonalize(G, dtype):
+    """The nearest semi-orthogonal matrix to each of G [n, rows, cols], by Polar Express in `dtype`."""
+    tall = G.size(-2) > G.size(-1)
+    X = G.to(dtype).mT if tall else G.to(dtype)
+    X = X / (1.02 * X.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(dtype)
+    for a, b, c in POLAR_EXPRESS:
+        A = X @ X.mT
+        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+    return X.mT if tall else X
+
+
+def muon_update(grad, state, momentum, dtype):
+    """Direction of one Muon step for grad [n, rows, cols]; `state` is a dict that holds momentum and second moment."""
+    buf = state.setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - momentum)
+    update = grad.lerp(buf, momentum)  # Nesterov
+    update = update / (update.norm(dim=-1, keepdim=True) + 1e-10)  # rows (MuonEq-R)
+    update = orthogonalize(update, dtype).float()
+    # second moment per row or column (NorMuon), rescaled so that the update keeps its norm
+    dim = -1 if grad.size(-2) >= grad.size(-1) else -2
+    mean = update.square().mean(dim=dim, keepdim=True)
+    second = state.setdefault("second", torch.zeros_like(mean)).lerp_(mean, 0.05)
+    scaled = update * second.clamp_min(1e-10).rsqrt()
+    before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, scaled))
+    return scaled * (before / after.clamp_min(1e-10))
+
+
+class Optimizer:
+    """Muon and AdamW over a table of groups. State is kept per group and shape, matrices of one shape stacked."""
+
+    def __init__(self, model, cfg):
+        self.cfg, self.dtype = cfg, getattr(torch, cfg.precision)
+        wd, betas = cfg.weight_decay, (0.8, 0.95)
+        table = {  # label: (rule, lr, weight decay, betas)
+            "matrix": ("muon", cfg.lr_matrix, wd, None), "embed": ("adamw", cfg.lr_embed, wd, betas),
+            "head": ("adamw", cfg.lr_head, wd, betas), "resid_scale": ("adamw", cfg.lr_resid, 0.0, betas),
+            "skip_scale": ("adamw", cfg.lr_resid, 0.0, betas), "x0_scale": ("adamw", cfg.lr_x0, 0.0, (0.96, 0.95)),
+            "mixing": ("adamw", cfg.lr_mixing, 0.0, betas)}
+        self.groups = []  # (names, parameters, rule, lr, weight decay, betas, state)
+        stacks = {}
+        for name, p in model.named_parameters():
+            kind = name.rsplit(".", 1)[-1]
+            key = kind if kind in table else ("matrix", *p.shape[-2:])
+            stacks.setdefault(key if kind != "mixing" else name, []).append((name, p))
+        for key, named in stacks.items():
+            label = "matrix" if isinstance(key, tuple) else named[0][0].rsplit(".", 1)[-1]
+            self.groups.append(([n for n, _ in named], [p for _, p in named], *table[label], {}))
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, lr_mult, wd_mult):
+        """One update; the gradients are consumed."""
+        self.steps += 1
+        for _, params, rule, lr, wd, betas, state in self.groups:
+            lr, wd = lr * lr_mult, wd * wd_mult
+            if rule == "muon":
+                rows, cols = params[0].shape[-2:]
+                grad = torch.cat([p.grad.view(-1, rows, cols) for p in params])
+                update = muon_update(grad, state, self.cfg.momentum, self.dtype)
+                weight = torch.cat([p.view(-1, rows, cols) for p in params])
+                lr = lr * math.sqrt(max(1, rows / cols))
+                weight -= lr * wd * weight * (update * weight > 0) + lr * update  # cautious decay
+                for p, new in zip(params, weight.split([p.numel() // (rows * cols) for p in params])):
+                    p.copy_(new.view_as(p))
+            else:
+                (p,), (b1, b2) = params, betas
+                first = state.setdefault("first", torch.zeros_like(p)).lerp_(p.grad, 1 - b1)
+                second = state.setdefault("second", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - b2)
+                step = lr / (1 - b1 ** self.steps)
+                p.mul_(1 - lr * wd).addcdiv_(first, (second / (1 - b2 ** self.steps)).sqrt_().add_(1e-10), value=-step)
+            for p in params:
+                p.grad = None
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Schedule: pure functions of the position; c is the cycle of a trajectory, C their number, s the step of a cycle of L
+
+def lr_multiplier(s, L, floor):
+    """Linear from 1 to (almost) `floor` within a cycle, no warmup."""
+    return floor + (1 - floor) * (1 - s / L)
+
+
+def wd_multiplier(lr_mult, lr_floor, wd_floor):
+    """Anti-correlated with the learning rate: `wd_floor` where lr is at its peak, 1 where it is at its floor."""
+    return 1.0 if lr_floor == 1 else wd_floor + (1 - wd_floor) * (1 - lr_mult) / (1 - lr_floor)
+
+
+def noise_scale(b, C, first, last):
+    """Noise at boundary b = 1 .. C-1 in standard deviations of the tensor: a cosine from `first` to `last`."""
+    return last + (first - last) * (1 + math.cos(math.pi * (b - 1) / max(1, C - 2))) / 2
+
+
+def cycle_batch_tokens(c, C, cfg):
+    """Tokens per step: --batch-tokens in the middle half of the cycles, --edge-batch-tokens outside it."""
+    return cfg.batch_tokens if C == 1 or 1 - abs(2 * c / (C - 1) - 1) >= 0.5 else cfg.edge_batch_tokens
+
+
+def cycle_epochs(cfg):
+    """[trajectory][cycle] -> epochs; they sum to --epochs, a rest lengthens the first cycles."""
+    J, C = cfg.trajectories, cfg.cycles
+    each, rest = divmod(cfg.epochs, J * C)
+    return [[each + (c * J + j < rest) for c in range(C)] for j in range(J)]
+
+
+def cycle_steps(cfg, epochs, c, train_tokens):
+    return max(1, round(epochs * train_tokens / cycle_batch_tokens(c, cfg.cycles, cfg)))
+
+
+def flops_per_token(cfg, vocab_size, causal=True):
+    """(training, teacher) FLOPs per token: 3 x the forward products of the model, 1 x those of a teacher.
+    Looped layers count once a pass; attention counts the keys that are visible."""
+    D, T, H = cfg.width, cfg.seq_len, cfg.width // cfg.head_dim
+
+    def block(window, value):
+        keys = (window * (window + 1) / 2 + (T - window) * window) / T if causal else T
+        gates = 2 * H * (ATTN_GATE_CHANNELS * cfg.attn_gates + VALUE_GATE_CHANNELS * value)
+        return 2 * (4 + value) * D * D + 6 * D * cfg.mlp_hidden + 4 * D * keys + gates
+
+    windows, head = layer_windows(cfg), 2 * D * vocab_size
+    trunk = head + sum(block(windows[i], cfg.value_embeds and i % 2 == (cfg.layers - 1) % 2) for i in layer_order(cfg))
+    mtp = 4 * D * D + block(T, False) + head if cfg.mtp_weight else 0
+    return 3 * (trunk + mtp), trunk
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Population: members on disk (bf16 weights + configuration) and their cached p(true token)
+
+def write_atomically(path, write):
+    """Call write(temporary path), then rename it to `path`: a reader sees the old file or the new one, whole."""
+    tmp = path.with_name(path.name + ".tmp")
+    write(tmp)
+    os.replace(tmp, path)
+
+
+def save_json(path, value):
+    write_atomically(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
+
+
+def save_member(folder, model, position):
+    """Write a bf16 snapshot with all that is needed to load it; `position` says where in the run it was taken."""
+    from safetensors.torch import save_file
+    folder.mkdir(parents=True)
+    weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", lambda tmp: save_file(weights, tmp))
+    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    save_json(folder / "config.json", {"vocab_size": model.vocab_size, "sha256": sha, **position,
+                                       "config": dataclasses.asdict(model.cfg)})
+
+
+def load_member(folder, device, precision=None):
+    """The member in `folder` as a frozen GPT in evaluation mode. Raises UserError where a file is damaged."""
+    from safetensors.torch import load as load_bytes
+    try:
+        about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        raw = (folder / "model.safetensors").read_bytes()
+    except (OSError, ValueError) as e:
+        raise UserError(f"cannot read member {folder}: {e}") from None
+    if hashlib.sha256(raw).hexdigest() != about["sha256"]:
+        raise UserError(f"member {folder} is damaged: the sha256 of model.safetensors is not the one in config.json")
+    cfg = Config(**about["config"])
+    model = GPT(dataclasses.replace(cfg, precision=precision or cfg.precision), about["vocab_size"])
+    model.to(model.dtype).load_state_dict(load_bytes(raw))
+    return model.to(device).eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def perturb(model, scale, *key):
+    """Add Gaussian noise of `scale` standard deviations to every matrix (vectors whole); a pure function of `key`."""
+    for name, p in model.named_parameters():
+        dims = (-2, -1) if p.ndim > 1 else (0,)
+        if p.numel() > 1:
+            g = torch.Generator().manual_seed(seed_of("noise", *key, name))
+            p.add_(torch.randn(p.shape, generator=g).to(p.device) * p.std(dim=dims, keepdim=True) * scale)
+
+
+def load_predictions(run):
+    """Cached p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError where files are missing."""
+    from safetensors.numpy import load_file
+    files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: int(f.stem))
+    if not files:
+        raise UserError(f"{run} has no cached predictions: it is not a run, or it ended before its first member")
+    members = [load_file(f) for f in files]
+    return {split: np.stack([m[split] for m in members]) for split in members[0]}
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate
+
+def mixture_loss(P, w):
+    """Nats per token of the mixture: P [M, N] p(true token) per member, w [M]."""
+    return float(-np.log(np.asarray(w, dtype=np.float64) @ P).mean())
+
+
+def fit_prior(P, tolerance=1e-7, max_passes=100):
+    """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex by a primal-dual interior-point method.
+
+    P [M, N] > 0. Returns (w float64 [M], gap): F(w) - min F <= gap = log(max_i g_i), g_i = (1/N) sum_n P_in / (w.P_n).
+    F(c w) = F(w) - log c, so minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself; its conditions are
+    1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step towards w z = mu with mu ever smaller.
+    """
+    M, N = P.shape
+    if not np.isfinite(P).all() or (P <= 0).any():
+        raise ValueError("fit_prior: every probability must be positive and finite")
+    P = torch.from_numpy(np.ascontiguousarray(P))
+    w = torch.full((M,), 1 / M, dtype=torch.float64)
+    z, best, best_gap = torch.full_like(w, 0.1), w, math.inf
+    for _ in range(max_passes):
+        g, hessian = torch.zeros_like(w), torch.zeros(M, M, dtype=torch.float64)
+        for p in P.split(16384, dim=1):
+            ratio = p.double()
+            ratio /= w @ ratio
+            g += ratio.sum(1) / N
+            ratio = ratio.float()
+            hessian += (ratio @ ratio.T).double() / N  # float32 product: it shapes the step, not the certificate
+        gap = max(0.0, float(g.max().log()))
+        if gap < best_gap:
+            best, best_gap = w, gap
+        if gap <= tolerance:
+            break
+        mu = 0.1 * float(w @ z) / M
+        dw = torch.linalg.solve(hessian + torch.diag(z / w), g - 1 + mu / w)
+        dz = mu / w - z - z / w * dw
+        inside = lambda x, dx: x + dx * min(1.0, 0.99 / max(1e-300, float((-dx / x).max())))  # stay positive
+        w, z = inside(w, dw), inside(z, dz)
+        w = w / w.sum()
+    return best.numpy(), best_gap
+
+
+def table_sizes(M):
+    """The K shown in tables: all up to 8, then doubling, and M."""
+    return sorted({k for k in range(1, min(M, 8) + 1)} | {2 ** i for i in range(3, M.bit_length()) if 2 ** i <= M} | {M})
+
+
+def population_table(heldout, scored):
+    """Rows for each K: the top K members under the prior; loss on `scored` of their uniform mixture, of the prior
+    renormalised (the paper's rule) and of a prior fitted again to those K. All [M, N]; the fit sees `heldout` alone."""
+    w, gap = fit_prior(heldout)
+    ranked = np.argsort(-w, kind="stable")
+    rows = []
+    for k in table_sizes(len(w)):
+        top = ranked[:k]
+        again = fit_prior(heldout[top])[0] if k < len(w) else w[top]
+        rows.append({"k": k, "uniform": mixture_loss(scored[top], np.full(k, 1 / k)),
+                     "learned": mixture_loss(scored[top], w[top] / w[top].sum()),
+                     "refitted": mixture_loss(scored[top], again)})
+    return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
+
+
+def format_table(table, split):
+    lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'refitted':>9}   {split} loss, top k members by weight"]
+    lines += [f"{r['k']:>4} {r['uniform']:>9.5f} {r['learned']:>9.5f} {r['refitted']:>9.5f}" for r in table["rows"]]
+    used = [f"{i}:{table['weights'][i]:.3f}" for i in table["ranked"] if table["weights"][i] >= 0.0005]
+    return lines + [f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}"]
+
+
+DATA_EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))
+
+
+def data_efficiency(loss):
+    """Tokens (in units of 100M FineWeb tokens) at which a standard baseline reaches `loss`, as text; no extrapolation."""
+    if loss > DATA_EFFICIENCY[0][1]:
+        return "<2x"
+    for (t0, l0), (t1, l1) in zip(DATA_EFFICIENCY, DATA_EFFICIENCY[1:]):
+        if loss >= l1:
+            return f"{(t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)) / 100:.2f}x"
+    return ">20x"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Training loop
+
+@dataclass(frozen=True)
+class World:
+    """The processes of this run."""
+    rank: int
+    size: int
+    device: torch.device
+
+    def sum_(self, tensor):
+        if self.size > 1:
+            dist.all_reduce(tensor)
+
+
+class Log:
+    """log.txt and metrics.jsonl of a run, and the terminal; only rank 0 has one that writes."""
+
+    def __init__(self, folder, header):
+        self.text = self.metrics = None
+        if folder is not None:
+            self.text = open(folder / "log.txt", "w", encoding="utf-8", buffering=1)
+            self.text.write(SOURCE + "=" * 100 + "\n" + header + "\n" + "=" * 100 + "\n")
+            self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+            self.live = sys.stdout.isatty()
+
+    def event(self, *flags, **pairs):
+        """One line of key:value pairs; a line of a training step is overwritten by the next one on a terminal."""
+        if self.text is None:
+            return
+        show = lambda k, v: f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}" if isinstance(v, float) else str(v)
+        line = " ".join((*flags, *(f"{k}:{show(k, v)}" for k, v in pairs.items())))
+        self.text.write(line + "\n")
+        self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
+        passing = self.live and "step" in pairs
+        print("\r\x1b[K" * self.live + line, end="" if passing else "\n", flush=True)
+
+
+def machine(world):
+    """Versions and hardware, for the log."""
+    cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+                if line.startswith("model name")), "") if Path("/proc/cpuinfo").exists() else platform.processor()
+    gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})" if world.device.type == "cuda" else "none"
+    return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
+            "system": platform.platform(), "cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu,
+            "processes": world.size}
+
+
+def train(cfg, corpus, world, folder, log):
+    """Train the population. The loop of q0 and of every baseline:
+
+        for each trajectory:
+            for each cycle:
+                weights: fresh, continued, or continued and perturbed
+                for each step of the cycle: lr falls, wd rises; loss = CE, mixed with KL to the previous member
+                member = bf16 snapshot; cache its p(true token); fit the prior over all members so far
+    """
+    plan = cycle_epochs(cfg)
+    train_tokens = corpus.train_sequences * cfg.seq_len
+    steps_of = lambda c, epochs: cycle_steps(cfg, epochs, c, train_tokens)
+    total_steps = sum(steps_of(c, epochs) for lengths in plan for c, epochs in enumerate(lengths))
+    total_members = sum(map(len, plan))
+    splits = {s: corpus.eval_sequences(s) for s in ("heldout", cfg.report)}
+    cached, curve = {s: [] for s in splits}, []
+    step, epochs_done, train_seconds, eval_seconds, tokens_seen, started = 0, 0, 0.0, 0.0, 0, time.perf_counter()
+    raw = GPT(cfg, corpus.vocab_size).to(world.device)
+    model = torch.compile(raw) if cfg.compile else raw
+    for trajectory, lengths in enumerate(plan):
+        position = trajectory_step = 0  # in sequences, in steps; with the seeds they fix all that follows
+        previous = None
+        for cycle, epochs in enumerate(lengths):
+            if cycle == 0 or cfg.boundary == "fresh":
+                raw.init_weights(cfg.seed, trajectory, cycle)
+                optimizer = Optimizer(raw, cfg)
+            elif cfg.boundary == "perturb":
+                perturb(raw, noise_scale(cycle, len(lengths), cfg.noise_first, cfg.noise_last), cfg.seed, trajectory, cycle)
+            teacher = previous if cfg.distill_weight and cycle >= cfg.distill_after else None
+            L, rows = steps_of(cycle, epochs), cycle_batch_tokens(cycle, len(lengths), cfg) // cfg.seq_len
+            micro_batches = rows // cfg.micro_batch
+            model.train()
+            mark, mark_tokens = time.perf_counter(), 0
+            for s in range(L):
+                lr_mult = lr_multiplier(s, L, cfg.lr_floor)
+                wd_mult = wd_multiplier(lr_mult, cfg.lr_floor, cfg.wd_floor)
+                batch = corpus.batch(cfg.seed, trajectory, position, rows)
+                loss_sum = torch.zeros((), device=world.device)
+                for m in range(world.rank, micro_batches, world.size):
+                    torch.manual_seed(seed_of("dropout", cfg.seed, trajectory, trajectory_step, m))
+                    tokens = torch.from_numpy(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch]).to(world.device)
+                    loss, ce = training_loss(model, teacher, cfg, tokens)
+                    (loss / micro_batches).backward()
+                    loss_sum += ce / micro_batches
+                for p in raw.parameters():
+                    world.sum_(p.grad)
+                nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip)
+                optimizer.step(lr_mult, wd_mult)
+                step, trajectory_step, position = step + 1, trajectory_step + 1, position + rows
+                mark_tokens += rows * cfg.seq_len
+                if step % cfg.log_every == 0 or s == L - 1:
+                    world.sum_(loss_sum)
+                    loss, now = float(loss_sum), time.perf_counter()
+                    train_seconds, tokens_seen = train_seconds + now - mark, tokens_seen + mark_tokens
+                    left = (total_steps - step) * train_seconds / step + (
+                        (total_members - len(curve)) * eval_seconds / max(1, len(curve)))
+                    log.event(step=f"{step}/{total_steps}", traj=trajectory, cycle=f"{cycle + 1}/{len(lengths)}",
+                              epoch=epochs_done + epochs * (s + 1) / L, loss=loss, lr=cfg.lr_matrix * lr_mult,
+                              wd=cfg.weight_decay * wd_mult, **{"tok/s": round(mark_tokens / (now - mark))},
+                              eta=str(datetime.timedelta(seconds=round(left))))
+                    mark, mark_tokens = now, 0
+                    if not math.isfinite(loss):
+                        raise UserError(f"the loss is {loss} at step {step}: lower --lr-matrix, or try --precision float32")
+            mark = time.perf_counter()
+            epochs_done, i = epochs_done + epochs, len(curve)
+            where = {"member": i, "traj": trajectory, "cycle": cycle + 1, "epochs": epochs_done}
+            if world.rank == 0:
+                save_member(folder / "members" / str(i), raw, {**where, "distilled": teacher is not None})
+            if world.size > 1:
+                dist.barrier()
+            previous = load_member(folder / "members" / str(i), world.device)
+            probs = {s: true_token_probs(previous, x, cfg.micro_batch, world) for s, x in splits.items()}
+            for s, p in probs.items():
+                cached[s].append(p)
+            if world.rank == 0:
+                from safetensors.numpy import save_file
+                write_atomically(folder / "predictions" / f"{i}.safetensors", lambda tmp: save_file(probs, tmp))
+            P, Q = np.stack(cached["heldout"]), np.stack(cached[cfg.report])
+            w, gap = fit_prior(P)
+            point = {**where, "loss": mixture_loss(Q[i:], [1.0]), "learned": mixture_loss(Q, w),
+                     "uniform": mixture_loss(Q, np.full(i + 1, 1 / (i + 1)))}
+            curve.append(point)
+            key = f"{cfg.report}_loss"
+            log.event(**where, distilled=int(teacher is not None), **{key: point["loss"]})
+            for prior in ("uniform", "learned"):
+                log.event("ensemble", members=i + 1, k=i + 1, prior=prior, **{key: point[prior]},
+                          gap=gap if prior == "learned" else 0.0)
+            eval_seconds += time.perf_counter() - mark
+    table = population_table(P, Q)
+    return {f"final_{key}": point["learned"], f"uniform_{key}": point["uniform"], f"last_member_{key}": point["loss"],
+            "members": total_members, "epochs": cfg.epochs, "curve": curve, "table": table,
+            "train_seconds": train_seconds, "eval_seconds": eval_seconds, "tokens_per_second": tokens_seen / train_seconds,
+            "total_seconds": time.perf_counter() - started,
+            "peak_memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20 if world.device.type == "cuda"
+            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+
+
+def draw_curve(path, result, split):
+    """curve.png: loss against epochs for single members, their uniform mixture and the learned prior."""
+    try:
+        import matplotlib
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError:
+        print("curve.png is not drawn: pip install matplotlib")
+        return
+    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    epochs = [p["epochs"] for p in result["curve"]]
+    for name, style in (("loss", "o:"), ("uniform", "s--"), ("learned", "D-")):
+        axis.plot(epochs, [p[name] for p in result["curve"]], style, markersize=4,
+                  label={"loss": "single member", "uniform": "all so far, uniform", "learned": "all so far, learned prior"}[name])
+    axis.set(xlabel="epochs over the training text, all members together", ylabel=f"{split} loss (nats per token)")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
+    pyplot.close(figure)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Commands
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        raise UserError(f"{message} (see --help)")
+
+
+def parse_config(argv, **extra):
+    """Config from flags, defaults from the preset. Returns (cfg, reasons, namespace)."""
+    p = Parser(prog="train_q0.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+               allow_abbrev=False)
+    for name, options in extra.items():
+        p.add_argument(flag(name), **options)
+    for f in dataclasses.fields(Config):
+        kind = f.type.split(" ")[0]
+        shown = "derived" if f.default is None else f.default
+        options = dict(dest=f.name, default=None, help=f"{f.metadata['why']} [{shown}]")
+        if kind == "bool":
+            p.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **options)
+        else:
+            p.add_argument(flag(f.name), type={"int": int, "float": float, "str": str}[kind], metavar=kind.upper(), **options)
+    known, unknown = p.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0].split("=")[0], [flag(f.name) for f in dataclasses.fields(Config)], 1)
+        raise UserError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
+    given = {f.name: getattr(known, f.name) for f in dataclasses.fields(Config) if getattr(known, f.name) is not None}
+    reason = "given"
+    if "preset" not in given:
+        if not torch.cuda.is_available() or given.get("device") == "cpu":
+            given["preset"], reason = "tiny", "no GPU in use"
+        elif (ROOT / PRESETS["q0"]["data"] / "manifest.json").exists():
+            given["preset"], reason = "q0", "a GPU and FineWeb shards are present"
+        else:
+            raise UserError("a GPU is present but no FineWeb shards: run python data/prepare.py fineweb, or give --preset tiny")
+    elif given["preset"] not in PRESETS:
+        raise UserError(f"--preset {given['preset']} is not one of: {', '.join(PRESETS)}")
+    cfg, why = resolve(Config(**{**PRESETS[given["preset"]], **given}))
+    return cfg, {"preset": reason, **why}, known
+
+
+def find_data(cfg):
+    folder = Path(cfg.data)
+    return folder if folder.is_absolute() or folder.exists() else ROOT / folder
+
+
+def find_run(name):
+    for folder in (LOGS / name, Path(name)):
+        if folder.is_dir():
+            return folder
+    raise UserError(f"no run {name} under {LOGS}" + "".join(f"; there is {r.name}" for r in sorted(LOGS.glob("*"))[-3:]))
+
+
+def describe(cfg, why, corpus_tokens, vocab_size):
+    """Lines that say what a run will do and why."""
+    plan = cycle_epochs(cfg)
+    steps = [[cycle_steps(cfg, e, c, corpus_tokens) for c, e in enumerate(lengths)] for lengths in plan]
+    with torch.device("meta"):
+        params = sum(p.numel() for p in GPT(cfg, vocab_size).parameters())
+    train_flops, teacher_flops = flops_per_token(cfg, vocab_size)
+    distilled = sum(c >= cfg.distill_after for lengths in plan for c in range(len(lengths))) if cfg.distill_weight else 0
+    tokens = sum(s * cycle_batch_tokens(c, cfg.cycles, cfg) for row in steps for c, s in enumerate(row))
+    lines = [f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()]
+    first = plan[0]
+    lines.append(f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {sum(map(len, plan))} members, "
+                 f"{cfg.epochs} epochs (first cycle {first[0]}, last {first[-1]}), {distilled} members distilled")
+    lines.append(f"steps: {sum(map(sum, steps))} of {cfg.batch_tokens} tokens ({cfg.edge_batch_tokens} at the edges), "
+                 f"{tokens} tokens in all, {corpus_tokens} an epoch")
+    lines.append(f"parameters: {params}; FLOPs per token: {train_flops:.4g} training, {teacher_flops:.4g} teacher")
+    share = distilled / sum(map(len, plan))
+    return lines, tokens * (train_flops + share * teacher_flops)
+
+
+def set_up_world(cfg):
+    """Join the processes that torchrun started, if it did."""
+    if cfg.device == "cpu" and sys.platform == "linux":
+        # keep freed memory: returning it to the system after every tensor costs 10-20% of a small step
+        libc = ctypes.CDLL(None)
+        if hasattr(libc, "mallopt"):
+            libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
+            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(cfg.device, local) if cfg.device == "cuda" else torch.device("cpu")
+    if cfg.device == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True  # exact for products of bf16 members: 8 bits of mantissa fit in 11
+    for batch in {cfg.batch_tokens, cfg.edge_batch_tokens}:
+        n = batch // (cfg.seq_len * cfg.micro_batch)
+        if n % size:
+            raise UserError(f"{n} micro-batches a step do not divide over {size} processes: use "
+                            f"{', '.join(str(w) for w in range(1, n + 1) if n % w == 0)} processes or another --micro-batch")
+    if size > 1:
+        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+    return World(rank, size, device)
+
+
+def command_train(argv):
+    cfg, why, args = parse_config(argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]"))
+    name = args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    folder = LOGS / name
+    if Path(name).name != name or name in (".", ".."):
+        raise UserError(f"--run {name} must be a plain name: the run is written to logs/NAME")
+    if folder.exists():
+        raise UserError(f"run directory {folder} exists: give another --run name")
+    world = set_up_world(cfg)
+    data = find_data(cfg)
+    if not (data / "manifest.json").exists() and cfg.data == Config.data:
+        if world.rank == 0:
+            print(f"{data} is missing: preparing the default corpus (python data/prepare.py wiki)", flush=True)
+            done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"], stderr=subprocess.PIPE, text=True)
+            if done.returncode:
+                raise UserError((done.stderr.strip() or "data/prepare.py failed").splitlines()[-1])
+        if world.size > 1:
+            dist.barrier()
+    corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
+    lines, _ = describe(cfg, why, corpus.train_sequences * cfg.seq_len, corpus.vocab_size)
+    about = {"command": " ".join(sys.argv), "time": datetime.datetime.now().isoformat(timespec="seconds"),
+             "machine": machine(world), "config": dataclasses.asdict(cfg), "data": {"name": corpus.name, **corpus.hashes}}
+    log = Log(None, "")
+    if world.rank == 0:
+        (folder / "members").mkdir(parents=True)
+        (folder / "predictions").mkdir()
+        log = Log(folder, json.dumps(about, indent=1) + "\n" + "\n".join(lines))
+        print("\n".join(lines), flush=True)
+    result = train(cfg, corpus, world, folder, log)
+    if world.rank == 0:
+        for line in format_table(result["table"], cfg.report):
+            log.event(line)
+        key = f"final_{cfg.report}_loss"
+        efficiency = data_efficiency(result[key]) if corpus.name in ("fineweb", "slowrun") else "n/a"
+        log.event(**{key: result[key]}, members=result["members"], k=result["members"], epochs=cfg.epochs,
+                  data_efficiency=efficiency, train_time=f"{result['total_seconds']:.0f}s",
+                  peak_memory=f"{result['peak_memory_mb']:.0f}MB")
+        save_json(folder / "result.json", {**result, **about})
+        draw_curve(folder / "curve.png", result, cfg.report)
+        print(f"written to {folder}", flush=True)
+    if world.size > 1:
+        dist.destroy_process_group()
+
+
+def command_plan(argv):
+    cfg, why, args = parse_config(argv, gpus=dict(type=int, default=1, help="GPUs of the estimate [1]"),
+                                  mfu=dict(type=float, default=0.4, help="share of peak FLOP/s in the estimate [0.4]"))
+    data = find_data(cfg)
+    if (data / "manifest.json").exists():
+        corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
+        tokens, vocab_size = corpus.train_sequences * cfg.seq_len, corpus.vocab_size
+    else:
+        tokens, vocab_size = (cfg.train_tokens or 100_000_000), 50257 if "wiki" not in cfg.data else 2048
+        print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
+    lines, flops = describe(cfg, why, tokens, vocab_size)
+    print("\n".join(lines))
+
+
+def command_select(argv):
+    p = Parser(prog="train_q0.py select", description="Fit the prior again from the cached predictions of a run.")
+    p.add_argument("run")
+    p.add_argument("--k", type=int, help="show the members and weights of this inference budget")
+    args = p.parse_args(argv)
+    predictions = load_predictions(find_run(args.run))
+    (split,) = set(predictions) - {"heldout"}
+    table = population_table(predictions["heldout"], predictions[split])
+    print("\n".join(format_table(table, split)))
+    if args.k is not None:
+        M = len(table["weights"])
+        if args.k < 1:
+            raise UserError(f"--k {args.k} must be at least 1")
+        if args.k > M:
+            print(f"notice: --k {args.k} is larger than the population: using all {M} members")
+        top = table["ranked"][:args.k]
+        w = fit_prior(predictions["heldout"][top])[0]
+        print(f"k:{len(top)} {split}_loss:{mixture_loss(predictions[split][top], w):.5f} "
+              + " ".join(f"member:{i} weight:{x:.4f}" for i, x in zip(top, w)))
+
+
+COMMANDS = {"train": command_train, "plan": command_plan, "select": command_select}
+
+
+def main(argv=None):
+    argv = list(sys.argv[1:] if argv is None else argv)
+    command = argv.pop(0) if argv and argv[0] in COMMANDS else "train"
+    try:
+        COMMANDS[command](argv)
+    except (UserError, OSError) as e:
+        print(f"train_q0.py: error: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
