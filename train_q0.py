@@ -463,12 +463,13 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, from hidden states, never all logits at once
 
-CHUNK_LOGITS = 2 ** 23  # float32 logits held at a time
+CHUNK_LOGITS = 2 ** 22  # float32 logits held at a time
 
 
 def soft_capped(hidden, head, softcap):
     """float32 logits; the product runs in the dtype of `hidden`."""
-    return softcap * torch.tanh(linear(hidden, head).float() / softcap)
+    z = linear(hidden, head).float()
+    return z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)  # tanh through sigmoid: a third of its time
 
 
 def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, temperature=1.0):
@@ -497,20 +498,19 @@ class ChunkedLoss(torch.autograd.Function):
         for i in range(0, len(hidden), rows):
             h, s, target = hidden[i:i + rows], scale[i:i + rows, None], targets[i:i + rows, None].clamp_min(0)
             capped = soft_capped(h, head, softcap)
-            slope = 1 - (capped / softcap).square()  # of the soft-cap
             log_q = torch.log_softmax(capped, dim=-1)
-            ce = -(log_q.gather(1, target) * s).sum()
-            d = log_q.exp_()
+            ce = loss = -(log_q.gather(1, target) * s).sum()
+            d = log_q.exp_()  # gradient by the capped logits: q - onehot, then mixed with q^(T) - p^(T)
             d.scatter_add_(1, target, torch.full_like(s, -1.0))
-            loss = ce
             if teacher_hidden is not None:
-                log_p = torch.log_softmax(soft_capped(teacher_hidden[i:i + rows], teacher_head, softcap) / temperature, -1)
-                log_q = torch.log_softmax(capped / temperature, dim=-1)
+                log_p = soft_capped(teacher_hidden[i:i + rows], teacher_head, softcap).div_(temperature)
+                log_p, log_q = torch.log_softmax(log_p, dim=-1), torch.log_softmax(capped / temperature, dim=-1)
                 p = log_p.exp()
-                kl = ((p * (log_p - log_q)).sum(-1, keepdim=True) * s).sum()
+                kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ s[:, 0]
                 loss = (1 - weight) * ce + weight * temperature ** 2 * kl
                 d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
-            d = d.mul_(slope).mul_(s).to(hidden.dtype)
+            d.mul_(capped.div_(softcap).square_().neg_().add_(1)).mul_(s)  # slope of the soft-cap, mean over targets
+            d = d.to(hidden.dtype)
             d_hidden[i:i + rows] = d @ head.to(d.dtype)
             d_head += d.T @ h
             total, ce_total = total + loss, ce_total + ce
@@ -692,6 +692,32 @@ def flops_per_token(cfg, vocab_size, causal=True):
     trunk = head + sum(block(windows[i], cfg.value_embeds and i % 2 == (cfg.layers - 1) % 2) for i in layer_order(cfg))
     mtp = 4 * D * D + block(T, False) + head if cfg.mtp_weight else 0
     return 3 * (trunk + mtp), trunk
+
+
+def memory_per_device(cfg, vocab_size):
+    """Bytes by part at the peak of a step, {part: bytes}. Activations are those that eager autograd keeps for the
+    backward pass (torch.compile keeps fewer); `update` and activations never live at the same time."""
+    D, h, H = cfg.width, cfg.mlp_hidden, cfg.width // cfg.head_dim
+    with torch.device("meta"):
+        model = GPT(cfg, vocab_size)
+    count = sum(p.numel() for p in model.parameters())
+    shapes = {}
+    for names, params, rule, *_ in Optimizer(model, cfg).groups:
+        shapes[names[0]] = (rule, sum(p.numel() for p in params))
+    muon = sum(n for rule, n in shapes.values() if rule == "muon")
+    act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
+    value = sum(i % 2 == (cfg.layers - 1) % 2 for i in layer_order(cfg)) / len(layer_order(cfg)) * cfg.value_embeds
+    token = (16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates)) * D + act * 5 * h + 12 * H
+    passes, cast = len(layer_order(cfg)) + bool(cfg.mtp_weight), act * ((4 + value) * D * D + 3 * D * h)
+    rows = cfg.micro_batch * cfg.seq_len
+    return {"weights": 4 * count, "gradients": 4 * count, "optimizer": 4 * muon + 8 * (count - muon),
+            "teacher": 2 * count if cfg.distill_weight else 0,
+            "activations": round(passes * (rows * token + (act == 2) * cast) + rows * D * 6 + 8 * D * vocab_size),
+            "update": 5 * 4 * max(n for rule, n in shapes.values() if rule == "muon")}
+
+
+def peak_memory(parts):
+    return sum(v for k, v in parts.items() if k not in ("activations", "update")) + max(parts["activations"], parts["update"])
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1077,6 +1103,19 @@ def describe(cfg, why, corpus_tokens, vocab_size):
     return lines, tokens * (train_flops + share * teacher_flops)
 
 
+H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.3  # dense bf16; our count for the published run; measured, tiny
+
+
+def matmul_speed(dtype):
+    """FLOP/s of a square matrix product on the CPU, best of five."""
+    a, best = torch.randn(1024, 1024).to(dtype), math.inf
+    for _ in range(5):
+        mark = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - mark)
+    return 2 * 1024 ** 3 / best
+
+
 def set_up_world(cfg):
     """Join the processes that torchrun started, if it did."""
     if cfg.device == "cpu" and sys.platform == "linux":
@@ -1145,16 +1184,40 @@ def command_train(argv):
 
 
 def command_plan(argv):
-    cfg, why, args = parse_config(argv, gpus=dict(type=int, default=1, help="GPUs of the estimate [1]"),
-                                  mfu=dict(type=float, default=0.4, help="share of peak FLOP/s in the estimate [0.4]"))
+    cfg, why, args = parse_config(
+        argv, gpus=dict(type=int, help="estimate for this many H100s [the device at hand]"),
+        mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs: the published run; {CPU_MFU} on a CPU]"),
+        memory=dict(type=float, help="GB per device, to check against [80 with --gpus, else this machine's]"))
+    args.memory = args.memory or (80 if args.gpus or cfg.device == "cuda" else None)
     data = find_data(cfg)
     if (data / "manifest.json").exists():
         corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
         tokens, vocab_size = corpus.train_sequences * cfg.seq_len, corpus.vocab_size
+        eval_tokens = sum(corpus.eval_sequences(s).size for s in ("heldout", cfg.report))
     else:
-        tokens, vocab_size = (cfg.train_tokens or 100_000_000), 50257 if "wiki" not in cfg.data else 2048
+        default = cfg.data == Config.data
+        tokens, vocab_size = cfg.train_tokens or 100_000_000, 2048 if default else 50257
+        eval_tokens = 130_000 if default else 10_132_000
         print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
     lines, flops = describe(cfg, why, tokens, vocab_size)
+    parts, total, gb = memory_per_device(cfg, vocab_size), 0, lambda n: f"{n / 1e9:.3g} GB"
+    total, members = peak_memory(parts), cfg.trajectories * cfg.cycles
+    weights = parts["weights"] // 2
+    lines.append(f"memory per device: {', '.join(f'{k} {gb(v)}' for k, v in parts.items())}; peak {gb(total)}")
+    room = args.memory * 1e9 if args.memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if total > 0.95 * room:
+        fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and
+                peak_memory(memory_per_device(dataclasses.replace(cfg, micro_batch=m), vocab_size)) <= 0.95 * room]
+        lines.append(f"warning: that does not fit in {gb(room)}: "
+                     + (f"use --micro-batch {fits[-1]}" if fits else "not even with --micro-batch 1: use a smaller model"))
+    lines.append(f"disk: members {gb(members * weights)}, predictions {gb(members * 4 * eval_tokens)}")
+    if args.gpus or cfg.device == "cuda":
+        speed, mfu, of = (args.gpus or 1) * H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{args.gpus or 1} x H100"
+    else:
+        speed, mfu, of = matmul_speed(getattr(torch, cfg.precision)), args.mfu or CPU_MFU, "this CPU, measured"
+    forward = flops_per_token(cfg, vocab_size)[1] * members * eval_tokens
+    lines.append(f"estimated time: {datetime.timedelta(seconds=round((flops + forward) / (speed * mfu)))} for "
+                 f"{flops + forward:.3g} FLOPs at {mfu:.0%} of {speed / 1e12:.3g} TFLOP/s ({of})")
     print("\n".join(lines))
 
 
