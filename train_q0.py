@@ -29,7 +29,6 @@ import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -91,7 +90,8 @@ class Config:
     softcap: float = knob(15.0, "logits are softcap * tanh(z / softcap)", low=0.1)
     rotary_base: float = knob(10_000.0, "base of the rotary frequencies", low=1)
     dropout: float = knob(0.1, "on the output of both branches of a block", low=0, high=0.9)
-    windows: str = knob("L", "attention windows by layer, repeated: S half the sequence, L all; the last layer is L")
+    windows: str = knob("L", "attention windows by layer, repeated: S short, L all; the last layer is L")
+    short_window: int | None = knob(None, "tokens that a short window spans, the own one included", low=1)
     unet: bool = knob(False, "learned skips from layer i to layer n-1-i")
     x0_mix: bool = knob(False, "learned mix of the stream with the embedding before every block")
     value_embeds: bool = knob(False, "gated projection of the embedding added to the values of every second layer")
@@ -132,15 +132,16 @@ class Config:
                                     f"{'at least' if bound == 'low' else 'at most'} {rule[bound]}")
 
 
+PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1)  # of the 1.87B run
 PRESETS = {
     "tiny": {},
-    "small": dict(data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16, layers=12,
-                  width=768, mlp_hidden=2048, weight_decay=1.3),
-    "q0": dict(epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
+    "small": dict(PUBLISHED, data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16,
+                  layers=12, width=768, mlp_hidden=2048),
+    "q0": dict(PUBLISHED, epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
                edge_batch_tokens=393_216, micro_batch=8, layers=30, width=2048, head_dim=128, mlp_hidden=None,
                windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
-               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3, lr_matrix=0.01, lr_head=0.0005,
-               distill_after=8, weight_decay=1.3),
+               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3,
+               distill_after=8),
 }
 
 members_of = lambda epochs: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
@@ -184,6 +185,7 @@ def resolve(cfg):
     derive("distill_after", 1 if cfg.population == "chain" else min(8, max(1, C // 4)),
            "min(8, max(1, cycles // 4)); 1 for a chain" if weight else "no distillation")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
+    derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
     cuda = torch.cuda.is_available()
     if cfg.device == "cuda" and not cuda:
@@ -243,7 +245,7 @@ def read_shard(path, vocab_size, sha256=None):
     return tokens
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Corpus:
     """The four splits as token arrays, and the documents of the training part."""
     name: str
@@ -275,9 +277,6 @@ class Corpus:
         """Sequences first .. first+count-1 of a trajectory's endless stream of epochs, int64 [count, seq_len + 1]."""
         n = self.train_sequences
         return np.stack([self.epoch(seed, trajectory, i // n)[i % n] for i in range(first, first + count)]).astype(np.int64)
-
-    def __hash__(self):
-        return id(self)
 
 
 def load_corpus(folder, seq_len, train_tokens):
@@ -342,7 +341,7 @@ def attention(q, k, v, mask):
 def layer_windows(cfg):
     """Attention window of each layer in tokens, the own one included."""
     pattern = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers - 1)] + ["L"]
-    return [cfg.seq_len if w == "L" else cfg.seq_len // 2 for w in pattern]
+    return [cfg.seq_len if w == "L" else min(cfg.short_window, cfg.seq_len) for w in pattern]
 
 
 def layer_order(cfg):
@@ -414,9 +413,8 @@ class GPT(nn.Module):
         angle = T[:, None, None] / cfg.rotary_base ** (torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
-        short = cfg.seq_len // 2
         back = T[:, None] - T[None, :]
-        mask = (back >= 0) & (back < short) if short in self.windows else None
+        mask = (back >= 0) & (back < cfg.short_window) if min(self.windows) < cfg.seq_len else None
         self.register_buffer("short_mask", mask, persistent=False)
 
     @torch.no_grad()
@@ -785,8 +783,8 @@ def load_predictions(run):
 # Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate
 
 def mixture_loss(P, w):
-    """Nats per token of the mixture: P [M, N] p(true token) per member, w [M]."""
-    return float(-np.log(np.asarray(w, dtype=np.float64) @ P).mean())
+    """Nats per token of the mixture: P [M, N] (or M rows) p(true token) per member, w [M]; float64, a row at a time."""
+    return float(-np.log(sum(x * p.astype(np.float64) for x, p in zip(w, P, strict=True))).mean())
 
 
 def fit_prior(P, tolerance=1e-7, max_passes=100):
@@ -831,16 +829,16 @@ def table_sizes(M):
 
 def population_table(heldout, scored):
     """Rows for each K: the top K members under the prior; loss on `scored` of their uniform mixture, of the prior
-    renormalised (the paper's rule) and of a prior fitted again to those K. All [M, N]; the fit sees `heldout` alone."""
+    renormalised (the paper's rule) and of a prior fitted again to those K. heldout [M, N]: all that a fit sees; scored
+    M rows."""
     w, gap = fit_prior(heldout)
     ranked = np.argsort(-w, kind="stable")
     rows = []
     for k in table_sizes(len(w)):
         top = ranked[:k]
-        again = fit_prior(heldout[top])[0] if k < len(w) else w[top]
-        rows.append({"k": k, "uniform": mixture_loss(scored[top], np.full(k, 1 / k)),
-                     "learned": mixture_loss(scored[top], w[top] / w[top].sum()),
-                     "refitted": mixture_loss(scored[top], again)})
+        weights = {"uniform": np.full(k, 1 / k), "learned": w[top] / w[top].sum(),
+                   "refitted": fit_prior(heldout[top])[0] if k < len(w) else w[top]}
+        rows.append({"k": k, **{name: mixture_loss([scored[i] for i in top], x) for name, x in weights.items()}})
     return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
 
 
@@ -928,7 +926,9 @@ def train(cfg, corpus, world, folder, log):
     total_members = sum(map(len, plan))
     splits = {s: corpus.eval_sequences(s) for s in ("heldout", cfg.report)}
     cached, curve = {s: [] for s in splits}, []
-    step, epochs_done, train_seconds, eval_seconds, tokens_seen, started = 0, 0, 0.0, 0.0, 0, time.perf_counter()
+    step, epochs_done, train_seconds, eval_seconds, started = 0, 0, 0.0, 0.0, time.perf_counter()
+    tokens_seen, flops = 0, {"model": 0.0, "teacher": 0.0}
+    train_flops, teacher_flops = flops_per_token(cfg, corpus.vocab_size)
     raw = GPT(cfg, corpus.vocab_size).to(world.device)
     model = torch.compile(raw) if cfg.compile else raw
     for trajectory, lengths in enumerate(plan):
@@ -975,6 +975,8 @@ def train(cfg, corpus, world, folder, log):
                     mark, mark_tokens = now, 0
                     if not math.isfinite(loss):
                         raise UserError(f"the loss is {loss} at step {step}: lower --lr-matrix, or try --precision float32")
+            flops["model"] += L * rows * cfg.seq_len * train_flops
+            flops["teacher"] += L * rows * cfg.seq_len * teacher_flops * (teacher is not None)
             mark = time.perf_counter()
             epochs_done, i = epochs_done + epochs, len(curve)
             where = {"member": i, "traj": trajectory, "cycle": cycle + 1, "epochs": epochs_done}
@@ -989,24 +991,33 @@ def train(cfg, corpus, world, folder, log):
             if world.rank == 0:
                 from safetensors.numpy import save_file
                 write_atomically(folder / "predictions" / f"{i}.safetensors", lambda tmp: save_file(probs, tmp))
-            P, Q = np.stack(cached["heldout"]), np.stack(cached[cfg.report])
-            w, gap = fit_prior(P)
-            point = {**where, "loss": mixture_loss(Q[i:], [1.0]), "learned": mixture_loss(Q, w),
-                     "uniform": mixture_loss(Q, np.full(i + 1, 1 / (i + 1)))}
+            scored = cached[cfg.report]
+            w, gap = fit_prior(np.stack(cached["heldout"]))
+            point = {**where, "loss": mixture_loss(scored[i:], [1.0]), "learned": mixture_loss(scored, w),
+                     "uniform": mixture_loss(scored, np.full(i + 1, 1 / (i + 1)))}
             curve.append(point)
             key = f"{cfg.report}_loss"
             log.event(**where, distilled=int(teacher is not None), **{key: point["loss"]})
-            for prior in ("uniform", "learned"):
-                log.event("ensemble", members=i + 1, k=i + 1, prior=prior, **{key: point[prior]},
-                          gap=gap if prior == "learned" else 0.0)
+            for prior, certificate in (("uniform", {}), ("learned", {"gap": gap})):
+                log.event("ensemble", members=i + 1, k=i + 1, prior=prior, **{key: point[prior]}, **certificate)
             eval_seconds += time.perf_counter() - mark
-    table = population_table(P, Q)
+    table = population_table(np.stack(cached["heldout"]), scored)
     return {f"final_{key}": point["learned"], f"uniform_{key}": point["uniform"], f"last_member_{key}": point["loss"],
             "members": total_members, "epochs": cfg.epochs, "curve": curve, "table": table,
-            "train_seconds": train_seconds, "eval_seconds": eval_seconds, "tokens_per_second": tokens_seen / train_seconds,
-            "total_seconds": time.perf_counter() - started,
-            "peak_memory_mb": torch.cuda.max_memory_allocated() / 2 ** 20 if world.device.type == "cuda"
-            else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
+            "flops": flops, "train_seconds": train_seconds, "eval_seconds": eval_seconds,
+            "tokens_per_second": tokens_seen / train_seconds,
+            "total_seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(world.device)}
+
+
+def peak_memory_mb(device):
+    """Of the GPU's allocator, or of this process; None where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
 
 
 def draw_curve(path, result, split):
@@ -1174,8 +1185,8 @@ def command_train(argv):
         key = f"final_{cfg.report}_loss"
         efficiency = data_efficiency(result[key]) if corpus.name in ("fineweb", "slowrun") else "n/a"
         log.event(**{key: result[key]}, members=result["members"], k=result["members"], epochs=cfg.epochs,
-                  data_efficiency=efficiency, train_time=f"{result['total_seconds']:.0f}s",
-                  peak_memory=f"{result['peak_memory_mb']:.0f}MB")
+                  data_efficiency=efficiency, flops=sum(result["flops"].values()), train_time=f"{result['total_seconds']:.0f}s",
+                  peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
         save_json(folder / "result.json", {**result, **about})
         draw_curve(folder / "curve.png", result, cfg.report)
         print(f"written to {folder}", flush=True)
