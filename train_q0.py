@@ -1,8 +1,8 @@
 """q0: hyper-epoch pretraining in one file.
 
-Text runs out before compute does, and one model stops gaining after about 16 epochs over it. q0 spends the same epochs on a
-population: a cyclic schedule collects snapshots (lr falls while weight decay rises), each snapshot teaches the next, and a
-prior fitted on held-out text mixes their predictions. Method: arXiv 2606.03938.
+Text runs out before compute does, and one model stops gaining after about 16 epochs over it. q0 spends the same epochs
+on a population: a cyclic schedule collects snapshots (lr falls while weight decay rises), each snapshot teaches the
+next, and a prior fitted on held-out text mixes their predictions. Method: arXiv 2606.03938.
 
     python train_q0.py                                    laptop: default corpus, preset tiny
     python train_q0.py --preset small                     one GPU (after: python data/prepare.py fineweb)
@@ -10,13 +10,14 @@ prior fitted on held-out text mixes their predictions. Method: arXiv 2606.03938.
     python train_q0.py plan --preset q0 --epochs 256      what a run would do, without running it
     python train_q0.py select RUN --k 4                   fit the prior again from a run's cached predictions
 
-The file reads top to bottom: config, data, model, loss, optimizer, schedule, population, prior, training loop, commands.
+The file reads top to bottom: config, processes, data, model, loss, optimizer, schedule, population, prior, training
+loop, commands.
 """
 from __future__ import annotations
 
 from pathlib import Path
 
-SOURCE = Path(__file__).read_text(encoding="utf-8")  # first of all: the log must hold the text that ran, not a later edit
+SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran, not a later edit
 
 import argparse
 import ctypes
@@ -81,7 +82,7 @@ class Config:
     batch_tokens: int = knob(4096, "tokens per optimizer step in the middle half of the cycles", low=1)
     edge_batch_tokens: int | None = knob(None, "tokens per step in the first and last quarter of the cycles", low=1)
     micro_batch: int = knob(16, "sequences per forward pass", low=1)
-    report: str = knob("val", "split to report on; every choice between settings is made on dev", choices=("val", "dev"))
+    report: str = knob("val", "split to report on; choices between settings are made on dev", choices=("val", "dev"))
     # model
     layers: int = knob(4, "transformer blocks", low=1)
     width: int = knob(128, "channels of the residual stream", low=32)
@@ -115,7 +116,7 @@ class Config:
     grad_clip: float = knob(1.0, "largest global gradient norm", low=0)
     # machine
     device: str = knob("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
-    precision: str = knob("auto", "arithmetic of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
+    precision: str = knob("auto", "of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
     compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
     log_every: int = knob(10, "steps between logged lines (each one waits for the device)", low=1)
 
@@ -214,6 +215,122 @@ def resolve(cfg):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# Processes: trajectories are independent, so a group of ranks trains each where they divide; only the prior joins them
+
+# names of torch 2.13, of torch 2.11
+SUM_SHARDS = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
+GATHER_SHARDS = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+
+
+@dataclass(frozen=True)
+class World:
+    """The ranks that train one trajectory together. With size 1 every exchange is the identity."""
+    rank: int = 0  # within the group
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+    group: object = None  # its process group
+    groups: int = 1  # that train side by side
+    index: int = 0  # of this one
+    joined: object = None  # a patient process group of all ranks
+
+    @property
+    def leader(self):
+        """Whether this rank writes the group's members and log."""
+        return self.rank == 0
+
+    def from_first(self, value):
+        """Rank 0's `value`, on every rank; waits as long as it takes."""
+        box = [value]
+        if self.joined is not None:
+            dist.broadcast_object_list(box, src=0, group=self.joined)
+        return box[0]
+
+    def sum_(self, tensor):
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.group)
+
+    def shard(self, units):
+        """This rank's share of `units` [n, ...], n a multiple of the size."""
+        n = len(units) // self.size
+        return units[self.rank * n:(self.rank + 1) * n]
+
+    def reduce_scatter(self, units):
+        """Start to sum `units` over the ranks; the function returned waits and gives this rank's share."""
+        if self.size == 1:
+            return lambda: units
+        out = torch.empty_like(self.shard(units))
+        work = SUM_SHARDS(out, units, group=self.group, async_op=True)
+        return lambda: (work.wait(), out)[1]
+
+    def all_gather(self, share):
+        """Start to collect every rank's share; the function returned waits and gives the whole."""
+        if self.size == 1:
+            return lambda: share
+        out = share.new_empty(self.size * len(share), *share.shape[1:])
+        work = GATHER_SHARDS(out, share.contiguous(), group=self.group, async_op=True)
+        return lambda: (work.wait(), out)[1]
+
+    def same(self, model):
+        """Give every rank of the group the leader's weights."""
+        for p in model.parameters():
+            if self.size > 1:
+                dist.broadcast(p, src=self.index * self.size, group=self.group)
+        return model
+
+    def collect(self, array):
+        """On rank 0: the arrays of all groups' leaders, joined; elsewhere None. Waits for the slowest trajectory."""
+        if self.groups == 1:
+            return array if self.leader else None
+        share, others = torch.from_numpy(array), range(self.size, self.size * self.groups, self.size)
+        if self.leader and self.index:
+            dist.send(share, dst=0, group=self.joined)
+        if self.rank or self.index:
+            return None
+        parts = [share, *(torch.empty_like(share) for _ in others)]
+        for part, rank in zip(parts[1:], others):
+            dist.recv(part, src=rank, group=self.joined)
+        return torch.cat(parts).numpy()
+
+    def agree(self, about):
+        """Raise UserError where a rank's settings (a flat dict) differ from rank 0's."""
+        if self.size * self.groups > 1:
+            all_about = [None] * (self.size * self.groups)
+            dist.all_gather_object(all_about, about, group=self.joined)
+            for rank, other in enumerate(all_about):
+                bad = [k for k in {**about, **other} if other.get(k) != all_about[0].get(k)]
+                if bad:
+                    raise UserError(f"rank {rank} differs from rank 0 in {bad[0]}: {other.get(bad[0])}, not "
+                                    f"{all_about[0].get(bad[0])}; start every process with the same flags and data")
+
+
+def set_up_world(cfg):
+    """Join the processes that torchrun started, if it did. Raises UserError where a batch does not divide over them."""
+    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = torch.device(cfg.device, local) if cfg.device == "cuda" else torch.device("cpu")
+    if cfg.device == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cuda.matmul.allow_tf32 = True  # exact for products of bf16 members: 8 bits of mantissa fit in 11
+    elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # keep freed memory: returning it to the system after every tensor costs 10-20% of a small step
+        libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
+        libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
+    groups = cfg.trajectories if size % cfg.trajectories == 0 else 1
+    each = size // groups
+    for batch in {cfg.batch_tokens, cfg.edge_batch_tokens}:
+        n = batch // (cfg.seq_len * cfg.micro_batch)
+        if n % each:
+            valid = ", ".join(str(w) for w in range(1, n + 1) if n % w == 0)
+            raise UserError(f"{n} micro-batches a step do not divide over {each} processes: use {valid} processes or "
+                            "another --micro-batch")
+    if size == 1:
+        return World(device=device)
+    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+    parts = [dist.new_group(range(g * each, (g + 1) * each)) for g in range(groups)]
+    joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
+    return World(rank % each, each, device, parts[rank // each], groups, rank // each, joined)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # Data: shards of uint16 tokens, split by whole documents; order is a pure function of (seed, trajectory, epoch)
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
@@ -276,7 +393,8 @@ class Corpus:
     def batch(self, seed, trajectory, first, count):
         """Sequences first .. first+count-1 of a trajectory's endless stream of epochs, int64 [count, seq_len + 1]."""
         n = self.train_sequences
-        return np.stack([self.epoch(seed, trajectory, i // n)[i % n] for i in range(first, first + count)]).astype(np.int64)
+        rows = [self.epoch(seed, trajectory, i // n)[i % n] for i in range(first, first + count)]
+        return np.stack(rows).astype(np.int64)
 
 
 def load_corpus(folder, seq_len, train_tokens):
@@ -291,17 +409,20 @@ def load_corpus(folder, seq_len, train_tokens):
         raise UserError(f"cannot read {folder / 'manifest.json'}: {e.strerror}; prepare the data first "
                         "(python data/prepare.py wiki, or fineweb)") from None
     except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / 'manifest.json'} is damaged ({type(e).__name__}: {e}); prepare the data again") from None
+        raise UserError(f"{folder / 'manifest.json'} is damaged ({type(e).__name__}: {e}); prepare the data again"
+                        ) from None
     for split, listed in files.items():
         if not listed or any(Path(file).name != file for file, _ in listed):
             raise UserError(f"{folder / 'manifest.json'}: split {split} must list plain file names in its own folder")
-    splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in listed]) for s, listed in files.items()}
+    splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in listed])
+              for s, listed in files.items()}
     for s, tokens in splits.items():
         if len(tokens) < seq_len + 1:
-            raise UserError(f"split {s} of {folder} has {len(tokens)} tokens, fewer than one sequence of {seq_len + 1}: "
-                            "more text or a smaller --seq-len is needed")
+            raise UserError(f"split {s} of {folder} has {len(tokens)} tokens, fewer than one sequence of {seq_len + 1}:"
+                            " more text or a smaller --seq-len is needed")
     if train_tokens > len(splits["train"]):
-        raise UserError(f"--train-tokens {train_tokens} is more than the {len(splits['train'])} training tokens of {folder}")
+        raise UserError(f"--train-tokens {train_tokens} is more than the {len(splits['train'])} training tokens of "
+                        f"{folder}")
     starts = np.flatnonzero(splits["train"] == eot)
     starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
     if train_tokens:  # whole documents, up to and including the one that reaches the target
@@ -433,7 +554,7 @@ class GPT(nn.Module):
             elif kind == "mixing":
                 draw.copy_(torch.eye(p.size(-1)).expand_as(draw))
             else:
-                draw.fill_({"resid_scale": 1.0, "skip_scale": 1.0, "x0_scale": 0.1, "gate": 0.0, "value_gate": 0.0}[kind])
+                draw.fill_({"resid_scale": 1, "skip_scale": 1, "x0_scale": 0.1, "gate": 0, "value_gate": 0}[kind])
             p.copy_(draw)
         return self
 
@@ -596,50 +717,64 @@ def muon_update(grad, state, momentum, dtype):
 
 
 class Optimizer:
-    """Muon and AdamW over a table of groups. State is kept per group and shape, matrices of one shape stacked."""
+    """Muon and AdamW over a table of groups, sharded over the ranks of `world`.
 
-    def __init__(self, model, cfg):
-        self.cfg, self.dtype = cfg, getattr(torch, cfg.precision)
+    The tensors of a group are stacked into equal units (matrices for Muon, single weights for AdamW); a rank receives
+    the summed gradient of its own units, keeps their state, updates them, and the new weights are gathered."""
+
+    def __init__(self, model, cfg, world=World()):
+        self.cfg, self.world, self.dtype, self.steps = cfg, world, getattr(torch, cfg.precision), 0
         wd, betas = cfg.weight_decay, (0.8, 0.95)
         table = {  # label: (rule, lr, weight decay, betas)
             "matrix": ("muon", cfg.lr_matrix, wd, None), "embed": ("adamw", cfg.lr_embed, wd, betas),
             "head": ("adamw", cfg.lr_head, wd, betas), "resid_scale": ("adamw", cfg.lr_resid, 0.0, betas),
             "skip_scale": ("adamw", cfg.lr_resid, 0.0, betas), "x0_scale": ("adamw", cfg.lr_x0, 0.0, (0.96, 0.95)),
             "mixing": ("adamw", cfg.lr_mixing, 0.0, betas)}
-        self.groups = []  # (names, parameters, rule, lr, weight decay, betas, state)
         stacks = {}
         for name, p in model.named_parameters():
             kind = name.rsplit(".", 1)[-1]
-            key = kind if kind in table else ("matrix", *p.shape[-2:])
-            stacks.setdefault(key if kind != "mixing" else name, []).append((name, p))
-        for key, named in stacks.items():
-            label = "matrix" if isinstance(key, tuple) else named[0][0].rsplit(".", 1)[-1]
-            self.groups.append(([n for n, _ in named], [p for _, p in named], *table[label], {}))
-        self.steps = 0
+            label, unit = (kind, ()) if kind in table else ("matrix", p.shape[-2:])
+            stacks.setdefault((label, *unit), []).append((name, p))
+        self.groups = [([n for n, _ in named], [p for _, p in named], unit, *table[label], {})
+                       for (label, *unit), named in stacks.items()]  # names, parameters, unit, the table's row, state
+
+    def stack(self, tensors, unit):
+        """[n, *unit], n padded with zeros to a multiple of the ranks."""
+        units = torch.cat([t.reshape(-1, *unit) for t in tensors])
+        return F.pad(units, (0, 0) * len(unit) + (0, -len(units) % self.world.size))
 
     @torch.no_grad()
     def step(self, lr_mult, wd_mult):
-        """One update; the gradients are consumed."""
+        """Sum the gradients over the ranks, clip them, update every weight; the gradients are consumed."""
         self.steps += 1
-        for _, params, rule, lr, wd, betas, state in self.groups:
-            lr, wd = lr * lr_mult, wd * wd_mult
-            if rule == "muon":
-                rows, cols = params[0].shape[-2:]
-                grad = torch.cat([p.grad.view(-1, rows, cols) for p in params])
-                update = muon_update(grad, state, self.cfg.momentum, self.dtype)
-                weight = torch.cat([p.view(-1, rows, cols) for p in params])
-                lr = lr * math.sqrt(max(1, rows / cols))
-                weight -= lr * wd * weight * (update * weight > 0) + lr * update  # cautious decay
-                for p, new in zip(params, weight.split([p.numel() // (rows * cols) for p in params])):
-                    p.copy_(new.view_as(p))
-            else:
-                (p,), (b1, b2) = params, betas
-                first = state.setdefault("first", torch.zeros_like(p)).lerp_(p.grad, 1 - b1)
-                second = state.setdefault("second", torch.zeros_like(p)).lerp_(p.grad.square(), 1 - b2)
-                step = lr / (1 - b1 ** self.steps)
-                p.mul_(1 - lr * wd).addcdiv_(first, (second / (1 - b2 ** self.steps)).sqrt_().add_(1e-10), value=-step)
+        pending = []
+        for _, params, unit, *_ in self.groups:
+            pending.append(self.world.reduce_scatter(self.stack([p.grad for p in params], unit)))
             for p in params:
                 p.grad = None
+        grads = [wait() for wait in pending]
+        square = sum(g.square().sum() for g in grads)
+        self.world.sum_(square)
+        clip = (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        pending = []  # gathers run while the next group is orthogonalised
+        for grad, (_, params, unit, rule, lr, wd, betas, state) in zip(grads, self.groups):
+            lr, wd = lr * lr_mult, wd * wd_mult
+            grad, weight = grad.mul_(clip), self.world.shard(self.stack(params, unit))
+            if rule == "muon":
+                update = muon_update(grad, state, self.cfg.momentum, self.dtype)
+                lr = lr * math.sqrt(max(1, unit[0] / unit[1]))
+                weight = weight - lr * wd * weight * (update * weight > 0) - lr * update  # cautious decay
+            else:
+                b1, b2 = betas
+                first = state.setdefault("first", torch.zeros_like(grad)).lerp_(grad, 1 - b1)
+                second = state.setdefault("second", torch.zeros_like(grad)).lerp_(grad.square(), 1 - b2)
+                scale = (second / (1 - b2 ** self.steps)).sqrt_().add_(1e-10)
+                weight = weight * (1 - lr * wd) - lr / (1 - b1 ** self.steps) * first / scale
+            pending.append(self.world.all_gather(weight))
+        for wait, (_, params, unit, *_) in zip(pending, self.groups):
+            sizes = [p.numel() // math.prod(unit) for p in params]
+            for p, new in zip(params, wait()[:sum(sizes)].split(sizes)):
+                p.copy_(new.view_as(p))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -673,7 +808,34 @@ def cycle_epochs(cfg):
 
 
 def cycle_steps(cfg, epochs, c, train_tokens):
+    """Optimizer steps of cycle c that are worth `epochs` over `train_tokens`."""
     return max(1, round(epochs * train_tokens / cycle_batch_tokens(c, cfg.cycles, cfg)))
+
+
+@dataclass(frozen=True)
+class Cycle:
+    """One cycle of one trajectory; it ends in `member`."""
+    member: int
+    trajectory: int
+    index: int  # within the trajectory
+    epochs: int
+    epochs_before: int  # of the whole budget, trajectories counted one after the other
+    steps: int
+    rows: int  # sequences a step
+    distilled: bool
+
+
+def plan_cycles(cfg, train_tokens):
+    """[trajectory][cycle] -> Cycle: all that a run will do. `train_tokens` are those of one epoch."""
+    plan, before = [], 0
+    for j, lengths in enumerate(cycle_epochs(cfg)):
+        plan.append([])
+        for c, epochs in enumerate(lengths):
+            plan[j].append(Cycle(j * cfg.cycles + c, j, c, epochs, before, cycle_steps(cfg, epochs, c, train_tokens),
+                                 cycle_batch_tokens(c, cfg.cycles, cfg) // cfg.seq_len,
+                                 bool(cfg.distill_weight) and c >= cfg.distill_after))
+            before += epochs
+    return plan
 
 
 def flops_per_token(cfg, vocab_size, causal=True):
@@ -692,6 +854,14 @@ def flops_per_token(cfg, vocab_size, causal=True):
     return 3 * (trunk + mtp), trunk
 
 
+def run_flops(cfg, plan, vocab_size):
+    """FLOPs of all training steps by part, {"model": n, "teacher": n}."""
+    model, teacher = flops_per_token(cfg, vocab_size)
+    tokens = lambda cycles: sum(c.steps * c.rows * cfg.seq_len for c in cycles)
+    cycles = [c for trajectory in plan for c in trajectory]
+    return {"model": model * tokens(cycles), "teacher": teacher * tokens([c for c in cycles if c.distilled])}
+
+
 def memory_per_device(cfg, vocab_size):
     """Bytes by part at the peak of a step, {part: bytes}. Activations are those that eager autograd keeps for the
     backward pass (torch.compile keeps fewer); `update` and activations never live at the same time."""
@@ -700,12 +870,13 @@ def memory_per_device(cfg, vocab_size):
         model = GPT(cfg, vocab_size)
     count = sum(p.numel() for p in model.parameters())
     shapes = {}
-    for names, params, rule, *_ in Optimizer(model, cfg).groups:
+    for names, params, _, rule, *_ in Optimizer(model, cfg).groups:
         shapes[names[0]] = (rule, sum(p.numel() for p in params))
     muon = sum(n for rule, n in shapes.values() if rule == "muon")
     act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
     value = sum(i % 2 == (cfg.layers - 1) % 2 for i in layer_order(cfg)) / len(layer_order(cfg)) * cfg.value_embeds
-    token = (16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates)) * D + act * 5 * h + 12 * H
+    wide = 16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates)
+    token = wide * D + act * 5 * h + 12 * H
     passes, cast = len(layer_order(cfg)) + bool(cfg.mtp_weight), act * ((4 + value) * D * D + 3 * D * h)
     rows = cfg.micro_batch * cfg.seq_len
     return {"weights": 4 * count, "gradients": 4 * count, "optimizer": 4 * muon + 8 * (count - muon),
@@ -715,7 +886,8 @@ def memory_per_device(cfg, vocab_size):
 
 
 def peak_memory(parts):
-    return sum(v for k, v in parts.items() if k not in ("activations", "update")) + max(parts["activations"], parts["update"])
+    either = parts["activations"], parts["update"]
+    return sum(parts.values()) - sum(either) + max(either)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -743,8 +915,14 @@ def save_member(folder, model, position):
                                        "config": dataclasses.asdict(model.cfg)})
 
 
-def load_member(folder, device, precision=None):
-    """The member in `folder` as a frozen GPT in evaluation mode. Raises UserError where a file is damaged."""
+def empty_member(cfg, vocab_size):
+    """A frozen GPT in evaluation mode, its weights in the precision of `cfg` and yet to be filled."""
+    model = GPT(cfg, vocab_size)
+    return model.to(model.dtype).eval().requires_grad_(False)
+
+
+def load_member(folder, precision=None):
+    """The member in `folder`, as a frozen GPT in evaluation mode. Raises UserError where a file is damaged."""
     from safetensors.torch import load as load_bytes
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -754,9 +932,9 @@ def load_member(folder, device, precision=None):
     if hashlib.sha256(raw).hexdigest() != about["sha256"]:
         raise UserError(f"member {folder} is damaged: the sha256 of model.safetensors is not the one in config.json")
     cfg = Config(**about["config"])
-    model = GPT(dataclasses.replace(cfg, precision=precision or cfg.precision), about["vocab_size"])
-    model.to(model.dtype).load_state_dict(load_bytes(raw))
-    return model.to(device).eval().requires_grad_(False)
+    model = empty_member(dataclasses.replace(cfg, precision=precision or cfg.precision), about["vocab_size"])
+    model.load_state_dict(load_bytes(raw))
+    return model
 
 
 @torch.no_grad()
@@ -822,9 +1000,17 @@ def fit_prior(P, tolerance=1e-7, max_passes=100):
     return best.numpy(), best_gap
 
 
+def mixtures(heldout, scored):
+    """Losses on `scored` (M rows) of the newest member alone, of all members uniformly and under the prior fitted on
+    `heldout` (M rows), and that prior's gap."""
+    w, gap = fit_prior(np.stack(heldout))
+    return {"loss": mixture_loss(scored[-1:], [1.0]), "uniform": mixture_loss(scored, np.full(len(w), 1 / len(w))),
+            "learned": mixture_loss(scored, w), "gap": gap}
+
+
 def table_sizes(M):
     """The K shown in tables: all up to 8, then doubling, and M."""
-    return sorted({k for k in range(1, min(M, 8) + 1)} | {2 ** i for i in range(3, M.bit_length()) if 2 ** i <= M} | {M})
+    return sorted({*range(1, min(M, 8) + 1), *(2 ** i for i in range(3, M.bit_length())), M})
 
 
 def population_table(heldout, scored):
@@ -853,7 +1039,7 @@ DATA_EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000
 
 
 def data_efficiency(loss):
-    """Tokens (in units of 100M FineWeb tokens) at which a standard baseline reaches `loss`, as text; no extrapolation."""
+    """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text; no extrapolation."""
     if loss > DATA_EFFICIENCY[0][1]:
         return "<2x"
     for (t0, l0), (t1, l1) in zip(DATA_EFFICIENCY, DATA_EFFICIENCY[1:]):
@@ -865,34 +1051,23 @@ def data_efficiency(loss):
 # ----------------------------------------------------------------------------------------------------------------------
 # Training loop
 
-@dataclass(frozen=True)
-class World:
-    """The processes of this run."""
-    rank: int
-    size: int
-    device: torch.device
-
-    def sum_(self, tensor):
-        if self.size > 1:
-            dist.all_reduce(tensor)
-
-
 class Log:
     """log.txt and metrics.jsonl of a run, and the terminal; only rank 0 has one that writes."""
 
-    def __init__(self, folder, header):
+    def __init__(self, path, header):
         self.text = self.metrics = None
-        if folder is not None:
-            self.text = open(folder / "log.txt", "w", encoding="utf-8", buffering=1)
+        if path is not None:
+            self.text = open(path, "w", encoding="utf-8", buffering=1)
             self.text.write(SOURCE + "=" * 100 + "\n" + header + "\n" + "=" * 100 + "\n")
-            self.metrics = open(folder / "metrics.jsonl", "w", encoding="utf-8", buffering=1)
+            metrics = path.with_name(path.stem.replace("log", "metrics") + ".jsonl")
+            self.metrics = open(metrics, "w", encoding="utf-8", buffering=1)
             self.live = sys.stdout.isatty()
 
     def event(self, *flags, **pairs):
         """One line of key:value pairs; a line of a training step is overwritten by the next one on a terminal."""
         if self.text is None:
             return
-        show = lambda k, v: f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}" if isinstance(v, float) else str(v)
+        show = lambda k, v: (f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}") if isinstance(v, float) else v
         line = " ".join((*flags, *(f"{k}:{show(k, v)}" for k, v in pairs.items())))
         self.text.write(line + "\n")
         self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
@@ -907,7 +1082,7 @@ def machine(world):
     gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})" if world.device.type == "cuda" else "none"
     return {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__,
             "system": platform.platform(), "cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu,
-            "processes": world.size}
+            "processes": world.size * world.groups}
 
 
 def train(cfg, corpus, world, folder, log):
@@ -919,94 +1094,91 @@ def train(cfg, corpus, world, folder, log):
                 for each step of the cycle: lr falls, wd rises; loss = CE, mixed with KL to the previous member
                 member = bf16 snapshot; cache its p(true token); fit the prior over all members so far
     """
-    plan = cycle_epochs(cfg)
-    train_tokens = corpus.train_sequences * cfg.seq_len
-    steps_of = lambda c, epochs: cycle_steps(cfg, epochs, c, train_tokens)
-    total_steps = sum(steps_of(c, epochs) for lengths in plan for c, epochs in enumerate(lengths))
-    total_members = sum(map(len, plan))
-    splits = {s: corpus.eval_sequences(s) for s in ("heldout", cfg.report)}
-    cached, curve = {s: [] for s in splits}, []
-    step, epochs_done, train_seconds, eval_seconds, started = 0, 0, 0.0, 0.0, time.perf_counter()
-    tokens_seen, flops = 0, {"model": 0.0, "teacher": 0.0}
-    train_flops, teacher_flops = flops_per_token(cfg, corpus.vocab_size)
+    from safetensors.numpy import save_file
+    plan = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
+    mine = plan if world.groups == 1 else [plan[world.index]]
+    cycles = [c for trajectory in mine for c in trajectory]
+    total_steps, step, tokens_seen, train_seconds, eval_seconds = sum(c.steps for c in cycles), 0, 0, 0.0, 0.0
+    splits, key = {s: corpus.eval_sequences(s) for s in ("heldout", cfg.report)}, f"{cfg.report}_loss"
+    cached, curve, started = {s: [] for s in splits}, [], time.perf_counter()
     raw = GPT(cfg, corpus.vocab_size).to(world.device)
     model = torch.compile(raw) if cfg.compile else raw
-    for trajectory, lengths in enumerate(plan):
+    for trajectory in mine:
         position = trajectory_step = 0  # in sequences, in steps; with the seeds they fix all that follows
         previous = None
-        for cycle, epochs in enumerate(lengths):
-            if cycle == 0 or cfg.boundary == "fresh":
-                raw.init_weights(cfg.seed, trajectory, cycle)
-                optimizer = Optimizer(raw, cfg)
+        for cycle in trajectory:
+            j = cycle.trajectory
+            if cycle.index == 0 or cfg.boundary == "fresh":
+                raw.init_weights(cfg.seed, j, cycle.index)
+                optimizer = Optimizer(raw, cfg, world)
             elif cfg.boundary == "perturb":
-                perturb(raw, noise_scale(cycle, len(lengths), cfg.noise_first, cfg.noise_last), cfg.seed, trajectory, cycle)
-            teacher = previous if cfg.distill_weight and cycle >= cfg.distill_after else None
-            L, rows = steps_of(cycle, epochs), cycle_batch_tokens(cycle, len(lengths), cfg) // cfg.seq_len
-            micro_batches = rows // cfg.micro_batch
+                noise = noise_scale(cycle.index, cfg.cycles, cfg.noise_first, cfg.noise_last)
+                perturb(raw, noise, cfg.seed, j, cycle.index)
+            teacher = previous if cycle.distilled else None
+            micro_batches = cycle.rows // cfg.micro_batch
             model.train()
-            mark, mark_tokens = time.perf_counter(), 0
-            for s in range(L):
-                lr_mult = lr_multiplier(s, L, cfg.lr_floor)
+            mark, mark_step = time.perf_counter(), step
+            for s in range(cycle.steps):
+                lr_mult = lr_multiplier(s, cycle.steps, cfg.lr_floor)
                 wd_mult = wd_multiplier(lr_mult, cfg.lr_floor, cfg.wd_floor)
-                batch = corpus.batch(cfg.seed, trajectory, position, rows)
+                batch = corpus.batch(cfg.seed, j, position, cycle.rows)
                 loss_sum = torch.zeros((), device=world.device)
                 for m in range(world.rank, micro_batches, world.size):
-                    torch.manual_seed(seed_of("dropout", cfg.seed, trajectory, trajectory_step, m))
+                    torch.manual_seed(seed_of("dropout", cfg.seed, j, trajectory_step, m))
                     tokens = torch.from_numpy(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch]).to(world.device)
                     loss, ce = training_loss(model, teacher, cfg, tokens)
                     (loss / micro_batches).backward()
                     loss_sum += ce / micro_batches
-                for p in raw.parameters():
-                    world.sum_(p.grad)
-                nn.utils.clip_grad_norm_(raw.parameters(), cfg.grad_clip)
                 optimizer.step(lr_mult, wd_mult)
-                step, trajectory_step, position = step + 1, trajectory_step + 1, position + rows
-                mark_tokens += rows * cfg.seq_len
-                if step % cfg.log_every == 0 or s == L - 1:
+                step, trajectory_step, position = step + 1, trajectory_step + 1, position + cycle.rows
+                if step % cfg.log_every == 0 or s == cycle.steps - 1:
                     world.sum_(loss_sum)
                     loss, now = float(loss_sum), time.perf_counter()
-                    train_seconds, tokens_seen = train_seconds + now - mark, tokens_seen + mark_tokens
-                    left = (total_steps - step) * train_seconds / step + (
-                        (total_members - len(curve)) * eval_seconds / max(1, len(curve)))
-                    log.event(step=f"{step}/{total_steps}", traj=trajectory, cycle=f"{cycle + 1}/{len(lengths)}",
-                              epoch=epochs_done + epochs * (s + 1) / L, loss=loss, lr=cfg.lr_matrix * lr_mult,
-                              wd=cfg.weight_decay * wd_mult, **{"tok/s": round(mark_tokens / (now - mark))},
-                              eta=str(datetime.timedelta(seconds=round(left))))
-                    mark, mark_tokens = now, 0
+                    tokens, seconds = (step - mark_step) * cycle.rows * cfg.seq_len, now - mark
+                    train_seconds, tokens_seen = train_seconds + seconds, tokens_seen + tokens
+                    mark, mark_step = now, step
+                    left = train_seconds / step * (total_steps - step)
+                    left += eval_seconds / max(1, len(curve)) * (len(cycles) - len(curve))
+                    log.event(step=f"{step}/{total_steps}", traj=j, cycle=f"{cycle.index + 1}/{cfg.cycles}",
+                              epoch=cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps, loss=loss,
+                              lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
+                              **{"tok/s": round(tokens / seconds)}, eta=str(datetime.timedelta(seconds=round(left))))
                     if not math.isfinite(loss):
-                        raise UserError(f"the loss is {loss} at step {step}: lower --lr-matrix, or try --precision float32")
-            flops["model"] += L * rows * cfg.seq_len * train_flops
-            flops["teacher"] += L * rows * cfg.seq_len * teacher_flops * (teacher is not None)
+                        raise UserError(f"the loss is {loss} at step {step}: lower --lr-matrix, or try --precision "
+                                        "float32")
             mark = time.perf_counter()
-            epochs_done, i = epochs_done + epochs, len(curve)
-            where = {"member": i, "traj": trajectory, "cycle": cycle + 1, "epochs": epochs_done}
-            if world.rank == 0:
-                save_member(folder / "members" / str(i), raw, {**where, "distilled": teacher is not None})
-            if world.size > 1:
-                dist.barrier()
-            previous = load_member(folder / "members" / str(i), world.device)
+            where = {"member": cycle.member, "traj": j, "cycle": cycle.index + 1,
+                     "epochs": cycle.epochs_before + cycle.epochs, "distilled": int(cycle.distilled)}
+            saved = folder / "members" / str(cycle.member)
+            if world.leader:
+                save_member(saved, raw, where)
+            previous = load_member(saved) if world.leader else empty_member(cfg, corpus.vocab_size)
+            previous = world.same(previous.to(world.device))
             probs = {s: true_token_probs(previous, x, cfg.micro_batch, world) for s, x in splits.items()}
-            for s, p in probs.items():
-                cached[s].append(p)
-            if world.rank == 0:
-                from safetensors.numpy import save_file
-                write_atomically(folder / "predictions" / f"{i}.safetensors", lambda tmp: save_file(probs, tmp))
-            scored = cached[cfg.report]
-            w, gap = fit_prior(np.stack(cached["heldout"]))
-            point = {**where, "loss": mixture_loss(scored[i:], [1.0]), "learned": mixture_loss(scored, w),
-                     "uniform": mixture_loss(scored, np.full(i + 1, 1 / (i + 1)))}
-            curve.append(point)
-            key = f"{cfg.report}_loss"
-            log.event(**where, distilled=int(teacher is not None), **{key: point["loss"]})
-            for prior, certificate in (("uniform", {}), ("learned", {"gap": gap})):
-                log.event("ensemble", members=i + 1, k=i + 1, prior=prior, **{key: point[prior]}, **certificate)
+            for split, p in probs.items():
+                cached[split].append(p)
+            if world.leader:
+                path = folder / "predictions" / f"{cycle.member}.safetensors"
+                write_atomically(path, lambda tmp: save_file(probs, tmp))
+                curve.append({**where, **mixtures(cached["heldout"], cached[cfg.report])})
+                log.event(**where, **{key: curve[-1]["loss"]})
+                for prior, extra in (("uniform", {}), ("learned", {"gap": curve[-1]["gap"]})):
+                    log.event("ensemble", members=len(curve), k=len(curve), prior=prior, **{key: curve[-1][prior]},
+                              **extra)
             eval_seconds += time.perf_counter() - mark
-    table = population_table(np.stack(cached["heldout"]), scored)
-    return {f"final_{key}": point["learned"], f"uniform_{key}": point["uniform"], f"last_member_{key}": point["loss"],
-            "members": total_members, "epochs": cfg.epochs, "curve": curve, "table": table,
-            "flops": flops, "train_seconds": train_seconds, "eval_seconds": eval_seconds,
-            "tokens_per_second": tokens_seen / train_seconds,
-            "total_seconds": time.perf_counter() - started, "peak_memory_mb": peak_memory_mb(world.device)}
+    heldout, scored = (world.collect(np.stack(cached[s])) for s in splits)
+    if heldout is None:
+        return None
+    if world.groups > 1:  # the curve over all members, as one group would have seen it
+        cycles = [c for trajectory in plan for c in trajectory]
+        curve = [{"member": c.member, "traj": c.trajectory, "cycle": c.index + 1, "epochs": c.epochs_before + c.epochs,
+                  "distilled": int(c.distilled), **mixtures(heldout[:n], scored[:n])} for n, c in enumerate(cycles, 1)]
+    return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
+            f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs, "curve": curve,
+            "table": population_table(heldout, scored), "flops": run_flops(cfg, plan, corpus.vocab_size),
+            "train_seconds": train_seconds, "eval_seconds": eval_seconds,
+            "total_seconds": time.perf_counter() - started, "tokens_per_second": tokens_seen / train_seconds,
+            "peak_memory_mb": peak_memory_mb(world.device)}
 
 
 def peak_memory_mb(device):
@@ -1031,9 +1203,9 @@ def draw_curve(path, result, split):
         return
     figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     epochs = [p["epochs"] for p in result["curve"]]
-    for name, style in (("loss", "o:"), ("uniform", "s--"), ("learned", "D-")):
-        axis.plot(epochs, [p[name] for p in result["curve"]], style, markersize=4,
-                  label={"loss": "single member", "uniform": "all so far, uniform", "learned": "all so far, learned prior"}[name])
+    for name, style, label in (("loss", "o:", "newest member alone"), ("uniform", "s--", "all so far, uniform"),
+                               ("learned", "D-", "all so far, learned prior")):
+        axis.plot(epochs, [p[name] for p in result["curve"]], style, markersize=4, label=label)
     axis.set(xlabel="epochs over the training text, all members together", ylabel=f"{split} loss (nats per token)")
     axis.legend()
     axis.grid(alpha=0.3)
@@ -1054,7 +1226,7 @@ def parse_config(argv, **extra):
     p = Parser(prog="train_q0.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                allow_abbrev=False)
     for name, options in extra.items():
-        p.add_argument(flag(name), **options)
+        p.add_argument(flag(name), *["--name"] * (name == "run"), **options)
     for f in dataclasses.fields(Config):
         kind = f.type.split(" ")[0]
         shown = "derived" if f.default is None else f.default
@@ -1062,10 +1234,12 @@ def parse_config(argv, **extra):
         if kind == "bool":
             p.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **options)
         else:
-            p.add_argument(flag(f.name), type={"int": int, "float": float, "str": str}[kind], metavar=kind.upper(), **options)
+            of = {"int": int, "float": float, "str": str}[kind]
+            p.add_argument(flag(f.name), type=of, metavar=kind.upper(), **options)
     known, unknown = p.parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], [flag(f.name) for f in dataclasses.fields(Config)], 1)
+        flags = [flag(f.name) for f in dataclasses.fields(Config)]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         raise UserError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
     given = {f.name: getattr(known, f.name) for f in dataclasses.fields(Config) if getattr(known, f.name) is not None}
     reason = "given"
@@ -1075,7 +1249,8 @@ def parse_config(argv, **extra):
         elif (ROOT / PRESETS["q0"]["data"] / "manifest.json").exists():
             given["preset"], reason = "q0", "a GPU and FineWeb shards are present"
         else:
-            raise UserError("a GPU is present but no FineWeb shards: run python data/prepare.py fineweb, or give --preset tiny")
+            raise UserError("a GPU is present but no FineWeb shards: run python data/prepare.py fineweb, or give "
+                            "--preset tiny")
     elif given["preset"] not in PRESETS:
         raise UserError(f"--preset {given['preset']} is not one of: {', '.join(PRESETS)}")
     cfg, why = resolve(Config(**{**PRESETS[given["preset"]], **given}))
@@ -1091,27 +1266,8 @@ def find_run(name):
     for folder in (LOGS / name, Path(name)):
         if folder.is_dir():
             return folder
-    raise UserError(f"no run {name} under {LOGS}" + "".join(f"; there is {r.name}" for r in sorted(LOGS.glob("*"))[-3:]))
-
-
-def describe(cfg, why, corpus_tokens, vocab_size):
-    """Lines that say what a run will do and why."""
-    plan = cycle_epochs(cfg)
-    steps = [[cycle_steps(cfg, e, c, corpus_tokens) for c, e in enumerate(lengths)] for lengths in plan]
-    with torch.device("meta"):
-        params = sum(p.numel() for p in GPT(cfg, vocab_size).parameters())
-    train_flops, teacher_flops = flops_per_token(cfg, vocab_size)
-    distilled = sum(c >= cfg.distill_after for lengths in plan for c in range(len(lengths))) if cfg.distill_weight else 0
-    tokens = sum(s * cycle_batch_tokens(c, cfg.cycles, cfg) for row in steps for c, s in enumerate(row))
-    lines = [f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()]
-    first = plan[0]
-    lines.append(f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {sum(map(len, plan))} members, "
-                 f"{cfg.epochs} epochs (first cycle {first[0]}, last {first[-1]}), {distilled} members distilled")
-    lines.append(f"steps: {sum(map(sum, steps))} of {cfg.batch_tokens} tokens ({cfg.edge_batch_tokens} at the edges), "
-                 f"{tokens} tokens in all, {corpus_tokens} an epoch")
-    lines.append(f"parameters: {params}; FLOPs per token: {train_flops:.4g} training, {teacher_flops:.4g} teacher")
-    share = distilled / sum(map(len, plan))
-    return lines, tokens * (train_flops + share * teacher_flops)
+    latest = "".join(f"; there is {run.name}" for run in sorted(LOGS.glob("*"))[-3:])
+    raise UserError(f"no run {name} under {LOGS}{latest}")
 
 
 H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.3  # dense bf16; our count for the published run; measured, tiny
@@ -1127,77 +1283,93 @@ def matmul_speed(dtype):
     return 2 * 1024 ** 3 / best
 
 
-def set_up_world(cfg):
-    """Join the processes that torchrun started, if it did."""
-    if cfg.device == "cpu" and sys.platform == "linux":
-        # keep freed memory: returning it to the system after every tensor costs 10-20% of a small step
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
-            libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = torch.device(cfg.device, local) if cfg.device == "cuda" else torch.device("cpu")
-    if cfg.device == "cuda":
-        torch.cuda.set_device(device)
-        torch.backends.cuda.matmul.allow_tf32 = True  # exact for products of bf16 members: 8 bits of mantissa fit in 11
-    for batch in {cfg.batch_tokens, cfg.edge_batch_tokens}:
-        n = batch // (cfg.seq_len * cfg.micro_batch)
-        if n % size:
-            raise UserError(f"{n} micro-batches a step do not divide over {size} processes: use "
-                            f"{', '.join(str(w) for w in range(1, n + 1) if n % w == 0)} processes or another --micro-batch")
-    if size > 1:
-        dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
-    return World(rank, size, device)
+def describe(cfg, why, corpus_tokens, vocab_size):
+    """Lines that say what a run will do and why."""
+    plan = plan_cycles(cfg, corpus_tokens)
+    cycles = [c for trajectory in plan for c in trajectory]
+    with torch.device("meta"):
+        params = sum(p.numel() for p in GPT(cfg, vocab_size).parameters())
+    model, teacher = flops_per_token(cfg, vocab_size)
+    lines = [f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()]
+    lines.append(f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {len(cycles)} members, "
+                 f"{cfg.epochs} epochs (first cycle {cycles[0].epochs}, last {cycles[-1].epochs}), "
+                 f"{sum(c.distilled for c in cycles)} members distilled")
+    lines.append(f"steps: {sum(c.steps for c in cycles)} of {cfg.batch_tokens} tokens ({cfg.edge_batch_tokens} at the "
+                 f"edges), {sum(c.steps * c.rows for c in cycles) * cfg.seq_len} tokens in all, {corpus_tokens} an "
+                 "epoch")
+    lines.append(f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher")
+    return lines, sum(run_flops(cfg, plan, vocab_size).values())
+
+
+H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.3  # dense bf16; our count for the published run; measured, tiny
+
+
+def matmul_speed(dtype):
+    """FLOP/s of a square matrix product on the CPU, best of five."""
+    a, best = torch.randn(1024, 1024).to(dtype), math.inf
+    for _ in range(5):
+        mark = time.perf_counter()
+        a @ a
+        best = min(best, time.perf_counter() - mark)
+    return 2 * 1024 ** 3 / best
 
 
 def command_train(argv):
-    cfg, why, args = parse_config(argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]"))
-    name = args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    folder = LOGS / name
+    cfg, why, args = parse_config(
+        argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; under torchrun say --name"))
+    world = set_up_world(cfg)
+    first = world.leader and world.index == 0  # rank 0
+    name = world.from_first(args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    folder, data = LOGS / name, find_data(cfg)
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"--run {name} must be a plain name: the run is written to logs/NAME")
-    if folder.exists():
+    if first and folder.exists():
         raise UserError(f"run directory {folder} exists: give another --run name")
-    world = set_up_world(cfg)
-    data = find_data(cfg)
-    if not (data / "manifest.json").exists() and cfg.data == Config.data:
-        if world.rank == 0:
-            print(f"{data} is missing: preparing the default corpus (python data/prepare.py wiki)", flush=True)
-            done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"], stderr=subprocess.PIPE, text=True)
-            if done.returncode:
-                raise UserError((done.stderr.strip() or "data/prepare.py failed").splitlines()[-1])
-        if world.size > 1:
-            dist.barrier()
+    if first and not (data / "manifest.json").exists() and cfg.data == Config.data:
+        print(f"{data} is missing: preparing the default corpus (python data/prepare.py wiki)", flush=True)
+        done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"], stderr=subprocess.PIPE, text=True)
+        if done.returncode:
+            raise UserError((done.stderr.strip() or "data/prepare.py failed").splitlines()[-1])
+    world.from_first(None)  # the others wait for the data
     corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("device", "compile")}
+    world.agree({**settings, **corpus.hashes, "train_q0.py": hashlib.sha256(SOURCE.encode()).hexdigest()})
     lines, _ = describe(cfg, why, corpus.train_sequences * cfg.seq_len, corpus.vocab_size)
+    if world.size * world.groups > 1:
+        lines.append(f"processes: {world.groups} groups of {world.size}, " + (
+            "one trajectory each" if world.groups > 1 else "all on one trajectory after the other"))
     about = {"command": " ".join(sys.argv), "time": datetime.datetime.now().isoformat(timespec="seconds"),
-             "machine": machine(world), "config": dataclasses.asdict(cfg), "data": {"name": corpus.name, **corpus.hashes}}
+             "machine": machine(world), "config": dataclasses.asdict(cfg),
+             "data": {"name": corpus.name, **corpus.hashes}}
     log = Log(None, "")
-    if world.rank == 0:
-        (folder / "members").mkdir(parents=True)
-        (folder / "predictions").mkdir()
-        log = Log(folder, json.dumps(about, indent=1) + "\n" + "\n".join(lines))
+    if world.leader:
+        for part in ("members", "predictions"):
+            (folder / part).mkdir(parents=True, exist_ok=True)
+        log = Log(folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt"),
+                  json.dumps(about, indent=1) + "\n" + "\n".join(lines))
+    if first:
         print("\n".join(lines), flush=True)
     result = train(cfg, corpus, world, folder, log)
-    if world.rank == 0:
+    if first:
         for line in format_table(result["table"], cfg.report):
             log.event(line)
         key = f"final_{cfg.report}_loss"
         efficiency = data_efficiency(result[key]) if corpus.name in ("fineweb", "slowrun") else "n/a"
         log.event(**{key: result[key]}, members=result["members"], k=result["members"], epochs=cfg.epochs,
-                  data_efficiency=efficiency, flops=sum(result["flops"].values()), train_time=f"{result['total_seconds']:.0f}s",
+                  data_efficiency=efficiency, flops=sum(result["flops"].values()),
+                  train_time=f"{result['total_seconds']:.0f}s",
                   peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
         save_json(folder / "result.json", {**result, **about})
         draw_curve(folder / "curve.png", result, cfg.report)
         print(f"written to {folder}", flush=True)
-    if world.size > 1:
+    if world.group:
         dist.destroy_process_group()
 
 
 def command_plan(argv):
     cfg, why, args = parse_config(
         argv, gpus=dict(type=int, help="estimate for this many H100s [the device at hand]"),
-        mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs: the published run; {CPU_MFU} on a CPU]"),
+        mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
         memory=dict(type=float, help="GB per device, to check against [80 with --gpus, else this machine's]"))
     args.memory = args.memory or (80 if args.gpus or cfg.device == "cuda" else None)
     data = find_data(cfg)
@@ -1220,7 +1392,7 @@ def command_plan(argv):
         fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and
                 peak_memory(memory_per_device(dataclasses.replace(cfg, micro_batch=m), vocab_size)) <= 0.95 * room]
         lines.append(f"warning: that does not fit in {gb(room)}: "
-                     + (f"use --micro-batch {fits[-1]}" if fits else "not even with --micro-batch 1: use a smaller model"))
+                     + (f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"))
     lines.append(f"disk: members {gb(members * weights)}, predictions {gb(members * 4 * eval_tokens)}")
     if args.gpus or cfg.device == "cuda":
         speed, mfu, of = (args.gpus or 1) * H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{args.gpus or 1} x H100"
@@ -1259,14 +1431,19 @@ COMMANDS = {"train": command_train, "plan": command_plan, "select": command_sele
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
     command = argv.pop(0) if argv and argv[0] in COMMANDS else "train"
+    rank = int(os.environ.get("RANK", 0))
     try:
         COMMANDS[command](argv)
     except (UserError, OSError) as e:
-        print(f"train_q0.py: error: {e}", file=sys.stderr)
+        time.sleep(2 * (rank > 0))  # a mistake that all ranks see is told by rank 0, whose end stops the others
+        print(f"train_q0.py: error: {'' if not rank else f'rank {rank}: '}{e}", file=sys.stderr, flush=True)
         return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception:
+        print(f"rank {rank} failed:", file=sys.stderr)
+        raise
     return 0
 
 

@@ -1,6 +1,7 @@
-"""The method in train_q0.py against independent references: method.md's formulas in numpy float64, and scipy. CPU only."""
+"""train_q0.py against independent references: the method's formulas in numpy float64, torch.optim, scipy. CPU only."""
 import copy
 import dataclasses
+import itertools
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import scipy.optimize
 import torch
 from hypothesis import given, settings, strategies
 from scipy.special import expit, log_softmax, rel_entr, softmax
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_q0 as q
@@ -27,6 +29,10 @@ FEATURES = dict(windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_
 VOCAB = 100  # padded to 128
 
 
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
 def config(preset="tiny", **changes):
     return q.Config(**{**q.PRESETS[preset], "preset": preset, **changes})
 
@@ -37,9 +43,9 @@ def resolved(preset="tiny", **changes):
 
 def build(features=True, stir=True, key=0, **changes):
     """A small GPT; `stir` moves gates, mixing and scalars off their initial values and makes logits of order 1."""
-    model = q.GPT(config(**{**SMALL, **(FEATURES if features else {}), **changes}), VOCAB).init_weights(key)
+    model = q.GPT(resolved(**{**SMALL, **(FEATURES if features else {}), **changes}), VOCAB).init_weights(key)
     if stir:
-        g = torch.Generator().manual_seed(key + 1)
+        g = seeded(key + 1)
         with torch.no_grad():
             for name, p in model.named_parameters():
                 if name.rsplit(".", 1)[-1] in ("gate", "value_gate", "mixing", "resid_scale", "x0_scale", "skip_scale"):
@@ -56,7 +62,7 @@ def in_float64(model):
 
 
 def random_tokens(*shape, seed=0):
-    return torch.randint(VOCAB, shape, generator=torch.Generator().manual_seed(seed))
+    return torch.randint(VOCAB, shape, generator=seeded(seed))
 
 
 def kind_of(name):
@@ -127,15 +133,15 @@ def test_populations(population, members, boundary, weight, after):
             assert q.cycle_epochs(cfg) == [[2 + E % 2] + [2] * (E // 2 - 1)]  # an odd epoch lengthens the first cycle
 
 
-@pytest.mark.xfail(strict=True, reason="method.md: distillation starts after 1 cycle for the chain; the preset's 8 wins, "
-                   "so a chain of up to 8 full-scale members (128 epochs) is never distilled")
+@pytest.mark.xfail(strict=True, reason="a chain distils from its second member, but the preset's distill_after of 8 "
+                   "wins: a full-scale chain of up to 8 members (143 epochs) is never distilled")
 def test_a_full_scale_chain_is_distilled_from_its_second_member():
     assert resolved("q0", population="chain").distill_after == 1
 
 
 @settings(max_examples=200, deadline=None)
 @given(population=strategies.sampled_from(sorted(q.POPULATIONS)), epochs=strategies.integers(1, 40),
-       **{name: strategies.none() | strategies.integers(1, 6) for name in ("trajectories", "cycles", "epochs_per_cycle")})
+       **dict.fromkeys(("trajectories", "cycles", "epochs_per_cycle"), strategies.none() | strategies.integers(1, 6)))
 def test_epochs_sum_to_the_budget(population, epochs, trajectories, cycles, epochs_per_cycle):
     least = (trajectories or 1) * (cycles or 1) * (epochs_per_cycle or 1)
     given_ = dict(population=population, epochs=epochs, trajectories=trajectories, cycles=cycles,
@@ -171,18 +177,19 @@ def test_refusals(changes, message, monkeypatch):
 # Optimizer
 
 COEFFICIENTS = [
-    (8.156554524902461, -22.48329292557795, 15.878769915207462), (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+    (8.156554524902461, -22.48329292557795, 15.878769915207462),
+    (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323)]
-GROUPS = {  # kind: (peak lr, weight decay, AdamW's betas) of method.md; every other kind is a matrix under Muon
+GROUPS = {  # kind: (peak lr, weight decay, AdamW's betas) of the published run; every other kind is a matrix under Muon
     "embed": (0.0375, 1.3, (0.8, 0.95)), "head": (0.0005, 1.3, (0.8, 0.95)), "resid_scale": (0.00025, 0, (0.8, 0.95)),
     "skip_scale": (0.00025, 0, (0.8, 0.95)), "x0_scale": (0.025, 0, (0.96, 0.95)), "mixing": (0.02, 0, (0.8, 0.95))}
 MUON_LR, MUON_DECAY = 0.01, 1.3
 
 
 def muon_reference(grad, state):
-    """The direction of one Muon step of one matrix, from method.md, float64."""
+    """The direction of one Muon step of one matrix, float64."""
     rows, cols = grad.shape
     state["momentum"] = 0.95 * state.get("momentum", 0) + 0.05 * grad
     update = 0.05 * grad + 0.95 * state["momentum"]
@@ -199,12 +206,12 @@ def muon_reference(grad, state):
     return scaled * np.linalg.norm(X) / np.linalg.norm(scaled)
 
 
-# Over singular values of 0.01 to 1 Frobenius norms the five polynomials range over 0.8589 .. 1.1412 (they are optimal for
-# a range down to 0.001 or so). float32 adds 1e-6; bf16 rounds every factor to 2^-9 = 0.2%, measured 0.3% in all.
+# Over singular values of 0.01 to 1 Frobenius norms the five polynomials range over 0.8589 .. 1.1412. float32 adds 1e-6;
+# bf16 rounds every factor to 2^-9 = 0.2%, measured 0.3% in all.
 @pytest.mark.parametrize("dtype, low, high", [(torch.float32, 0.8588, 1.1413), (torch.bfloat16, 0.85, 1.15)])
 @pytest.mark.parametrize("rows, cols", [(64, 64), (128, 48), (48, 128), (4, 12), (12, 4)])
 def test_orthogonalize_gives_the_polar_factor(dtype, low, high, rows, cols):
-    G = torch.randn(3, rows, cols, generator=torch.Generator().manual_seed(rows))
+    G = torch.randn(3, rows, cols, generator=seeded(rows))
     result = q.orthogonalize(G, dtype).double().numpy()
     assert result.shape == G.shape
     for g, x in zip(G.double().numpy(), result):
@@ -212,12 +219,12 @@ def test_orthogonalize_gives_the_polar_factor(dtype, low, high, rows, cols):
         inner = U.T @ x @ Vt.T  # diagonal where x has g's singular vectors
         values, clear = np.diag(inner), S / np.linalg.norm(S) > 0.01
         assert clear.mean() > 0.9 and low < values[clear].min() and values[clear].max() < high
-        # sqrt(n) roundings of unit entries through five steps: 64 * 2^-9 / 8 in bf16, measured 0.013; float32 far less
-        assert np.abs(inner - np.diag(values)).max() < (1e-4 if dtype == torch.float32 else 0.03)
+        # rounding (2^-9 in bf16, 2^-24 in float32) grows by the slopes of the five steps: measured 0.03 and 1e-6
+        assert np.abs(inner - np.diag(values)).max() < (1e-5 if dtype == torch.float32 else 0.08)
 
 
 def test_orthogonalize_keeps_null_directions_small_and_zero_zero():
-    g = torch.Generator().manual_seed(0)
+    g = seeded(0)
     low_rank = torch.randn(1, 32, 5, generator=g) @ torch.randn(1, 5, 48, generator=g)
     S = torch.linalg.svdvals(q.orthogonalize(low_rank, torch.float32)[0].double())
     assert 0.8588 < S[4] and S[0] < 1.1413
@@ -228,7 +235,7 @@ def test_orthogonalize_keeps_null_directions_small_and_zero_zero():
 
 @pytest.mark.parametrize("rows, cols", [(48, 48), (64, 24), (24, 64), (4, 12)])
 def test_muon_update_against_numpy(rows, cols):
-    g, state, states = torch.Generator().manual_seed(1), {}, [{}, {}]
+    g, state, states = seeded(1), {}, [{}, {}]
     for step in range(6):
         grad = torch.randn(2, rows, cols, generator=g) * torch.tensor([1.0, 1e-3])[:, None, None]
         update = q.muon_update(grad, state, 0.95, torch.float32).numpy()
@@ -237,20 +244,11 @@ def test_muon_update_against_numpy(rows, cols):
             np.testing.assert_allclose(u, muon_reference(one, s), atol=1e-4)
 
 
-def test_second_moment_evens_out_rows_and_keeps_the_norm():
-    grad = torch.randn(1, 64, 32, generator=torch.Generator().manual_seed(0))
-    update = q.muon_update(grad, {}, 0.95, torch.float32)
-    rows = grad / grad.norm(dim=-1, keepdim=True)
-    assert update.norm() == pytest.approx(q.orthogonalize(rows, torch.float32).norm().item(), rel=1e-5)
-    norms = update.norm(dim=-1)  # of a first step: all rows alike, which the polar factor's are not
-    assert norms.max() / norms.min() < 1 + 1e-5
-
-
 def test_optimizer_step_of_every_parameter():
-    """The shrunken q0 preset against torch.optim.AdamW and the reference above, with method.md's constants."""
-    cfg = dataclasses.replace(resolved("q0"), **SMALL, loop_first=3, loop_last=4)
+    """The shrunken q0 preset against torch.optim.AdamW and the reference above, with the constants of the published run."""
+    cfg = resolved("q0", **SMALL, loop_first=3, loop_last=4, edge_batch_tokens=64)
     model = q.GPT(cfg, VOCAB).init_weights(0)
-    optimizer, g = q.Optimizer(model, cfg), torch.Generator().manual_seed(0)
+    optimizer, g = q.Optimizer(model, cfg), seeded(0)
     adamw, muon, seen = {}, {}, Counter()
     for name, p in model.named_parameters():
         if kind_of(name) in GROUPS:
@@ -261,7 +259,7 @@ def test_optimizer_step_of_every_parameter():
     for lr_mult, wd_mult in ((1.0, 0.7), (0.6, 0.85), (0.1, 1.0)):
         before = {n: p.detach().double().clone() for n, p in model.named_parameters()}
         for p in model.parameters():
-            p.grad = torch.randn(p.shape, generator=g) * 10 ** torch.randint(-6, 1, (1,), generator=g)
+            p.grad = torch.randn(p.shape, generator=g) * 10.0 ** torch.randint(-4, 1, (1,), generator=g)
         grads = {n: p.grad.clone() for n, p in model.named_parameters()}
         optimizer.step(lr_mult, wd_mult)
         for name, p in model.named_parameters():
@@ -293,7 +291,7 @@ def test_optimizer_step_of_every_parameter():
 # Loss
 
 def loss_reference(hidden, head, targets, softcap, teacher=None, weight=0.0, temperature=1.0):
-    """(loss, cross-entropy) of method.md in float64; targets of -1 do not count."""
+    """(loss, cross-entropy) in float64; targets of -1 do not count."""
     cap = lambda h, w: softcap * np.tanh(h @ w.T / softcap)
     logits, kept = cap(hidden, head), targets >= 0
     ce = -log_softmax(logits, axis=1)[kept, targets[kept]].mean()
@@ -313,8 +311,8 @@ def differences(function, x, h=1e-5):
     return grad
 
 
-# Logits are float32 whatever the dtype of `hidden`, and come off a soft-cap whose error is 15 * 6e-8: hence 5e-6. With bf16,
-# inputs are rounded before both sides see them, but logits (up to 5: 2^-7 absolute) and their gradient are rounded once more.
+# Logits are float32 whatever the dtype of `hidden`; the soft-cap errs by 5 * 6e-8, gradients sum that over rows: 5e-6.
+# bf16: both sides see inputs already rounded, but logits (up to 5: 2^-7) and their gradient are rounded once more.
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.float64, 5e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("distilled", [False, True])
 @pytest.mark.parametrize("ignored", [(), (0, 4)])
@@ -328,21 +326,22 @@ def test_loss_against_numpy(dtype, tolerance, distilled, ignored, rows, monkeypa
     targets[list(ignored)] = -1
     teacher, weight, T = ((rounded(N, D + 2), rounded(V, D + 2)), 0.45, 1.2) if distilled else (None, 0.0, 1.0)
     master = torch.float32 if dtype == torch.bfloat16 else dtype  # weights are never bf16
-    h, w = hidden.clone().requires_grad_(), head.to(master).requires_grad_()
+    h, w = hidden.clone().requires_grad_(), head.to(master, copy=True).requires_grad_()
     loss, ce = q.ChunkedLoss.apply(h, w, targets, cap, *(teacher or (None, None)), weight, T)
     (3 * loss).backward()
 
     numbers = [x.double().numpy() for x in (hidden, head)]
     rest = (targets.numpy(), cap, teacher and [x.double().numpy() for x in teacher], weight, T)
     expected = loss_reference(*numbers, *rest)
-    assert (float(loss), float(ce)) == pytest.approx(expected, rel=tolerance)
+    assert (loss.item(), ce.item()) == pytest.approx(expected, rel=tolerance)
     d_hidden = differences(lambda x: loss_reference(x, numbers[1], *rest)[0], numbers[0])
     d_head = differences(lambda x: loss_reference(numbers[0], x, *rest)[0], numbers[1])
     for got, reference in ((h.grad, d_hidden), (w.grad, d_head)):
         np.testing.assert_allclose(got.double().numpy() / 3, reference, atol=tolerance * np.abs(reference).max())
     assert (h.grad[list(ignored)] == 0).all() and h.grad.dtype == dtype and w.grad.dtype == master
 
-    plain = q.plain_loss(hidden.double(), head.double(), targets, cap, teacher and [x.double() for x in teacher], weight, T)
+    wide = [x.double() for x in (hidden, head, *(teacher or ()))]
+    plain = q.plain_loss(*wide[:2], targets, cap, wide[2:] or None, weight, T)
     assert [float(x) for x in plain] == pytest.approx(expected, rel=1e-12)
 
 
@@ -350,7 +349,7 @@ def test_loss_against_numpy(dtype, tolerance, distilled, ignored, rows, monkeypa
 @pytest.mark.parametrize("mtp", [0.0, 0.3])
 def test_training_loss_is_its_parts(distilled, mtp, monkeypatch):
     monkeypatch.setattr(q, "CHUNK_LOGITS", 7 * VOCAB)  # 64 rows: the last chunk holds one
-    cfg = config(**{**SMALL, **FEATURES, "mtp_weight": mtp}, distill_weight=0.45, distill_temperature=1.2)
+    cfg = resolved(**{**SMALL, **FEATURES, "mtp_weight": mtp}, distill_weight=0.45, distill_temperature=1.2)
     model, teacher = build(mtp_weight=mtp), build(key=7).eval() if distilled else None
     tokens = random_tokens(4, 17)
     loss, ce = q.training_loss(model, teacher, cfg, tokens)
@@ -368,12 +367,12 @@ def test_training_loss_is_its_parts(distilled, mtp, monkeypatch):
         pair = wise(x)[0].flatten(0, 1), wise.head[:VOCAB]
         expected = 0.55 * expected + part(hidden, y, pair, 0.45, 1.2) - 0.55 * cross_entropy
     # float32 through ten blocks against float64: 1e-7 of each product, sqrt(64) of them in a sum
-    assert float(ce) == pytest.approx(float(cross_entropy), rel=1e-5)
-    assert float(loss) == pytest.approx(float(expected), rel=1e-5)
+    assert ce.item() == pytest.approx(cross_entropy.item(), rel=1e-5)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     expected.backward()
     for (name, p), reference in zip(model.named_parameters(), wide.parameters()):
-        scale = reference.grad.abs().max()
-        torch.testing.assert_close(p.grad.double(), reference.grad, rtol=0, atol=1e-4 * float(scale), msg=name)
+        error = (p.grad - reference.grad).abs().max() / reference.grad.abs().max()
+        assert error < 1e-4, name  # the same, back through them
     assert not model.head.grad[VOCAB:].any()  # the padding of the vocabulary is outside the softmax
     if teacher is not None:
         assert all(p.grad is None for p in teacher.parameters())
@@ -423,11 +422,12 @@ def test_prior_against_scipy_and_em(M, seed):
     wide = P.astype(np.float64)
     found = scipy.optimize.minimize(
         lambda w: mixture(wide, w), np.full(M, 1 / M), jac=lambda w: -(wide / (w @ wide)).mean(axis=1), method="SLSQP",
-        bounds=[(0, 1)] * M, constraints={"type": "eq", "fun": lambda w: w.sum() - 1}, options={"ftol": 1e-14, "maxiter": 500})
+        bounds=[(0, 1)] * M, constraints={"type": "eq", "fun": lambda w: w.sum() - 1}, options={"ftol": 1e-14})
     slow = em(P, 20_000)
     assert found.success and w.min() >= 0 and w.sum() == pytest.approx(1, abs=1e-12)
     # within the certificate of the optimum, which scipy and EM reach to about 1e-9
-    assert mixture(P, w) == pytest.approx(found.fun, abs=1.1e-7) and mixture(P, w) == pytest.approx(mixture(P, slow), abs=1.1e-7)
+    assert gap <= 1e-7 and mixture(P, w) == pytest.approx(found.fun, abs=1.1e-7)
+    assert mixture(P, w) == pytest.approx(mixture(P, slow), abs=1.1e-7)
     # F is curved: F(w) - F* = (w - w*) H (w - w*) / 2 <= 1e-7, and H >= 0.02 here
     np.testing.assert_allclose(w, slow, atol=5e-3)
 
@@ -486,31 +486,27 @@ def test_population_table():
         again = em(fit[top], 5000)
         assert row["uniform"] == pytest.approx(mixture(scored[top], np.full(len(top), 1 / len(top))), abs=1e-9)
         assert row["learned"] == pytest.approx(mixture(scored[top], w[top] / w[top].sum()), abs=1e-9)
-        assert row["refitted"] == pytest.approx(mixture(scored[top], again), abs=1e-3)  # other text: no second-order zero
+        assert row["refitted"] == pytest.approx(mixture(scored[top], again), abs=1e-3)  # other text: first order in w
         assert mine["refitted"] == pytest.approx(mixture(fit[top], again), abs=1e-6)
         assert mine["refitted"] <= min(mine["learned"], mine["uniform"]) + 1e-7
     assert own["rows"][-1]["learned"] < own["rows"][-1]["uniform"]
     assert table["rows"][-1]["learned"] == q.mixture_loss(scored, w) == pytest.approx(mixture(scored, w), rel=1e-12)
 
 
-@pytest.mark.parametrize("loss, shown", [
-    (3.048, "9.95x"), (3.003, "12.79x"), (2.987, "13.83x"), (3.703, "2.00x"), (2.892, "20.00x"), (3.704, "<2x"), (9.0, "<2x"),
-    (2.8919, ">20x"), (0.1, ">20x")])
-def test_data_efficiency(loss, shown):
-    assert q.data_efficiency(loss) == shown
-
-
-def test_data_efficiency_interpolates():
+def test_data_efficiency():
+    shown = {3.048: "9.95x", 3.003: "12.79x", 2.987: "13.83x", 3.703: "2.00x", 2.892: "20.00x",
+             3.7031: "<2x", 9.0: "<2x", 2.8919: ">20x", 0.1: ">20x"}
+    assert {loss: q.data_efficiency(loss) for loss in shown} == shown
     for loss in np.linspace(2.892, 3.703, 200):
         tokens = np.interp(-loss, [-3.703, -3.370, -3.200, -3.123, -3.046, -2.892], [2, 4, 6, 8, 10, 20])
-        assert float(q.data_efficiency(loss)[:-1]) == pytest.approx(tokens, abs=0.0051)
+        assert float(q.data_efficiency(loss)[:-1]) == pytest.approx(tokens, abs=0.0051)  # two digits are shown
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model
 
 def model_reference(model, tokens, targets, order, windows, value_layers):
-    """(hidden, hidden of the multi-token block) of one sequence by method.md: numpy float64, heads and queries one by one."""
+    """(hidden, hidden of the multi-token block) of one sequence: numpy float64, heads and queries one by one."""
     cfg, w = model.cfg, {n: p.detach().double().numpy() for n, p in model.named_parameters()}
     n, D, K, T = cfg.layers, cfg.width, cfg.head_dim, len(tokens)
     rms = lambda x: x / np.sqrt((x ** 2).mean(axis=-1, keepdims=True) + 1e-6)
@@ -525,7 +521,7 @@ def model_reference(model, tokens, targets, order, windows, value_layers):
         h, y = rms(x), np.zeros((T, D))
         heads = [[h @ at("attn.qkv")[s, i:i + K].T for i in range(0, D, K)] for s in range(3)]
         if cfg.head_mixing:
-            heads = [[sum(m * head for m, head in zip(row, heads[s])) for row in at("attn.mixing")[s]] for s in range(3)]
+            heads = [np.tensordot(m, np.stack(part), axes=1) for m, part in zip(at("attn.mixing"), heads)]
         for i, (query, key, v) in enumerate(zip(*heads)):
             own = slice(i * K, i * K + K)
             if value:
@@ -555,9 +551,9 @@ def model_reference(model, tokens, targets, order, windows, value_layers):
     return x, rms(block("mtp_block", ahead, T, False))
 
 
-# float64: the rotary buffers are float32, angles up to 15 carry 1e-6. float32: 1e-7 a rounding, hundreds of them.
-# bf16: 2^-9 a rounding of values up to 3, some thirty of them in a row.
-@pytest.mark.parametrize("precision, tolerance", [("float64", 1e-5), ("float32", 1e-4), ("bfloat16", 0.15)])
+# float64: the rotary buffers are float32, so angles up to 15 carry 1e-6. float32: 6e-8 a rounding, hundreds in a row.
+# bf16: 2^-9 a rounding of values up to 3, some thirty in a row.
+@pytest.mark.parametrize("precision, tolerance", [("float64", 2e-6), ("float32", 3e-5), ("bfloat16", 0.15)])
 @pytest.mark.parametrize("features, layers, order, windows, value_layers", [
     (False, 6, range(6), [16] * 6, ()), (True, 6, [0, 1, 2, 3, 4, 3, 4, 3, 4, 5], [8, 8, 8, 16, 8, 16], (1, 3, 5)),
     (True, 5, [0, 1, 2, 3, 4, 3, 4, 3, 4], [8, 8, 8, 16, 16], (0, 2, 4))])
@@ -604,30 +600,31 @@ def test_gradients_against_finite_differences():
             assert (values[0] - values[1]) / 2e-5 == pytest.approx(grad[i].item(), rel=1e-4, abs=1e-8), name
 
 
+def moved(a, b):
+    """Positions [T] at which two float64 results [1, T, D] differ by more than rounding."""
+    return torch.nonzero((a - b).abs().amax(dim=(0, 2)) > 1e-12).flatten().tolist()
+
+
 @pytest.mark.parametrize("features", [False, True])
 @pytest.mark.parametrize("t", [1, 7, 8, 15])
 def test_no_token_reaches_an_earlier_position(features, t):
-    model, tokens = in_float64(build(features)).eval(), random_tokens(1, 16)
+    model, tokens, after = in_float64(build(features)).eval(), random_tokens(1, 16), random_tokens(1, 1, seed=5)
     other = tokens.clone()
     other[0, t] = (other[0, t] + 1) % VOCAB
     with torch.no_grad():
-        moved = (model(tokens)[0] - model(other)[0]).abs().amax(dim=(0, 2))
-        assert moved[:t].max() < 1e-12 and moved[t:].min() > 1e-9
-        if features:  # the multi-token block at position s sees token s + 1 and no more
-            fixed = random_tokens(1, 1, seed=5)
-            ahead = [model(x, torch.cat((x[:, 1:], fixed), dim=1))[1] for x in (tokens, other)]
-            moved = (ahead[0] - ahead[1]).abs().amax(dim=(0, 2))
-            assert moved[:t - 1].max(initial=0) < 1e-12 and moved[t - 1:].min() > 1e-9 if t > 1 else moved.min() > 1e-9
+        (hidden, ahead), (hidden_, ahead_) = (model(x, torch.cat((x[:, 1:], after), dim=1)) for x in (tokens, other))
+    assert moved(hidden, hidden_) == list(range(t, 16))
+    if features:  # the multi-token block at position s sees token s + 1 and no more
+        assert moved(ahead, ahead_) == list(range(t - 1, 16))
 
 
 def test_a_window_limits_the_reach_of_attention():
     model = in_float64(build())
-    x, x0 = torch.randn(2, 1, 16, 64, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x, x0 = torch.randn(2, 1, 16, 64, dtype=torch.float64, generator=seeded(0))
     other = x.clone()
     other[0, 3] += 1
     for mask, reached in ((model.short_mask, range(3, 3 + 8)), (None, range(3, 16))):
-        y, z = (model.blocks[0].attn(v, x0, model.cos, model.sin, mask) for v in (x, other))
-        assert torch.nonzero((y - z).abs().amax(dim=(0, 2)) > 1e-9).flatten().tolist() == list(reached)
+        assert moved(*(model.blocks[0].attn(v, x0, model.cos, model.sin, mask) for v in (x, other))) == list(reached)
 
 
 def test_layers_of_the_full_scale_run():
@@ -646,8 +643,8 @@ def test_features_that_start_as_the_identity():
     tokens = random_tokens(2, 16)
     features = dict(windows="L", unet=False, x0_mix=False, value_embeds=False, attn_gates=False, head_mixing=False,
                     loop_passes=1, loop_last=0, loop_first=0, mtp_weight=0)
-    plain = build(stir=False, **features)
-    mixed, gated, valued = (build(stir=False, **{**features, name: True}) for name in ("head_mixing", "attn_gates", "value_embeds"))
+    switched = ({}, {"head_mixing": True}, {"attn_gates": True}, {"value_embeds": True})
+    plain, mixed, gated, valued = (build(stir=False, **{**features, **on}) for on in switched)
     with torch.no_grad():
         for p in [b.attn.value for b in valued.blocks if b.attn.value is not None]:
             assert p.std() > 0.1
@@ -661,9 +658,9 @@ def test_features_that_start_as_the_identity():
 
 
 def test_rotary_is_relative():
-    model = q.GPT(config(**SMALL), VOCAB)
-    a, b = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).expand(2, 1, 16, 1, 16)
-    a, b = (q.rotate(x, model.cos.double(), model.sin.double())[0, :, 0] for x in (a, b))
+    model = q.GPT(resolved(**SMALL), VOCAB)
+    pair = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=seeded(0)).expand(2, 1, 16, 1, 16)
+    a, b = (q.rotate(x, model.cos.double(), model.sin.double())[0, :, 0] for x in pair)
     scores = (a @ b.T).numpy()  # the same two vectors at every pair of positions
     for offset in range(-15, 16):
         diagonal = np.diagonal(scores, offset)
@@ -683,7 +680,7 @@ def test_initial_weights():
         p, kind = p.detach().double(), kind_of(name)
         seen.add(kind)
         if kind in constant:
-            assert (p == constant[kind]).all()
+            assert (p.float() == constant[kind]).all()
         elif kind == "mixing":
             assert (p == torch.eye(p.size(-1))).all()
         else:
@@ -702,7 +699,7 @@ def test_initial_weights_depend_on_key_and_name_alone():
     first, rng = build(stir=False, key=3), torch.get_rng_state()
     assert torch.equal(rng, torch.manual_seed(1).get_state())  # the global generator is left alone
     torch.manual_seed(2)
-    again, other, smaller = build(stir=False, key=3), build(stir=False, key=4), build(False, stir=False, key=3, layers=2)
+    again, other, smaller = build(stir=False, key=3), build(stir=False, key=4), build(False, False, key=3, layers=2)
     weights = dict(first.named_parameters())
     assert all(torch.equal(p, weights[n]) for n, p in [*again.named_parameters(), *smaller.named_parameters()])
     assert not torch.equal(other.embed, first.embed)
@@ -736,6 +733,7 @@ def test_perturbation():
             assert ratio == pytest.approx(0.25, rel=5 / math.sqrt(2 * noise.numel() - 2)), name  # five standard errors
 
 
+@pytest.mark.filterwarnings("ignore:std")
 @pytest.mark.xfail(strict=True, reason="perturb takes the std of each head's 1 x 1 mixing matrix, which is NaN")
 def test_perturbation_of_a_model_with_one_head():
     model = build(head_dim=64)
@@ -751,9 +749,10 @@ def test_parameters_of_the_full_scale_run():
         model = q.GPT(resolved("q0"), 50257)
     d, h, heads, n, vocab = 2048, 5632, 16, 30, 64 * 786  # 50,304
     expected = {
-        "embed": vocab * d, "head": vocab * d, "qkv": (n + 1) * 3 * d * d, "out": (n + 1) * d * d, "gate_up": (n + 1) * 2 * h * d,
-        "down": (n + 1) * d * h, "mixing": (n + 1) * 3 * heads ** 2, "gate": (n + 1) * heads * 12, "value": n // 2 * d * d,
-        "value_gate": n // 2 * heads * 32, "resid_scale": n, "x0_scale": n, "skip_scale": n // 2, "mtp_proj": 2 * d * d}
+        "embed": vocab * d, "head": vocab * d, "qkv": (n + 1) * 3 * d * d, "out": (n + 1) * d * d,  # + 1: multi-token
+        "gate_up": (n + 1) * 2 * h * d, "down": (n + 1) * d * h, "mixing": (n + 1) * 3 * heads ** 2,
+        "gate": (n + 1) * heads * 12, "value": n // 2 * d * d, "value_gate": n // 2 * heads * 32,
+        "resid_scale": n, "x0_scale": n, "skip_scale": n // 2, "mtp_proj": 2 * d * d}
     counted = Counter()
     for name, p in model.named_parameters():
         counted[kind_of(name)] += p.numel()
@@ -761,24 +760,23 @@ def test_parameters_of_the_full_scale_run():
     assert f"{sum(counted.values()) / 1e9:.2f}" == "1.87"
 
 
-@pytest.mark.parametrize("name, value", dict(
-    seq_len=2048, layers=30, width=2048, head_dim=128, mlp_hidden=5632, softcap=15, dropout=0.1, rotary_base=10_000,
-    windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True, loop_first=15, loop_last=24,
-    loop_passes=5, mtp_weight=0.3, lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, lr_resid=0.00025, lr_x0=0.025,
-    lr_mixing=0.02, weight_decay=1.3, momentum=0.95, grad_clip=1, batch_tokens=524_288, edge_batch_tokens=393_216,
-    lr_floor=0.08, wd_floor=0.7, noise_first=0.25, noise_last=0.05, distill_weight=0.45, distill_temperature=1.2,
-    distill_after=8, epochs_per_cycle=2, boundary="perturb", population="q0", train_tokens=0).items())
-def test_constants_of_the_full_scale_run(name, value):
-    assert getattr(resolved("q0"), name) == value
-
-
-def test_constants_outside_the_preset():
+def test_constants_of_the_full_scale_run():
+    constants = dict(
+        seq_len=2048, layers=30, width=2048, head_dim=128, mlp_hidden=5632, softcap=15, dropout=0.1, rotary_base=10_000,
+        windows="SSSL", short_window=1024, unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
+        loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3, lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005,
+        lr_resid=0.00025, lr_x0=0.025, lr_mixing=0.02, weight_decay=1.3, momentum=0.95, grad_clip=1, lr_floor=0.08,
+        wd_floor=0.7, batch_tokens=524_288, edge_batch_tokens=393_216, epochs_per_cycle=2, boundary="perturb",
+        noise_first=0.25, noise_last=0.05, distill_weight=0.45, distill_temperature=1.2, distill_after=8,
+        population="q0", train_tokens=0)
+    cfg = dataclasses.asdict(resolved("q0"))
+    assert {name: cfg[name] for name in constants} == constants
     assert list(q.POLAR_EXPRESS) == COEFFICIENTS and (q.VALUE_GATE_CHANNELS, q.ATTN_GATE_CHANNELS) == (32, 12)
 
 
 @pytest.mark.parametrize("mtp", [0.0, 0.3])
 def test_flops_against_torchs_counter(mtp):
-    """Windows off and products of whole score matrices; the mixing of head weights, a cost a step and not a token, is off."""
+    """Windows off, whole score matrices. Head mixing is off: it costs per step and not per token."""
     model = build(windows="L", head_mixing=False, mtp_weight=mtp)
     tokens = random_tokens(3, 17)
 
@@ -788,7 +786,7 @@ def test_flops_against_torchs_counter(mtp):
         return sum((h.flatten(0, 1) @ head.T).sum() for h in (hidden, ahead) if h is not None)
 
     def count(run):
-        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:  # MATH: made of plain products
             run()
         return counter.get_total_flops() / (3 * 16)
 
@@ -799,12 +797,12 @@ def test_flops_against_torchs_counter(mtp):
 
 
 def test_flops_of_causal_attention_count_visible_keys():
-    cfg = config(**SMALL, **FEATURES)
+    cfg = resolved(**SMALL, **FEATURES)
     short, full = (np.tril(np.ones((16, 16))) - np.tril(np.ones((16, 16)), -w) for w in (8, 16))
     blocks = [short, short, short, full, short, full, *[full, short] * 2]  # replays of layers 3 and 4 last
     missing = [sum(4 * 64 * (16 - m.sum() / 16) for m in masks) for masks in (blocks + [full], blocks)]  # + multi-token
-    for dense, causal, less, factor in zip(*(q.flops_per_token(cfg, VOCAB, causal=c) for c in (False, True)), missing, (3, 1)):
-        assert dense - causal == pytest.approx(factor * less)
+    (training, teacher), (training_, teacher_) = (q.flops_per_token(cfg, VOCAB, causal=c) for c in (False, True))
+    assert (training - training_, teacher - teacher_) == pytest.approx((3 * missing[0], missing[1]))
     mask = q.GPT(cfg, VOCAB).short_mask
     assert torch.equal(mask, torch.from_numpy(short).bool())
 
@@ -821,7 +819,7 @@ def corpus(lengths=(5, 40, 1, 17, 30, 9, 23), seq_len=8):
 
 def test_seeds_are_pinned_and_distinct():
     assert q.seed_of("order", 0, 1, 2) == 4250261670952940785 and q.seed_of("init", "head") == 4471760950963050618
-    keys = [("order", s, t, e) for s in range(5) for t in range(5) for e in range(5)] + [("order", 11, 1), ("order", 1, 11)]
+    keys = [*itertools.product(["order", "noise"], range(5), range(5)), ("order", 11, 1), ("order", 1, 11), ("order",)]
     seeds = {q.seed_of(*key) for key in keys}
     assert len(seeds) == len(keys) and 0 <= min(seeds) and max(seeds) < 2 ** 63
 
@@ -864,7 +862,8 @@ def test_evaluation_sequences():
     data = corpus()
     for split in q.SPLITS[1:]:
         tokens, sequences = data.splits[split], data.eval_sequences(split)
-        assert sequences.shape == (len(tokens) // 9, 9) and sequences.flatten().tolist() == tokens[:sequences.size].tolist()
+        assert sequences.shape == (len(tokens) // 9, 9)
+        assert sequences.flatten().tolist() == tokens[:sequences.size].tolist()
 
 
 def test_import_has_no_side_effect(tmp_path):
@@ -872,9 +871,9 @@ def test_import_has_no_side_effect(tmp_path):
 import json, os, random, sys
 import numpy, torch
 sys.argv = ["other.py", "--no-such-flag"]
-state = lambda: [sys.argv[:], dict(os.environ), torch.get_rng_state().tolist(), torch.get_num_threads(),
-                 torch.get_default_dtype() == torch.float32, torch.get_float32_matmul_precision(), repr(random.getstate()),
-                 numpy.random.get_state()[1].tolist(), os.getcwd(), sorted(os.listdir("."))]
+state = lambda: [sys.argv[:], dict(os.environ), os.getcwd(), sorted(os.listdir(".")), torch.get_rng_state().tolist(),
+                 random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_num_threads(),
+                 torch.get_default_dtype() == torch.float32, torch.get_float32_matmul_precision()]
 before = state()
 import train_q0
 print(json.dumps([state() == before, torch.distributed.is_initialized(), torch.cuda.is_initialized()]))
