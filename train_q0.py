@@ -141,8 +141,7 @@ PRESETS = {
     "q0": dict(PUBLISHED, epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
                edge_batch_tokens=393_216, micro_batch=8, layers=30, width=2048, head_dim=128, mlp_hidden=None,
                windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
-               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3,
-               distill_after=8),
+               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3),
 }
 
 members_of = lambda epochs: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
@@ -180,11 +179,18 @@ def resolve(cfg):
     if J * C > cfg.epochs or per and J * C * per > cfg.epochs:
         raise UserError(f"--epochs {cfg.epochs} does not pay for {J} trajectories x {C} cycles x {per or 1} epochs: "
                         f"give --epochs {J * C * (per or 1)} or fewer cycles")
+    if per and getattr(cfg, many) and cfg.epochs // (J * C) != per:
+        raise UserError(f"{J} trajectories x {C} cycles x {per} epochs is not --epochs {cfg.epochs}: "
+                        f"give --epochs {J * C * per} or leave one of them out")
     derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
     derive("boundary", row["boundary"], f"population {cfg.population}")
     weight = derive("distill_weight", row["distill_weight"], f"population {cfg.population}")
-    derive("distill_after", 1 if cfg.population == "chain" else min(8, max(1, C // 4)),
-           "min(8, max(1, cycles // 4)); 1 for a chain" if weight else "no distillation")
+    if cfg.population == "chain":
+        derive("distill_after", 1, "each member of a chain is taught by the one before")
+    elif cfg.preset == "q0":
+        derive("distill_after", 8, "as published")
+    else:
+        derive("distill_after", min(8, max(1, C // 4)), "min(8, max(1, cycles // 4))" if weight else "no distillation")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
@@ -705,7 +711,7 @@ def muon_update(grad, state, momentum, dtype):
     """Direction of one Muon step for grad [n, rows, cols]; `state` is a dict that holds momentum and second moment."""
     buf = state.setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - momentum)
     update = grad.lerp(buf, momentum)  # Nesterov
-    update = update / (update.norm(dim=-1, keepdim=True) + 1e-10)  # rows (MuonEq-R)
+    update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-20)  # rows (MuonEq-R)
     update = orthogonalize(update, dtype).float()
     # second moment per row or column (NorMuon), rescaled so that the update keeps its norm
     dim = -1 if grad.size(-2) >= grad.size(-1) else -2
@@ -942,7 +948,7 @@ def perturb(model, scale, *key):
     """Add Gaussian noise of `scale` standard deviations to every matrix (vectors whole); a pure function of `key`."""
     for name, p in model.named_parameters():
         dims = (-2, -1) if p.ndim > 1 else (0,)
-        if p.numel() > 1:
+        if math.prod(p.shape[-2:]) > 1:
             g = torch.Generator().manual_seed(seed_of("noise", *key, name))
             p.add_(torch.randn(p.shape, generator=g).to(p.device) * p.std(dim=dims, keepdim=True) * scale)
 
@@ -1040,7 +1046,7 @@ DATA_EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000
 
 def data_efficiency(loss):
     """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text; no extrapolation."""
-    if loss > DATA_EFFICIENCY[0][1]:
+    if not loss <= DATA_EFFICIENCY[0][1]:
         return "<2x"
     for (t0, l0), (t1, l1) in zip(DATA_EFFICIENCY, DATA_EFFICIENCY[1:]):
         if loss >= l1:
