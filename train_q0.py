@@ -139,7 +139,7 @@ PRESETS = {
     "small": dict(PUBLISHED, data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16,
                   layers=12, width=768, mlp_hidden=2048),
     "q0": dict(PUBLISHED, epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
-               edge_batch_tokens=393_216, micro_batch=8, layers=30, width=2048, head_dim=128, mlp_hidden=None,
+               edge_batch_tokens=393_216, micro_batch=2, layers=30, width=2048, head_dim=128, mlp_hidden=None,
                windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
                loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3),
 }
@@ -747,7 +747,8 @@ class Optimizer:
     def stack(self, tensors, unit):
         """[n, *unit], n padded with zeros to a multiple of the ranks."""
         units = torch.cat([t.reshape(-1, *unit) for t in tensors])
-        return F.pad(units, (0, 0) * len(unit) + (0, -len(units) % self.world.size))
+        missing = -len(units) % self.world.size
+        return F.pad(units, (0, 0) * len(unit) + (0, missing)) if missing else units
 
     @torch.no_grad()
     def step(self, lr_mult, wd_mult):
@@ -1058,27 +1059,27 @@ def data_efficiency(loss):
 # Training loop
 
 class Log:
-    """log.txt and metrics.jsonl of a run, and the terminal; only rank 0 has one that writes."""
+    """log.txt and metrics.jsonl of a run, and the terminal. Each group's leader writes its own; rank 0's is the run's."""
 
-    def __init__(self, path, header):
+    def __init__(self, path=None, header="", show=True):
         self.text = self.metrics = None
         if path is not None:
             self.text = open(path, "w", encoding="utf-8", buffering=1)
             self.text.write(SOURCE + "=" * 100 + "\n" + header + "\n" + "=" * 100 + "\n")
             metrics = path.with_name(path.stem.replace("log", "metrics") + ".jsonl")
             self.metrics = open(metrics, "w", encoding="utf-8", buffering=1)
-            self.live = sys.stdout.isatty()
+            self.show, self.live = show, sys.stdout.isatty()
 
     def event(self, *flags, **pairs):
         """One line of key:value pairs; a line of a training step is overwritten by the next one on a terminal."""
         if self.text is None:
             return
-        show = lambda k, v: (f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}") if isinstance(v, float) else v
-        line = " ".join((*flags, *(f"{k}:{show(k, v)}" for k, v in pairs.items())))
+        text = lambda k, v: (f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}") if isinstance(v, float) else v
+        line = " ".join((*flags, *(f"{k}:{text(k, v)}" for k, v in pairs.items())))
         self.text.write(line + "\n")
         self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
-        passing = self.live and "step" in pairs
-        print("\r\x1b[K" * self.live + line, end="" if passing else "\n", flush=True)
+        if self.show:
+            print("\r\x1b[K" * self.live + line, end="" if self.live and "step" in pairs else "\n", flush=True)
 
 
 def machine(world):
@@ -1347,12 +1348,12 @@ def command_train(argv):
     about = {"command": " ".join(sys.argv), "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": dataclasses.asdict(cfg),
              "data": {"name": corpus.name, **corpus.hashes}}
-    log = Log(None, "")
+    log = Log()
     if world.leader:
         for part in ("members", "predictions"):
             (folder / part).mkdir(parents=True, exist_ok=True)
         log = Log(folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt"),
-                  json.dumps(about, indent=1) + "\n" + "\n".join(lines))
+                  json.dumps(about, indent=1) + "\n" + "\n".join(lines), show=first)
     if first:
         print("\n".join(lines), flush=True)
     result = train(cfg, corpus, world, folder, log)

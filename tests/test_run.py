@@ -3,6 +3,7 @@
 One thread throughout: models this small gain nothing from two, and sums then have one order wherever a run is repeated.
 """
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -468,7 +469,6 @@ def flip(raw):
 
 def beyond(folder):
     """A token that the vocabulary lacks, in a shard whose hash is right."""
-    import hashlib
     edit(lambda raw: raw[:-2] + (300).to_bytes(2, "little"))(folder)
     digest = hashlib.sha256((folder / "val.bin").read_bytes()).hexdigest()
     manifest(digest, "splits", "val", "files", 0, "sha256")(folder)
