@@ -39,6 +39,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from safetensors.torch import load as load_tensors, save_file as save_tensors
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent
@@ -103,12 +106,12 @@ class Config:
     loop_passes: int = knob(1, "how often the looped layers run in all", low=1)
     mtp_weight: float = knob(0.0, "weight of the loss on the token after next; 0 builds no block for it", low=0)
     # optimizer
-    lr_matrix: float = knob(0.01, "peak lr of Muon: every matrix inside the blocks", low=0)
-    lr_embed: float = knob(0.0375, "peak lr of the embedding", low=0)
-    lr_head: float = knob(0.002, "peak lr of the head", low=0)
-    lr_resid: float = knob(0.00025, "peak lr of residual and skip scalars", low=0)
-    lr_x0: float = knob(0.025, "peak lr of x0 scalars", low=0)
-    lr_mixing: float = knob(0.02, "peak lr of head mixing", low=0)
+    lr_matrix: float = knob(0.01, "peak lr of Muon: every matrix inside the blocks", low=0, high=1e37)
+    lr_embed: float = knob(0.0375, "peak lr of the embedding", low=0, high=1e37)
+    lr_head: float = knob(0.002, "peak lr of the head", low=0, high=1e37)
+    lr_resid: float = knob(0.00025, "peak lr of residual and skip scalars", low=0, high=1e37)
+    lr_x0: float = knob(0.025, "peak lr of x0 scalars", low=0, high=1e37)
+    lr_mixing: float = knob(0.02, "peak lr of head mixing", low=0, high=1e37)
     weight_decay: float = knob(1.3, "peak decay of matrices, embedding and head; multiplied by lr", low=0)
     lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", low=0, high=1)
     wd_floor: float = knob(0.7, "decay multiplier at a cycle's start; it rises to 1 as lr falls", low=0)
@@ -360,7 +363,7 @@ def read_shard(path, vocab_size, sha256=None):
                         f"not {SHARD_MAGIC}, {SHARD_VERSION}")
     if len(raw) != 4 * SHARD_HEADER + 2 * int(header[2]):
         raise UserError(f"shard {path} is truncated or too long: {len(raw)} bytes for {header[2]} tokens; {again}")
-    if sha256 and hashlib.sha256(raw).hexdigest() != sha256:
+    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
         raise UserError(f"shard {path} is corrupted: its sha256 is not the manifest's; {again}")
     tokens = np.frombuffer(raw, dtype="<u2", offset=4 * SHARD_HEADER)
     if len(tokens) and tokens.max() >= vocab_size:
@@ -411,6 +414,8 @@ def load_corpus(folder, seq_len, train_tokens):
         vocab_size, eot = int(manifest["vocab_size"]), int(manifest["eot"])
         files = {s: [(f["name"], f["sha256"]) for f in manifest["splits"][s]["files"]] for s in SPLITS}
         name = str(manifest["name"])
+        if not all(isinstance(text, str) for listed in files.values() for pair in listed for text in pair):
+            raise TypeError("file names and hashes must be text")
     except OSError as e:
         raise UserError(f"cannot read {folder / 'manifest.json'}: {e.strerror}; prepare the data first "
                         "(python data/prepare.py wiki, or fineweb)") from None
@@ -422,10 +427,6 @@ def load_corpus(folder, seq_len, train_tokens):
             raise UserError(f"{folder / 'manifest.json'}: split {split} must list plain file names in its own folder")
     splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in listed])
               for s, listed in files.items()}
-    for s, tokens in splits.items():
-        if len(tokens) < seq_len + 1:
-            raise UserError(f"split {s} of {folder} has {len(tokens)} tokens, fewer than one sequence of {seq_len + 1}:"
-                            " more text or a smaller --seq-len is needed")
     if train_tokens > len(splits["train"]):
         raise UserError(f"--train-tokens {train_tokens} is more than the {len(splits['train'])} training tokens of "
                         f"{folder}")
@@ -435,6 +436,10 @@ def load_corpus(folder, seq_len, train_tokens):
         ends = np.append(starts[1:], len(splits["train"]))
         keep = int(np.searchsorted(ends, train_tokens)) + 1
         splits["train"], starts = splits["train"][:ends[keep - 1]], starts[:keep]
+    for s, tokens in splits.items():
+        if len(tokens) < seq_len + 1:
+            raise UserError(f"split {s} of {folder} has {len(tokens)} tokens, fewer than one sequence of {seq_len + 1}:"
+                            " more text or a smaller --seq-len is needed")
     return Corpus(name, vocab_size, splits, {f: h for listed in files.values() for f, h in listed},
                   tuple(np.split(splits["train"], starts[1:])), seq_len)
 
@@ -531,7 +536,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, cfg.value_embeds and i % 2 == (n - 1) % 2) for i in range(n))
         self.resid_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
         self.x0_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
-        self.skip_scale = nn.Parameter(torch.empty(n // 2)) if cfg.unet else None
+        self.skip_scale = nn.Parameter(torch.empty(n // 2)) if cfg.unet and n > 1 else None
         self.mtp_proj = nn.Parameter(torch.empty(D, 2 * D)) if cfg.mtp_weight else None
         self.mtp_block = Block(cfg) if cfg.mtp_weight else None
         self.order, self.windows = layer_order(cfg), layer_windows(cfg)
@@ -901,10 +906,16 @@ def peak_memory(parts):
 # Population: members on disk (bf16 weights + configuration) and their cached p(true token)
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename it to `path`: a reader sees the old file or the new one, whole."""
+    """Call write(temporary path), then rename it to `path`: a reader sees the old file or the new one, whole.
+    Raises OSError where it cannot be written."""
     tmp = path.with_name(path.name + ".tmp")
-    write(tmp)
-    os.replace(tmp, path)
+    try:
+        write(tmp)
+        os.replace(tmp, path)
+    except SafetensorError as e:
+        raise OSError(f"cannot write {path}: {e}") from None
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def save_json(path, value):
@@ -913,10 +924,9 @@ def save_json(path, value):
 
 def save_member(folder, model, position):
     """Write a bf16 snapshot with all that is needed to load it; `position` says where in the run it was taken."""
-    from safetensors.torch import save_file
     folder.mkdir(parents=True)
     weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", lambda tmp: save_file(weights, tmp))
+    write_atomically(folder / "model.safetensors", lambda tmp: save_tensors(weights, tmp))
     sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     save_json(folder / "config.json", {"vocab_size": model.vocab_size, "sha256": sha, **position,
                                        "config": dataclasses.asdict(model.cfg)})
@@ -930,17 +940,16 @@ def empty_member(cfg, vocab_size):
 
 def load_member(folder, precision=None):
     """The member in `folder`, as a frozen GPT in evaluation mode. Raises UserError where a file is damaged."""
-    from safetensors.torch import load as load_bytes
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         raw = (folder / "model.safetensors").read_bytes()
-    except (OSError, ValueError) as e:
-        raise UserError(f"cannot read member {folder}: {e}") from None
-    if hashlib.sha256(raw).hexdigest() != about["sha256"]:
-        raise UserError(f"member {folder} is damaged: the sha256 of model.safetensors is not the one in config.json")
-    cfg = Config(**about["config"])
-    model = empty_member(dataclasses.replace(cfg, precision=precision or cfg.precision), about["vocab_size"])
-    model.load_state_dict(load_bytes(raw))
+        if hashlib.sha256(raw).hexdigest() != about["sha256"]:
+            raise ValueError("the sha256 of model.safetensors is not the one in config.json")
+        cfg = Config(**about["config"])
+        model = empty_member(dataclasses.replace(cfg, precision=precision or cfg.precision), about["vocab_size"])
+        model.load_state_dict(load_tensors(raw))
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserError) as e:
+        raise UserError(f"member {folder} is missing or damaged: {' '.join(str(e).split())[:200]}") from None
     return model
 
 
@@ -956,11 +965,26 @@ def perturb(model, scale, *key):
 
 def load_predictions(run):
     """Cached p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError where files are missing."""
-    from safetensors.numpy import load_file
-    files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: int(f.stem))
+    files = list((run / "predictions").glob("*.safetensors"))
+    for file in files:
+        if not file.stem.isdigit():
+            raise UserError(f"{file} is not a member's predictions: move it elsewhere")
+    files.sort(key=lambda f: int(f.stem))
     if not files:
         raise UserError(f"{run} has no cached predictions: it is not a run, or it ended before its first member")
-    members = [load_file(f) for f in files]
+    if [int(f.stem) for f in files] != list(range(len(files))):
+        raise UserError(f"{run} lacks the predictions of a member below {files[-1].stem}: the run is not complete")
+    members = []
+    for file in files:
+        try:
+            members.append(load_file(file))
+            for split, p in members[-1].items():
+                if p.shape != members[0][split].shape or p.ndim != 1 or not (p > 0).all() or not (p <= 1).all():
+                    raise ValueError(f"{split} does not hold one probability per token")
+            if members[-1].keys() != members[0].keys() or len(members[-1]) != 2 or "heldout" not in members[-1]:
+                raise ValueError("it must hold heldout and one more split")
+        except (OSError, ValueError, KeyError, SafetensorError) as e:
+            raise UserError(f"predictions {file} are damaged: {' '.join(str(e).split())}") from None
     return {split: np.stack([m[split] for m in members]) for split in members[0]}
 
 
@@ -1059,7 +1083,7 @@ def data_efficiency(loss):
 # Training loop
 
 class Log:
-    """log.txt and metrics.jsonl of a run, and the terminal. Each group's leader writes its own; rank 0's is the run's."""
+    """log.txt and metrics.jsonl of a run, and the terminal. Each group's leader writes its own."""
 
     def __init__(self, path=None, header="", show=True):
         self.text = self.metrics = None
@@ -1070,16 +1094,24 @@ class Log:
             self.metrics = open(metrics, "w", encoding="utf-8", buffering=1)
             self.show, self.live = show, sys.stdout.isatty()
 
+    def line(self, text, passing=False):
+        """A line of text; on a terminal the next line overwrites a passing one."""
+        if self.text is not None:
+            self.text.write(text + "\n")
+            if self.show:
+                print("\r\x1b[K" * self.live + text, end="" if self.live and passing else "\n", flush=True)
+
     def event(self, *flags, **pairs):
-        """One line of key:value pairs; a line of a training step is overwritten by the next one on a terminal."""
+        """A line of key:value pairs, in the metrics too; a pair of numbers is shown as a/b."""
         if self.text is None:
             return
-        text = lambda k, v: (f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}") if isinstance(v, float) else v
-        line = " ".join((*flags, *(f"{k}:{text(k, v)}" for k, v in pairs.items())))
-        self.text.write(line + "\n")
+        def text(k, v):
+            if isinstance(v, float):
+                return f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}"
+            return f"{v[0]}/{v[1]}" if isinstance(v, tuple) else v
+
         self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
-        if self.show:
-            print("\r\x1b[K" * self.live + line, end="" if self.live and "step" in pairs else "\n", flush=True)
+        self.line(" ".join((*flags, *(f"{k}:{text(k, v)}" for k, v in pairs.items()))), passing="step" in pairs)
 
 
 def machine(world):
@@ -1101,7 +1133,6 @@ def train(cfg, corpus, world, folder, log):
                 for each step of the cycle: lr falls, wd rises; loss = CE, mixed with KL to the previous member
                 member = bf16 snapshot; cache its p(true token); fit the prior over all members so far
     """
-    from safetensors.numpy import save_file
     plan = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     mine = plan if world.groups == 1 else [plan[world.index]]
     cycles = [c for trajectory in mine for c in trajectory]
@@ -1144,15 +1175,15 @@ def train(cfg, corpus, world, folder, log):
                     tokens, seconds = (step - mark_step) * cycle.rows * cfg.seq_len, now - mark
                     train_seconds, tokens_seen = train_seconds + seconds, tokens_seen + tokens
                     mark, mark_step = now, step
-                    left = train_seconds / step * (total_steps - step)
-                    left += eval_seconds / max(1, len(curve)) * (len(cycles) - len(curve))
-                    log.event(step=f"{step}/{total_steps}", traj=j, cycle=f"{cycle.index + 1}/{cfg.cycles}",
-                              epoch=cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps, loss=loss,
-                              lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
-                              **{"tok/s": round(tokens / seconds)}, eta=str(datetime.timedelta(seconds=round(left))))
                     if not math.isfinite(loss):
                         raise UserError(f"the loss is {loss} at step {step}: lower --lr-matrix, or try --precision "
                                         "float32")
+                    left = train_seconds / step * (total_steps - step)
+                    left += eval_seconds / max(1, len(curve)) * (len(cycles) - len(curve))
+                    log.event(step=(step, total_steps), traj=j, cycle=(cycle.index + 1, cfg.cycles),
+                              epoch=cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps, loss=loss,
+                              lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
+                              **{"tok/s": round(tokens / seconds)}, eta=str(datetime.timedelta(seconds=round(left))))
             mark = time.perf_counter()
             where = {"member": cycle.member, "traj": j, "cycle": cycle.index + 1,
                      "epochs": cycle.epochs_before + cycle.epochs, "distilled": int(cycle.distilled)}
@@ -1164,6 +1195,9 @@ def train(cfg, corpus, world, folder, log):
             probs = {s: true_token_probs(previous, x, cfg.micro_batch, world) for s, x in splits.items()}
             for split, p in probs.items():
                 cached[split].append(p)
+                if not np.isfinite(p).all():
+                    raise UserError(f"member {cycle.member} predicts numbers that are not finite: lower --lr-matrix, "
+                                    "or try --precision float32")
             if world.leader:
                 path = folder / "predictions" / f"{cycle.member}.safetensors"
                 write_atomically(path, lambda tmp: save_file(probs, tmp))
@@ -1245,7 +1279,7 @@ def parse_config(argv, **extra):
             p.add_argument(flag(f.name), type=of, metavar=kind.upper(), **options)
     known, unknown = p.parse_known_args(argv)
     if unknown:
-        flags = [flag(f.name) for f in dataclasses.fields(Config)]
+        flags = [flag(name) for name in (*extra, *(f.name for f in dataclasses.fields(Config)))]
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         raise UserError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
     given = {f.name: getattr(known, f.name) for f in dataclasses.fields(Config) if getattr(known, f.name) is not None}
@@ -1336,7 +1370,8 @@ def command_train(argv):
         print(f"{data} is missing: preparing the default corpus (python data/prepare.py wiki)", flush=True)
         done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"], stderr=subprocess.PIPE, text=True)
         if done.returncode:
-            raise UserError((done.stderr.strip() or "data/prepare.py failed").splitlines()[-1])
+            why_not = (done.stderr.strip() or "data/prepare.py failed").splitlines()[-1]
+            raise UserError(why_not.removeprefix("prepare.py: error: "))
     world.from_first(None)  # the others wait for the data
     corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
     settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("device", "compile")}
@@ -1359,7 +1394,7 @@ def command_train(argv):
     result = train(cfg, corpus, world, folder, log)
     if first:
         for line in format_table(result["table"], cfg.report):
-            log.event(line)
+            log.line(line)
         key = f"final_{cfg.report}_loss"
         efficiency = data_efficiency(result[key]) if corpus.name in ("fineweb", "slowrun") else "n/a"
         log.event(**{key: result[key]}, members=result["members"], k=result["members"], epochs=cfg.epochs,
