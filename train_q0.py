@@ -381,7 +381,7 @@ class Corpus:
     documents: tuple  # of uint16 arrays: the training documents in file order
     seq_len: int
 
-    @property
+    @functools.cached_property
     def train_sequences(self):
         """Sequences of seq_len + 1 tokens in one epoch (the same every epoch: the tail is dropped)."""
         return sum(map(len, self.documents)) // (self.seq_len + 1)
@@ -1195,9 +1195,9 @@ def train(cfg, corpus, world, folder, log):
             probs = {s: true_token_probs(previous, x, cfg.micro_batch, world) for s, x in splits.items()}
             for split, p in probs.items():
                 cached[split].append(p)
-                if not np.isfinite(p).all():
-                    raise UserError(f"member {cycle.member} predicts numbers that are not finite: lower --lr-matrix, "
-                                    "or try --precision float32")
+                if not (p > 0).all():
+                    raise UserError(f"member {cycle.member} gives some true token probability {p.min()}: lower "
+                                    "--lr-matrix, or --softcap where it was raised")
             if world.leader:
                 path = folder / "predictions" / f"{cycle.member}.safetensors"
                 write_atomically(path, lambda tmp: save_file(probs, tmp))
