@@ -30,6 +30,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -98,7 +99,7 @@ class Config:
     short_window: int | None = knob(None, "tokens that a short window spans, the own one included", low=1)
     unet: bool = knob(False, "learned skips from layer i to layer n-1-i")
     x0_mix: bool = knob(False, "learned mix of the stream with the embedding before every block")
-    value_embeds: bool = knob(False, "gated projection of the embedding added to the values of every second layer")
+    value_embeds: bool = knob(True, "gated projection of the embedding added to the values of every second layer")
     attn_gates: bool = knob(False, "input-dependent output gate per attention head")
     head_mixing: bool = knob(False, "learned mixing of the heads of q, k and v")
     loop_first: int = knob(0, "first looped layer", low=0)
@@ -140,7 +141,7 @@ PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1
 PRESETS = {
     "tiny": {},
     "small": dict(PUBLISHED, data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16,
-                  layers=12, width=768, mlp_hidden=2048),
+                  layers=12, width=768, mlp_hidden=2048, value_embeds=False),
     "q0": dict(PUBLISHED, epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
                edge_batch_tokens=393_216, micro_batch=2, layers=30, width=2048, head_dim=128, mlp_hidden=None,
                windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
@@ -1098,8 +1099,10 @@ class Log:
         """A line of text; on a terminal the next line overwrites a passing one."""
         if self.text is not None:
             self.text.write(text + "\n")
-            if self.show:
-                print("\r\x1b[K" * self.live + text, end="" if self.live and passing else "\n", flush=True)
+            passing = passing and self.live
+            if self.show:  # a line that wraps could not be overwritten
+                shown = text[:shutil.get_terminal_size().columns - 1] if passing else text
+                print("\r\x1b[K" * self.live + shown, end="" if passing else "\n", flush=True)
 
     def event(self, *flags, **pairs):
         """A line of key:value pairs, in the metrics too; a pair of numbers is shown as a/b."""

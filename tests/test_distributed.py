@@ -30,13 +30,15 @@ import train_q0 as q0
 ROOT = Path(q0.__file__).resolve().parent
 SIZES = (1, 2, 4)
 VOCAB = 100  # padded to 128
-# every feature of the model; one step a cycle, so that three steps see the noise of a boundary and a teacher twice
+# every feature of the model; one step a cycle, so that three steps see the noise of two boundaries and, last, a teacher.
+# Little weight decay: it acts where update and weight have one sign, so an update that rounds to the other side of 0
+# changes a weight by lr * wd of it, 1e-2 at full decay; now by 5e-4 of one entry among thousands
 STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout=0.1, windows="SSSL", unet=True,
              x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True, loop_first=3, loop_last=4,
              loop_passes=3, mtp_weight=0.3, batch_tokens=256, micro_batch=2, epochs=3, cycles=3, lr_head=0.01,
-             grad_clip=0.05, device="cpu")
+             grad_clip=0.05, weight_decay=0.05, distill_after=2, device="cpu")
 # a run of a second: four micro-batches a step
-RUN = ("--layers 2 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 16 "
+RUN = ("--layers 2 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 8 "
        "--train-tokens 2000 --cycles 2 --lr-matrix 0.04 --lr-head 0.01 --mtp-weight 0.3 --precision float32 "
        "--device cpu --log-every 1 --data shards").split()
 
@@ -142,28 +144,31 @@ def exchanges(world, rank):
 
 
 def job_world(folder, trajectories):
-    torch.save(exchanges(q0.set_up_world(config(trajectories=int(trajectories), epochs=6)), rank_now()),
+    # 12 micro-batches: they divide over 2, 3 and 4 ranks
+    torch.save(exchanges(q0.set_up_world(config(trajectories=int(trajectories), epochs=6, batch_tokens=384)), rank_now()),
                folder / f"{rank_now()}.pt")
 
 
 def job_run(folder, *argv):
-    """A whole run through main(); a word `1:...` is for rank 1 alone: a flag, or one of three deeds."""
+    """A whole run through main(); a word `1:...` is for rank 1 alone: a flag, other code or another disk."""
     q0.draw_curve = lambda *args: None  # takes longer than the run
     q0.LOGS = folder / "logs"
-    os.chdir(folder.parent.parent)  # the folder of `shards`
+    place = folder.parent.parent
+    os.chdir(place / "disk0")
     odd = [a[2:] for a in argv if a.startswith("1:")] if rank_now() == 1 else []
-    if "other-disk" in odd:
-        os.chdir("disk1")
-    if "other-code" in odd:
-        q0.SOURCE += "\n"
-    odd = [a for a in odd if not a.startswith("other-")]
+    for word in [a for a in odd if a.startswith("other-")]:
+        odd.remove(word)
+        if word == "other-code":
+            q0.SOURCE += "\n"
+        else:
+            os.chdir(place / word.removeprefix("other-"))
     return q0.main([*RUN, *(a for a in argv if not a.startswith("1:")), *odd, "--run", "x"])
 
 
 def job_apart(folder, *argv):
     """Two trajectories. Rank 1 takes its first step only after rank 0 has ended its last cycle and waited for longer
     than any process group but the patient one allows."""
-    short = dict(timeout=datetime.timedelta(seconds=6))
+    short = dict(timeout=datetime.timedelta(seconds=8))
     for name in ("init_process_group", "new_group"):
         setattr(dist, name, functools.partial(lambda f, *a, **k: f(*a, **{**short, **k}), getattr(dist, name)))
     training_loss, last = q0.training_loss, folder / "logs/x/predictions/1.safetensors"
@@ -175,7 +180,7 @@ def job_apart(folder, *argv):
                 assert time.monotonic() < end, "rank 0 waits for rank 1"
                 time.sleep(0.05)
             (folder / "late").write_text(" ".join(sorted(p.name for p in (folder / "logs/x/predictions").iterdir())))
-            time.sleep(8)
+            time.sleep(10)
         return training_loss(*args)
 
     if rank_now() == 1:
@@ -187,20 +192,20 @@ DIFFERENT = {  # what rank 1 does differently: what the line must name
     "lr": (["1:--lr-matrix", "1:0.03"], "lr_matrix: 0.03, not 0.04"),
     "trajectories": (["1:--trajectories", "1:2"], "trajectories: 2, not 1"),
     "features": (["1:--attn-gates"], "attn_gates: True, not False"),
-    "folder": (["1:--data", "1:disk1/shards"], "data: disk1/shards, not shards"),
-    "disk": (["1:other-disk"], "train.bin: [0-9a-f]{64}, not [0-9a-f]{64}"),
+    "folder": (["1:--data", "1:../disk1/shards"], "data: ../disk1/shards, not shards"),
+    "disk": (["1:other-disk1"], "train.bin: [0-9a-f]{64}, not [0-9a-f]{64}"),
     "code": (["1:other-code"], "train_q0.py: [0-9a-f]{64}, not [0-9a-f]{64}"),
 }
 JOBS = {  # name: (function, ranks, words)
     "apart": (job_apart, 2, ["--trajectories", "2"]),
     **{f"different-{name}": (job_run, 2, words) for name, (words, _) in DIFFERENT.items()},
-    "missing": (job_run, 2, ["1:--data", "1:nowhere"]),
+    "missing": (job_run, 2, ["1:other-disk2"]),
     **{f"world-{size}x{j}": (job_world, size, [str(j)]) for size, j in ((2, 1), (2, 2), (4, 2), (3, 2))},
     **{f"steps-{size}": (job_steps, size, []) for size in SIZES},
     **{f"run-{size}x{j}-{seed}": (job_run, size, ["--trajectories", str(j), "--seed", str(seed)])
-       for size, j, seed in ((1, 2, 0), (4, 2, 0), (1, 1, 0), (1, 1, 1), (1, 1, 2), (2, 1, 0), (4, 1, 0))},
+       for size, j, seed in ((1, 2, 0), (4, 2, 0), (1, 1, 0), (1, 1, 1), (1, 1, 2), (2, 1, 0))},
 }
-TOGETHER = sum(name.startswith(("apart", "different", "missing")) for name in JOBS)  # they mostly wait
+WAITING = ("apart", "different", "missing")
 
 
 def start_job(name, out):
@@ -232,33 +237,29 @@ def start_job(name, out):
 
 
 def all_jobs(out, limit=120):
-    """Run every job: those that wait all at once, the others one after the other beside them."""
-    end, running = time.monotonic() + limit, {}
+    """Run every job: those that mostly wait all at once, the others beside them while one rank or none is busy."""
+    end, running, busy = time.monotonic() + limit, {}, set()
 
-    def reap(until):
-        while len(running) > until:
+    def wait_while(condition):
+        while condition():
             pid, status = os.waitpid(-1, os.WNOHANG)
             if pid:
                 running.pop(pid).write_text(str(os.waitstatus_to_exitcode(status)))
+                busy.discard(pid)
             elif time.monotonic() > end:
-                for pid in running:
+                for pid, code in running.items():
+                    code.write_text("timeout")
                     os.kill(pid, signal.SIGKILL)
-                end_early = list(running)
-                for pid in end_early:
-                    os.waitpid(pid, 0)
-                    running.pop(pid).write_text("timeout")
+                sys.exit(f"no end after {limit} s")
             else:
                 time.sleep(0.02)
 
-    names = list(JOBS)
-    for name in names[:TOGETHER]:
-        running.update(start_job(name, out))
-    waiting = len(running)
-    for name in names[TOGETHER:]:
-        before = len(running)
-        running.update(start_job(name, out))
-        reap(min(before, waiting))
-    reap(0)
+    for name in JOBS:
+        started = start_job(name, out)
+        running.update(started)
+        busy.update([] if name.startswith(WAITING) else started)
+        wait_while(lambda: len(busy) > 1)
+    wait_while(lambda: running)
 
 
 def command_die(how, *argv):
@@ -298,8 +299,8 @@ def environment(**more):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with train_q0.py as imported here, and a corpus of ~8,000 tokens that data/prepare.py made; `disk1` has
-    another one of the same kind."""
+    """A folder with train_q0.py as imported here; its disk0 has a corpus of ~8,000 tokens that data/prepare.py made,
+    disk1 another one of that name, disk2 none."""
     place, rng = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
     (place / "train_q0.py").write_text(q0.SOURCE, encoding="utf-8")
     words = ["".join(rng.choice(list("abdeiklmnorstu"), 4)) for _ in range(40)]
@@ -310,8 +311,9 @@ def place(tmp_path_factory):
             text.append(words[at])
             at = (3 * at + rng.integers(3)) % 40
         lines.append(json.dumps({"text": " ".join(text)}))
-    (place / "disk1").mkdir()
-    for folder, kept in ((place, lines), (place / "disk1", lines[1:])):
+    (place / "disk2").mkdir()
+    for folder, kept in ((place / "disk0", lines), (place / "disk1", lines[1:])):
+        folder.mkdir()
         (folder / "made-up.jsonl").write_text("\n".join(kept) + "\n")
         argv = ["text", "--input", "made-up.jsonl", "--out", "shards", "--tokenizer", "train", "--vocab", "300",
                 "--val-bytes", "3000", "--dev-bytes", "1000", "--heldout-bytes", "1000"]
@@ -328,7 +330,7 @@ def jobs(place):
     out.mkdir()
     done = subprocess.run([sys.executable, __file__, "jobs", out], env=environment(PYTHONPATH=str(place)), text=True,
                           capture_output=True, timeout=180)
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 or "no end after" in done.stderr, done.stderr  # then the tests of those jobs fail
     return out
 
 
@@ -357,24 +359,23 @@ def test_every_size_feeds_the_same_micro_batches(jobs, size):
             batch = corpus.batch(cfg.seed, 0, 16 * step, 16)
             for m in range(8):
                 tokens, taught = next(f[step, m] for f in fed if (step, m) in f)
-                assert np.array_equal(tokens.numpy(), batch[2 * m:2 * m + 2]) and taught == (step > 0)
+                assert np.array_equal(tokens.numpy(), batch[2 * m:2 * m + 2]) and taught == (step == 2)
 
 
-@pytest.mark.parametrize("precision, bound", [
-    # float32 sums in another order: 2^-24 relative in a gradient, times the condition of three orthogonalisations
-    ("float32", 1e-5),
-    # the same differences in the gradients, but some now round to another bf16 (2^-8) of the update or the teacher;
-    # an update is ~10% of a weight
-    ("bfloat16", 2e-3)])
 @pytest.mark.parametrize("size", SIZES[1:])
-def test_weights_after_three_steps(jobs, size, precision, bound):
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_weights_after_three_steps(jobs, size, precision):
+    """float32: gradients are summed in another order (2^-24), which orthogonalisation amplifies in their smallest
+    singular values, up to 1,000 times. Six seeds gave at most 5e-6, in the gates: they start at 0, so their weights are
+    updates and nothing else. bfloat16: such a difference rounds some entries of an update to a neighbour, 2^-8 away,
+    amplified in the same way: up to 0.1 of what the steps changed, where other dropout or data would change all of it."""
     one, ranks = finished(jobs, "steps-1")[0][precision]["weights"], finished(jobs, f"steps-{size}")
     start = dict(q0.GPT(config(precision=precision), VOCAB).init_weights(0, 0, 0).named_parameters())
     for name, weight in one.items():
         several = [rank[precision]["weights"][name] for rank in ranks]
         assert all(torch.equal(w, several[0]) for w in several), name  # gathered, not computed apart
-        assert off(several[0], weight) <= bound, name
-        assert off(start[name].detach(), weight) > 20 * bound, name  # the steps moved it by far more
+        moved = off(start[name].detach(), weight)
+        assert off(several[0], weight) <= (1e-5 if precision == "float32" else 0.25 * moved) and moved > 2e-4, name
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -392,9 +393,8 @@ def test_optimizer_state_is_sharded(jobs, size):
     for name, (n, _) in one["units"].items():
         for key, whole in one["state"][name].items():
             parts = torch.cat([rank["state"][name][key] for rank in ranks])
-            # side by side the shards are the whole, once; tolerance as for the weights, doubled by second moments'
-            # squares and amplified where clipped gradients nearly cancel in a momentum
-            assert off(parts[:n], whole) <= 1e-4 and not parts[n:].any(), (name, key)
+            # side by side the shards are the whole, once; tolerance as for the weights, and twice that for squares
+            assert off(parts[:n], whole) <= 2e-5 and not parts[n:].any(), (name, key)
 
 
 def test_true_token_probs(jobs):
@@ -451,11 +451,11 @@ def test_world(jobs, size, trajectories):
 # ----------------------------------------------------------------------------------------------------------------------
 # Whole runs
 
-def torchrun(cwd, *argv, nodes=1, node_ranks=2, rendezvous=None):
-    where = ["--standalone"] if nodes == 1 else [
-        f"--nnodes={nodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", "--rdzv-id=q0", "--local-addr=127.0.0.1"]
-    command = [sys.executable, "-m", "torch.distributed.run", *where, f"--nproc_per_node={node_ranks}", *map(str, argv)]
-    return subprocess.Popen(command, cwd=cwd, env=environment(PYTHONPATH=str(cwd)), text=True, stdout=subprocess.PIPE,
+def torchrun(place, *argv, disk="disk0", where=("--standalone", "--nproc_per_node=2")):
+    """Start `torchrun argv`; a script named train_q0.py is the one of `place`."""
+    argv = [place / "train_q0.py" if a == "train_q0.py" else a for a in argv]
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", *where, *map(str, argv)], cwd=place / disk,
+                            env=environment(PYTHONPATH=str(place)), text=True, stdout=subprocess.PIPE,
                             stderr=subprocess.PIPE)
 
 
@@ -507,23 +507,24 @@ def test_one_process_a_trajectory(jobs, place):
     assert (two / "log.txt").read_text().count(f"\n{final}") == 1
 
 
-@pytest.mark.parametrize("size, trajectories", [(2, 1), (4, 1), (4, 2)])
+@pytest.mark.parametrize("size, trajectories", [(2, 1), (4, 2)])
 def test_shared_trajectory(jobs, size, trajectories):
-    """Ranks that share a trajectory add gradients in another order: float32 rounding, cut to bf16 at each member, grown
-    over the run, and still far less than another seed changes."""
+    """Ranks that share a trajectory add gradients in another order. That gave 2e-7 in the loss; one entry whose decay
+    starts or stops by it (see STEPS) may give more, so 1e-3, while another seed changes 30 times that."""
     for seed in range(3):
         finished(jobs, f"run-1x1-{seed}")
     seeds = np.std([result_of(jobs / f"run-1x1-{seed}/logs/x")["final_val_loss"] for seed in range(3)], ddof=1)
     finished(jobs, f"run-{size}x{trajectories}-0"), finished(jobs, f"run-1x{trajectories}-0")
     one, two = (jobs / f"run-{n}x{trajectories}-0/logs/x" for n in (1, size))
     a, b = result_of(one), result_of(two)
-    assert [p["learned"] for p in b["curve"]] == pytest.approx([p["learned"] for p in a["curve"]], abs=min(2e-3, seeds))
+    assert [p["learned"] for p in b["curve"]] == pytest.approx([p["learned"] for p in a["curve"]], abs=1e-3)
+    assert seeds > 0.01
     assert [p["member"] for p in b["curve"]] == list(range(2 * trajectories)) and b["machine"]["processes"] == size
     assert artifacts(one).keys() == artifacts(two).keys()
     assert sum(p.name.startswith("log") for p in two.iterdir()) == trajectories
     last = f"predictions/{2 * trajectories - 1}.safetensors"
     for split, p in load_file(one / last).items():
-        assert np.abs(load_file(two / last)[split] - p).mean() < 1e-3 < p.std()
+        assert np.abs(load_file(two / last)[split] - p).mean() < 1e-4 and p.std() > 1e-2  # 7e-7, and room as above
 
 
 def test_trajectories_do_not_wait_for_each_other(jobs):
@@ -543,9 +544,10 @@ def test_two_nodes(jobs, place, tmp_path):
     for node in nodes:
         node.mkdir()
         shutil.copy(place / "train_q0.py", node)
-        shutil.copytree(place / "shards", node / "shards")
-    runs = [torchrun(node, "train_q0.py", *RUN, "--trajectories", "2", "--name", "x", nodes=2, node_ranks=1,
-                     rendezvous=f"127.0.0.1:{port}") for node in nodes]
+        shutil.copytree(place / "disk0/shards", node / "disk0/shards")
+    where = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+             "--rdzv-id=q0", "--local-addr=127.0.0.1")
+    runs = [torchrun(node, "train_q0.py", *RUN, "--trajectories", "2", "--name", "x", where=where) for node in nodes]
     outs = ended(*runs)
     assert [run.returncode for run in runs] == [0, 0], outs
     first, second = sorted((node / "logs/x" for node in nodes), key=lambda f: not (f / "result.json").exists())
@@ -579,7 +581,8 @@ def test_different_flags_under_torchrun(place):
     run = torchrun(place, __file__, "different", *RUN, "--name", "different")
     (out, error), = ended(run)
     lines = [line for line in error.splitlines() if line.startswith("train_q0.py: error:")]
-    assert run.returncode not in (0, None) and len(lines) == 1 and "Traceback" not in error, error
+    assert run.returncode not in (0, None) and len(lines) == 1, error
+    assert not re.search('train_q0.py", line', error)  # no traceback but torchrun's own
     assert lines[0].startswith("train_q0.py: error: rank 1 differs from rank 0 in grad_clip: 0.5, not 1.0; start every")
     assert not (place / "logs/different").exists()
 
@@ -595,7 +598,7 @@ def test_different_ranks(jobs, name):
 def test_data_missing_on_one_rank(jobs):
     codes = [(jobs / f"missing/{rank}.code").read_text() for rank in (0, 1)]
     line = (jobs / "missing/1.err").read_text()
-    assert codes[1] == "2" and re.fullmatch(r"train_q0\.py: error: rank 1: .*nowhere.manifest\.json.*\n", line)
+    assert codes[1] == "2" and re.fullmatch(r"train_q0\.py: error: rank 1: .*shards.manifest\.json.*\n", line)
     assert codes[0] not in ("0", "timeout")
 
 
