@@ -1,4 +1,4 @@
-"""The same numbers on any number of processes: one, two and four ranks on gloo, torchrun, two nodes, failures. CPU only.
+"""The same numbers on any number of processes: 1, 2 and 4 ranks on gloo, torchrun, two nodes, failures. CPU only.
 
 Importing torch is most of a process's start, so the ranks of most tests are forks of one process that imported it: this
 file, run as a script, with the environment that torchrun sets. torchrun itself starts the runs that a user would start.
@@ -30,7 +30,7 @@ import train_q0 as q0
 ROOT = Path(q0.__file__).resolve().parent
 SIZES = (1, 2, 4)
 VOCAB = 100  # padded to 128
-# every feature of the model; one step a cycle, so that three steps see the noise of two boundaries and, last, a teacher.
+# every feature of the model; one step a cycle, so that three steps see the noise of two boundaries and a teacher at last.
 # Little weight decay: it acts where update and weight have one sign, so an update that rounds to the other side of 0
 # changes a weight by lr * wd of it, 1e-2 at full decay; now by 5e-4 of one entry among thousands
 STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout=0.1, windows="SSSL", unet=True,
@@ -145,8 +145,8 @@ def exchanges(world, rank):
 
 def job_world(folder, trajectories):
     # 12 micro-batches: they divide over 2, 3 and 4 ranks
-    torch.save(exchanges(q0.set_up_world(config(trajectories=int(trajectories), epochs=6, batch_tokens=384)), rank_now()),
-               folder / f"{rank_now()}.pt")
+    cfg = config(trajectories=int(trajectories), epochs=6, batch_tokens=384)
+    torch.save(exchanges(q0.set_up_world(cfg), rank_now()), folder / f"{rank_now()}.pt")
 
 
 def job_run(folder, *argv):
@@ -208,14 +208,18 @@ JOBS = {  # name: (function, ranks, words)
 WAITING = ("apart", "different", "missing")
 
 
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
 def start_job(name, out):
     """Fork a job's ranks. Returns {process id: file for its exit status}."""
     function, size, words = JOBS[name]
     folder, pids = out / name, {}
     folder.mkdir()
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     for rank in range(size):
         if pid := os.fork():
             pids[pid] = folder / f"{rank}.code"
@@ -368,7 +372,7 @@ def test_weights_after_three_steps(jobs, size, precision):
     """float32: gradients are summed in another order (2^-24), which orthogonalisation amplifies in their smallest
     singular values, up to 1,000 times. Six seeds gave at most 5e-6, in the gates: they start at 0, so their weights are
     updates and nothing else. bfloat16: such a difference rounds some entries of an update to a neighbour, 2^-8 away,
-    amplified in the same way: up to 0.1 of what the steps changed, where other dropout or data would change all of it."""
+    amplified in the same way: up to 0.1 of what the steps changed; other dropout or data would change most of it."""
     one, ranks = finished(jobs, "steps-1")[0][precision]["weights"], finished(jobs, f"steps-{size}")
     start = dict(q0.GPT(config(precision=precision), VOCAB).init_weights(0, 0, 0).named_parameters())
     for name, weight in one.items():
@@ -459,6 +463,12 @@ def torchrun(place, *argv, disk="disk0", where=("--standalone", "--nproc_per_nod
                             stderr=subprocess.PIPE)
 
 
+def node_of_two(port):
+    """Options of torchrun for one of two nodes on this machine, a process each."""
+    return ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
+            "--rdzv-id=q0", "--local-addr=127.0.0.1")
+
+
 def ended(*processes, limit=60):
     """(stdout, stderr) of each; what still runs after `limit` seconds is a failure."""
     end = time.monotonic() + limit
@@ -466,7 +476,10 @@ def ended(*processes, limit=60):
         return [p.communicate(timeout=max(0.1, end - time.monotonic())) for p in processes]
     finally:
         for p in processes:
-            with contextlib.suppress(ProcessLookupError):
+            if p.poll() is None:
+                p.terminate()  # torchrun passes it on to its ranks
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    p.communicate(timeout=40)
                 p.kill()
 
 
@@ -537,17 +550,13 @@ def test_trajectories_do_not_wait_for_each_other(jobs):
 def test_two_nodes(jobs, place, tmp_path):
     """Two torchruns, each with its own disk and one of the two trajectories: bit for bit the run on one process."""
     finished(jobs, "run-1x2-0")
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    nodes = [tmp_path / name for name in "ab"]
+    port, nodes = free_port(), [tmp_path / name for name in "ab"]
     for node in nodes:
         node.mkdir()
         shutil.copy(place / "train_q0.py", node)
         shutil.copytree(place / "disk0/shards", node / "disk0/shards")
-    where = ("--nnodes=2", "--nproc_per_node=1", "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}",
-             "--rdzv-id=q0", "--local-addr=127.0.0.1")
-    runs = [torchrun(node, "train_q0.py", *RUN, "--trajectories", "2", "--name", "x", where=where) for node in nodes]
+    runs = [torchrun(node, "train_q0.py", *RUN, "--trajectories", "2", "--name", "x", where=node_of_two(port))
+            for node in nodes]
     outs = ended(*runs)
     assert [run.returncode for run in runs] == [0, 0], outs
     first, second = sorted((node / "logs/x" for node in nodes), key=lambda f: not (f / "result.json").exists())
@@ -561,12 +570,15 @@ def test_two_nodes(jobs, place, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Failures
 
+LONG = ("--epochs", "20000", "--cycles", "1", "--log-every", "1000")  # hours, if nobody stops it
+
+
 @pytest.mark.parametrize("how, trajectories", [
     ("raise", 1), pytest.param("exit", 1, marks=pytest.mark.slow), pytest.param("raise", 2, marks=pytest.mark.slow)])
 def test_a_rank_that_dies_takes_the_others_down(place, how, trajectories):
     """With two trajectories nothing but torchrun tells rank 0 of it."""
-    long = ["--epochs", "20000", "--cycles", "1"]  # hours, if nobody stops it
-    run = torchrun(place, __file__, "die", how, *RUN, *long, "--trajectories", trajectories, "--name", f"{how}{trajectories}")
+    run = torchrun(place, __file__, "die", how, *RUN, *LONG, "--trajectories", trajectories, "--name",
+                   f"{how}{trajectories}")
     (out, error), = ended(run, limit=60)
     assert run.returncode not in (0, None)
     if how == "raise":
@@ -575,6 +587,18 @@ def test_a_rank_that_dies_takes_the_others_down(place, how, trajectories):
     else:
         assert re.search(r"exitcode *: 7", error)
     assert re.search(r"Root Cause.*?rank +: 1 \(local_rank: 1\)", error, re.S)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("trajectories", [1, pytest.param(2, marks=pytest.mark.xfail(
+    strict=True, raises=subprocess.TimeoutExpired, reason="a node that trains on its own hears of it at the end"))])
+def test_a_rank_that_dies_takes_the_other_node_down(place, trajectories):
+    port = free_port()
+    runs = [torchrun(place, __file__, "die", "exit", *RUN, *LONG, "--trajectories", trajectories, "--name",
+                     f"node{trajectories}", where=node_of_two(port)) for _ in range(2)]
+    outs = ended(*runs)
+    assert all(run.returncode not in (0, None) for run in runs)
+    assert sum(bool(re.search(r"rank +: 1 .*\n.*exitcode +: 7", error)) for _, error in outs) == 1, outs
 
 
 def test_different_flags_under_torchrun(place):

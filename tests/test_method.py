@@ -43,7 +43,8 @@ def resolved(preset="tiny", **changes):
 
 def build(features=True, stir=True, key=0, **changes):
     """A small GPT; `stir` moves gates, mixing and scalars off their initial values and makes logits of order 1."""
-    model = q.GPT(resolved(**{**SMALL, **(FEATURES if features else {}), **changes}), VOCAB).init_weights(key)
+    chosen = FEATURES if features else {"value_embeds": False}
+    model = q.GPT(resolved(**{**SMALL, **chosen, **changes}), VOCAB).init_weights(key)
     if stir:
         g = seeded(key + 1)
         with torch.no_grad():

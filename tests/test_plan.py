@@ -39,7 +39,7 @@ def kept_by_autograd(cfg, model):
                                      {"width": 512, "mlp_hidden": 1024, "micro_batch": 4}], ids=str)
 def test_activation_memory(changes):
     cfg, model = build(**changes)
-    loss_part = 8 * cfg.width * VOCAB + cfg.micro_batch * cfg.seq_len * cfg.width * 6  # lives in the loss, not the model
+    loss_part = 8 * cfg.width * VOCAB + cfg.micro_batch * cfg.seq_len * cfg.width * 6  # the loss keeps it, not the model
     formula = q.memory_per_device(cfg, VOCAB)["activations"] - loss_part
     # 10%: the formula drops small terms (gates, rotary, embeddings) and counts float32 norms as an extra copy
     assert formula == pytest.approx(kept_by_autograd(cfg, model), rel=0.10)

@@ -240,10 +240,13 @@ def plain_probs(folder, sequences):
         z = torch.complex(z[..., :K // 2], z[..., K // 2:]) * turn
         return torch.cat((z.real, z.imag), dim=-1)
 
-    h = rms(weights["embed"][x])
+    h = x0 = rms(weights["embed"][x])
     for i in range(cfg["layers"]):
         block = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"blocks.{i}.")}
         q, k, v = (heads(rms(h) @ w.T) for w in block["attn.qkv"])
+        if "attn.value" in block:
+            amount = 2 * (rms(h)[..., :32] @ block["attn.value_gate"].T).sigmoid()  # one per head
+            v = v + amount.mT[..., None] * heads(x0 @ block["attn.value"].T)
         scores = rotate(rms(q)) @ rotate(rms(k)).mT / K ** 0.5
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         h = h + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ block["attn.out"].T
@@ -309,7 +312,7 @@ def test_select(run, repo, monkeypatch, no_model, capsys):
 
 
 @pytest.mark.parametrize("argv, members, parameters", [
-    (["--preset", "tiny"], 8, 1_376_256), (["--preset", "q0", "--epochs", "256", "--gpus", "8"], 128, 1_870_000_000)])
+    (["--preset", "tiny"], 8, 1_409_000), (["--preset", "q0", "--epochs", "256", "--gpus", "8"], 128, 1_870_000_000)])
 def test_plan(argv, members, parameters, logs, capsys):
     assert q0.main(["plan", "--device", "cpu", *argv]) == 0
     out = capsys.readouterr().out
