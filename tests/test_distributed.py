@@ -30,7 +30,7 @@ import train_q0 as q0
 ROOT = Path(q0.__file__).resolve().parent
 SIZES = (1, 2, 4)
 VOCAB = 100  # padded to 128
-# every feature of the model; one step a cycle, so that three steps see the noise of two boundaries and a teacher at last.
+# every feature of the model; one step a cycle, so three steps see the noise of two boundaries and, last, a teacher.
 # Little weight decay: it acts where update and weight have one sign, so an update that rounds to the other side of 0
 # changes a weight by lr * wd of it, 1e-2 at full decay; now by 5e-4 of one entry among thousands
 STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout=0.1, windows="SSSL", unet=True,
@@ -39,8 +39,8 @@ STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout
              grad_clip=0.05, weight_decay=0.05, distill_after=2, device="cpu")
 # a run of a second: four micro-batches a step
 RUN = ("--layers 2 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 8 "
-       "--train-tokens 2000 --cycles 2 --lr-matrix 0.04 --lr-head 0.01 --mtp-weight 0.3 --precision float32 "
-       "--device cpu --log-every 1 --data shards").split()
+       "--train-tokens 2000 --cycles 2 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 --dropout 0.1 "
+       "--precision float32 --device cpu --log-every 1 --data shards").split()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def three_steps(folder, cfg, world, keep):
 
     q0.seed_of, q0.training_loss, q0.Optimizer = seeded, fed_loss, Kept
     (folder / "predictions").mkdir(parents=True, exist_ok=True)
-    result = q0.train(cfg, corpus_in_memory(), world, folder, q0.Log(None, ""))
+    result = q0.train(cfg, corpus_in_memory(), world, folder, q0.Log())
     q0.seed_of, q0.training_loss, q0.Optimizer = seed_of, training_loss, Optimizer
     groups = keep.pop("groups")
     keep.update(fed=fed, weights={n: p.detach().clone() for names, params, *_ in groups for n, p in zip(names, params)},
@@ -203,7 +203,7 @@ JOBS = {  # name: (function, ranks, words)
     **{f"world-{size}x{j}": (job_world, size, [str(j)]) for size, j in ((2, 1), (2, 2), (4, 2), (3, 2))},
     **{f"steps-{size}": (job_steps, size, []) for size in SIZES},
     **{f"run-{size}x{j}-{seed}": (job_run, size, ["--trajectories", str(j), "--seed", str(seed)])
-       for size, j, seed in ((1, 2, 0), (4, 2, 0), (1, 1, 0), (1, 1, 1), (1, 1, 2), (2, 1, 0))},
+       for size, j, seed in ((1, 2, 0), (4, 2, 0), (1, 1, 0), (1, 1, 1), (2, 1, 0))},
 }
 WAITING = ("apart", "different", "missing")
 
@@ -240,7 +240,7 @@ def start_job(name, out):
     return pids
 
 
-def all_jobs(out, limit=120):
+def all_jobs(out, limit=150):
     """Run every job: those that mostly wait all at once, the others beside them while one rank or none is busy."""
     end, running, busy = time.monotonic() + limit, {}, set()
 
@@ -333,7 +333,7 @@ def jobs(place):
     out = place / "jobs"
     out.mkdir()
     done = subprocess.run([sys.executable, __file__, "jobs", out], env=environment(PYTHONPATH=str(place)), text=True,
-                          capture_output=True, timeout=180)
+                          capture_output=True, timeout=200)
     assert done.returncode == 0 or "no end after" in done.stderr, done.stderr  # then the tests of those jobs fail
     return out
 
@@ -523,15 +523,17 @@ def test_one_process_a_trajectory(jobs, place):
 @pytest.mark.parametrize("size, trajectories", [(2, 1), (4, 2)])
 def test_shared_trajectory(jobs, size, trajectories):
     """Ranks that share a trajectory add gradients in another order. That gave 2e-7 in the loss; one entry whose decay
-    starts or stops by it (see STEPS) may give more, so 1e-3, while another seed changes 30 times that."""
-    for seed in range(3):
-        finished(jobs, f"run-1x1-{seed}")
-    seeds = np.std([result_of(jobs / f"run-1x1-{seed}/logs/x")["final_val_loss"] for seed in range(3)], ddof=1)
-    finished(jobs, f"run-{size}x{trajectories}-0"), finished(jobs, f"run-1x{trajectories}-0")
+    starts or stops by it (see STEPS) may give more, so 1e-3, while another seed changes 60 times that."""
+    for name in ("run-1x1-0", "run-1x1-1", f"run-1x{trajectories}-0", f"run-{size}x{trajectories}-0"):
+        finished(jobs, name)
+    seeds = [result_of(jobs / f"run-1x1-{seed}/logs/x")["final_val_loss"] for seed in (0, 1)]
     one, two = (jobs / f"run-{n}x{trajectories}-0/logs/x" for n in (1, size))
     a, b = result_of(one), result_of(two)
     assert [p["learned"] for p in b["curve"]] == pytest.approx([p["learned"] for p in a["curve"]], abs=1e-3)
-    assert seeds > 0.01
+    assert abs(seeds[0] - seeds[1]) > 0.02
+    steps = [[e["loss"] for e in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())
+              if e["event"] == "step" and e["traj"] == 0] for f in (one, two)]
+    assert len(steps[0]) > 10 and steps[1] == pytest.approx(steps[0], abs=1e-3)  # logged: of all ranks, not of one
     assert [p["member"] for p in b["curve"]] == list(range(2 * trajectories)) and b["machine"]["processes"] == size
     assert artifacts(one).keys() == artifacts(two).keys()
     assert sum(p.name.startswith("log") for p in two.iterdir()) == trajectories
@@ -590,12 +592,11 @@ def test_a_rank_that_dies_takes_the_others_down(place, how, trajectories):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trajectories", [1, pytest.param(2, marks=pytest.mark.xfail(
-    strict=True, raises=subprocess.TimeoutExpired, reason="a node that trains on its own hears of it at the end"))])
-def test_a_rank_that_dies_takes_the_other_node_down(place, trajectories):
+def test_a_rank_that_dies_takes_the_other_node_down(place):
+    """One trajectory on two nodes, whose launchers do not tell each other: the closed connection does."""
     port = free_port()
-    runs = [torchrun(place, __file__, "die", "exit", *RUN, *LONG, "--trajectories", trajectories, "--name",
-                     f"node{trajectories}", where=node_of_two(port)) for _ in range(2)]
+    runs = [torchrun(place, __file__, "die", "exit", *RUN, *LONG, "--name", "node", where=node_of_two(port))
+            for _ in range(2)]
     outs = ended(*runs)
     assert all(run.returncode not in (0, None) for run in runs)
     assert sum(bool(re.search(r"rank +: 1 .*\n.*exitcode +: 7", error)) for _, error in outs) == 1, outs
