@@ -324,19 +324,22 @@ def set_up_world(cfg):
         # keep freed memory: returning it to the system after every tensor costs 10-20% of a small step
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    groups = cfg.trajectories if size % cfg.trajectories == 0 else 1
-    each = size // groups
-    for batch in {cfg.batch_tokens, cfg.edge_batch_tokens}:
-        n = batch // (cfg.seq_len * cfg.micro_batch)
-        if n % each:
-            valid = ", ".join(str(w) for w in range(1, n + 1) if n % w == 0)
-            raise UserError(f"{n} micro-batches a step do not divide over {each} processes: use {valid} processes or "
-                            "another --micro-batch")
+    J = cfg.trajectories
+    groups_of = lambda n: J if n % J == 0 else 1
+    batches = {batch // (cfg.seq_len * cfg.micro_batch) for batch in (cfg.batch_tokens, cfg.edge_batch_tokens)}
+    divides = lambda n: all(batch % (n // groups_of(n)) == 0 for batch in batches)
+    if not divides(size):
+        valid = [n for n in range(1, J * min(batches) + 1) if divides(n)]
+        raise UserError(f"{max(batches)} micro-batches a step do not divide over {size} processes: use "
+                        f"{', '.join(map(str, valid))} processes or another --micro-batch")
     if size == 1:
         return World(device=device)
     dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
-    parts = [dist.new_group(range(g * each, (g + 1) * each)) for g in range(groups)]
     joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
+    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("device", "compile")}
+    World(size=size, joined=joined).agree({**settings, "train_q0.py": hashlib.sha256(SOURCE.encode()).hexdigest()})
+    groups, each = groups_of(size), size // groups_of(size)
+    parts = [dist.new_group(range(g * each, (g + 1) * each)) for g in range(groups)]
     return World(rank % each, each, device, parts[rank // each], groups, rank // each, joined)
 
 
@@ -1377,8 +1380,7 @@ def command_train(argv):
             raise UserError(why_not.removeprefix("prepare.py: error: "))
     world.from_first(None)  # the others wait for the data
     corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("device", "compile")}
-    world.agree({**settings, **corpus.hashes, "train_q0.py": hashlib.sha256(SOURCE.encode()).hexdigest()})
+    world.agree(corpus.hashes)
     lines, _ = describe(cfg, why, corpus.train_sequences * cfg.seq_len, corpus.vocab_size)
     if world.size * world.groups > 1:
         lines.append(f"processes: {world.groups} groups of {world.size}, " + (
