@@ -878,9 +878,10 @@ def run_flops(cfg, plan, vocab_size):
     return {"model": model * tokens(cycles), "teacher": teacher * tokens([c for c in cycles if c.distilled])}
 
 
-def memory_per_device(cfg, vocab_size):
-    """Bytes by part at the peak of a step, {part: bytes}. Activations are those that eager autograd keeps for the
-    backward pass (torch.compile keeps fewer); `update` and activations never live at the same time."""
+def memory_per_device(cfg, vocab_size, ranks=1):
+    """Bytes by part at the peak of a step, {part: bytes}; `ranks` share a trajectory and its optimizer. Activations
+    are those that eager autograd keeps for the backward pass (torch.compile keeps fewer); `update` and activations
+    never live at the same time."""
     D, h, H = cfg.width, cfg.mlp_hidden, cfg.width // cfg.head_dim
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
@@ -895,10 +896,11 @@ def memory_per_device(cfg, vocab_size):
     token = wide * D + act * 5 * h + 12 * H
     passes, cast = len(layer_order(cfg)) + bool(cfg.mtp_weight), act * ((4 + value) * D * D + 3 * D * h)
     rows = cfg.micro_batch * cfg.seq_len
-    return {"weights": 4 * count, "gradients": 4 * count, "optimizer": 4 * muon + 8 * (count - muon),
+    return {"weights": 4 * count, "gradients": 4 * count,
+            "optimizer": (4 * muon + 8 * (count - muon)) // ranks,
             "teacher": 2 * count if cfg.distill_weight else 0,
             "activations": round(passes * (rows * token + (act == 2) * cast) + rows * D * 6 + 8 * D * vocab_size),
-            "update": 5 * 4 * max(n for rule, n in shapes.values() if rule == "muon")}
+            "update": (8 + 12 // ranks) * max(n for rule, n in shapes.values() if rule == "muon")}
 
 
 def peak_memory(parts):
@@ -1430,19 +1432,22 @@ def command_plan(argv):
         eval_tokens = 130_000 if default else 10_132_000
         print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
     lines, flops = describe(cfg, why, tokens, vocab_size)
-    parts, total, gb = memory_per_device(cfg, vocab_size), 0, lambda n: f"{n / 1e9:.3g} GB"
-    total, members = peak_memory(parts), cfg.trajectories * cfg.cycles
+    gpus, members = args.gpus or 1, cfg.trajectories * cfg.cycles
+    ranks = gpus // cfg.trajectories if gpus % cfg.trajectories == 0 else gpus  # that share a trajectory
+    gb = lambda n: f"{n / 1e9:.3g} GB"
+    parts = memory_per_device(cfg, vocab_size, ranks)
+    total = peak_memory(parts)
     weights = parts["weights"] // 2
     lines.append(f"memory per device: {', '.join(f'{k} {gb(v)}' for k, v in parts.items())}; peak {gb(total)}")
     room = args.memory * 1e9 if args.memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > 0.95 * room:
-        fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and
-                peak_memory(memory_per_device(dataclasses.replace(cfg, micro_batch=m), vocab_size)) <= 0.95 * room]
+        needs = lambda m: peak_memory(memory_per_device(dataclasses.replace(cfg, micro_batch=m), vocab_size, ranks))
+        fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and needs(m) <= 0.95 * room]
         lines.append(f"warning: that does not fit in {gb(room)}: "
                      + (f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"))
     lines.append(f"disk: members {gb(members * weights)}, predictions {gb(members * 4 * eval_tokens)}")
     if args.gpus or cfg.device == "cuda":
-        speed, mfu, of = (args.gpus or 1) * H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{args.gpus or 1} x H100"
+        speed, mfu, of = gpus * H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{gpus} x H100"
     else:
         speed, mfu, of = matmul_speed(getattr(torch, cfg.precision)), args.mfu or CPU_MFU, "this CPU, measured"
     forward = flops_per_token(cfg, vocab_size)[1] * members * eval_tokens
