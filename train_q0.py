@@ -1319,7 +1319,7 @@ def find_run(name):
     raise UserError(f"no run {name} under {LOGS}{latest}")
 
 
-H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.3  # dense bf16; our count for the published run; measured, tiny
+H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.22  # dense bf16; our count for the published run; tiny, measured
 
 
 def matmul_speed(dtype):
@@ -1348,19 +1348,6 @@ def describe(cfg, why, corpus_tokens, vocab_size):
                  "epoch")
     lines.append(f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher")
     return lines, sum(run_flops(cfg, plan, vocab_size).values())
-
-
-H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.3  # dense bf16; our count for the published run; measured, tiny
-
-
-def matmul_speed(dtype):
-    """FLOP/s of a square matrix product on the CPU, best of five."""
-    a, best = torch.randn(1024, 1024).to(dtype), math.inf
-    for _ in range(5):
-        mark = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - mark)
-    return 2 * 1024 ** 3 / best
 
 
 def command_train(argv):
@@ -1493,7 +1480,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except Exception:
+    except Exception:  # a bug: say whose it is and let the traceback through
         print(f"rank {rank} failed:", file=sys.stderr)
         raise
     return 0
