@@ -1390,9 +1390,11 @@ def command_train(argv):
         for line in format_table(result["table"], cfg.report):
             log.line(line)
         key = f"final_{cfg.report}_loss"
+        speed, gpu = sum(result["flops"].values()) / result["train_seconds"], about["machine"]["gpu"]
+        mfu = {"mfu": speed / (H100_FLOPS * world.size * world.groups)} if "H100" in gpu or "H200" in gpu else {}
         efficiency = data_efficiency(result[key]) if corpus.name in ("fineweb", "slowrun") else "n/a"
         log.event(**{key: result[key]}, members=result["members"], k=result["members"], epochs=cfg.epochs,
-                  data_efficiency=efficiency, flops=sum(result["flops"].values()),
+                  data_efficiency=efficiency, flops=sum(result["flops"].values()), tflops=speed / 1e12, **mfu,
                   train_time=f"{result['total_seconds']:.0f}s",
                   peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
         save_json(folder / "result.json", {**result, **about})
