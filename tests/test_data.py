@@ -388,7 +388,8 @@ def test_failed_rename_restores_the_old_output(tmp_path, capsys, corpus, monkeyp
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupt_leaves_nothing(tmp_path, corpus, number):
-    code = ("import json, runpy, sys, time\n"
+    code = ("import json, runpy, signal, sys, time\n"
+            "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job starts with SIGINT ignored
             "def slow(*args, **options): print('now', flush=True); time.sleep(30)\n"
             "json.dumps = slow\n"  # the manifest comes last: all shards are on disk by then
             "sys.argv = sys.argv[1:]; runpy.run_path(sys.argv[0], run_name='__main__')")
