@@ -38,7 +38,7 @@ STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout
              loop_passes=3, mtp_weight=0.3, batch_tokens=256, micro_batch=2, epochs=3, cycles=3, lr_head=0.01,
              grad_clip=0.05, weight_decay=0.05, distill_after=2, device="cpu")
 # a run of a second: four micro-batches a step
-RUN = ("--layers 2 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 8 "
+RUN = ("--layers 1 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 8 "
        "--train-tokens 2000 --cycles 2 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 --dropout 0.1 "
        "--precision float32 --device cpu --log-every 1 --data shards").split()
 
@@ -503,9 +503,9 @@ def same_numbers(one, two):
     assert len(keep(one)) >= 9 and one["curve"][-1]["learned"] < one["curve"][0]["loss"] - 0.1  # it learned
 
 
+@pytest.mark.slow
 def test_one_process_a_trajectory(jobs, place):
-    """Bit for bit: each trajectory runs on one rank, which sums in the order of the run on one process; predictions
-    travel unchanged."""
+    """Bit for bit, as in the two tests below."""
     finished(jobs, "run-1x2-0")
     run = torchrun(place, "train_q0.py", *RUN, "--trajectories", "2", "--name", "two")
     (out, error), = ended(run)
@@ -522,8 +522,8 @@ def test_one_process_a_trajectory(jobs, place):
 
 @pytest.mark.parametrize("size, trajectories", [(2, 1), (4, 2)])
 def test_shared_trajectory(jobs, size, trajectories):
-    """Ranks that share a trajectory add gradients in another order. That gave 2e-7 in the loss; one entry whose decay
-    starts or stops by it (see STEPS) may give more, so 1e-3, while another seed changes 60 times that."""
+    """Ranks that share a trajectory add gradients in another order. That gave 1e-6 in the loss; one entry whose decay
+    starts or stops by it (see STEPS) may give more, so 1e-3, while another seed changes 40 times that."""
     for name in ("run-1x1-0", "run-1x1-1", f"run-1x{trajectories}-0", f"run-{size}x{trajectories}-0"):
         finished(jobs, name)
     seeds = [result_of(jobs / f"run-1x1-{seed}/logs/x")["final_val_loss"] for seed in (0, 1)]
@@ -539,14 +539,19 @@ def test_shared_trajectory(jobs, size, trajectories):
     assert sum(p.name.startswith("log") for p in two.iterdir()) == trajectories
     last = f"predictions/{2 * trajectories - 1}.safetensors"
     for split, p in load_file(one / last).items():
-        assert np.abs(load_file(two / last)[split] - p).mean() < 1e-4 and p.std() > 1e-2  # 7e-7, and room as above
+        assert np.abs(load_file(two / last)[split] - p).mean() < 1e-4 and p.std() > 5e-3  # 5e-6, and room as above
 
 
 def test_trajectories_do_not_wait_for_each_other(jobs):
+    """And they end bit for bit as on one process: each is trained on one rank, which sums in the same order, and
+    predictions travel unchanged."""
     finished(jobs, "apart")
     assert (jobs / "apart/late").read_text() == "0.safetensors 1.safetensors"  # rank 0's last, before rank 1's first
     finished(jobs, "run-1x2-0")
-    same_numbers(result_of(jobs / "run-1x2-0/logs/x"), result_of(jobs / "apart/logs/x"))
+    one, two = jobs / "run-1x2-0/logs/x", jobs / "apart/logs/x"
+    same_numbers(result_of(one), result_of(two))
+    assert artifacts(one) == artifacts(two)
+    assert sorted(p.name for p in two.glob("*.txt")) == ["log.txt", "log_trajectory1.txt"]
 
 
 def test_two_nodes(jobs, place, tmp_path):
