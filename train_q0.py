@@ -321,7 +321,7 @@ def set_up_world(cfg):
         torch.cuda.set_device(device)
         torch.backends.cuda.matmul.allow_tf32 = True  # exact for products of bf16 members: 8 bits of mantissa fit in 11
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
-        # keep freed memory: returning it to the system after every tensor costs 10-20% of a small step
+        # keep freed memory: returning it to the system after every tensor cost 3-9% of tiny's step
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
     J = cfg.trajectories
@@ -480,6 +480,11 @@ def layer_windows(cfg):
     return [cfg.seq_len if w == "L" else min(cfg.short_window, cfg.seq_len) for w in pattern]
 
 
+def has_value_embed(cfg, i):
+    """Whether layer i adds a value embedding: every second layer, the last one included."""
+    return cfg.value_embeds and i % 2 == (cfg.layers - 1) % 2
+
+
 def layer_order(cfg):
     """Indices of the blocks in the order they run, replays of looped layers included."""
     order = list(range(cfg.layers))
@@ -537,7 +542,7 @@ class GPT(nn.Module):
         self.cfg, self.vocab_size = cfg, vocab_size
         self.embed = nn.Parameter(torch.empty(padded, D))
         self.head = nn.Parameter(torch.empty(padded, D))
-        self.blocks = nn.ModuleList(Block(cfg, cfg.value_embeds and i % 2 == (n - 1) % 2) for i in range(n))
+        self.blocks = nn.ModuleList(Block(cfg, has_value_embed(cfg, i)) for i in range(n))
         self.resid_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
         self.x0_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
         self.skip_scale = nn.Parameter(torch.empty(n // 2)) if cfg.unet and n > 1 else None
@@ -603,7 +608,8 @@ CHUNK_LOGITS = 2 ** 22  # float32 logits held at a time
 def soft_capped(hidden, head, softcap):
     """float32 logits; the product runs in the dtype of `hidden`."""
     z = linear(hidden, head).float()
-    return z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)  # tanh through sigmoid: a third of its time
+    # tanh through sigmoid: a quarter of its time on a CPU
+    return z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
 
 
 def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, temperature=1.0):
@@ -628,6 +634,7 @@ class ChunkedLoss(torch.autograd.Function):
         rows, valid = max(1, CHUNK_LOGITS // head.size(0)), targets >= 0
         scale = valid / valid.sum()  # [N]: mean over the targets that count
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
+        head = head.to(hidden.dtype)  # once, not in every chunk
         total = ce_total = 0.0
         for i in range(0, len(hidden), rows):
             h, s, target = hidden[i:i + rows], scale[i:i + rows, None], targets[i:i + rows, None].clamp_min(0)
@@ -645,7 +652,7 @@ class ChunkedLoss(torch.autograd.Function):
                 d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
             d.mul_(capped.div_(softcap).square_().neg_().add_(1)).mul_(s)  # slope of the soft-cap, mean over targets
             d = d.to(hidden.dtype)
-            d_hidden[i:i + rows] = d @ head.to(d.dtype)
+            d_hidden[i:i + rows] = d @ head
             d_head += d.T @ h
             total, ce_total = total + loss, ce_total + ce
         ctx.save_for_backward(d_hidden, d_head)
@@ -718,14 +725,14 @@ def orthogonalize(G, dtype):
 
 def muon_update(grad, state, momentum, dtype):
     """Direction of one Muon step for grad [n, rows, cols]; `state` is a dict that holds momentum and second moment."""
-    buf = state.setdefault("momentum", torch.zeros_like(grad)).lerp_(grad, 1 - momentum)
-    update = grad.lerp(buf, momentum)  # Nesterov
+    dim = -1 if grad.size(-2) >= grad.size(-1) else -2  # of the second moment: per row or per column
+    if not state:
+        state.update(momentum=torch.zeros_like(grad), second=torch.zeros_like(grad.sum(dim, keepdim=True)))
+    update = grad.lerp(state["momentum"].lerp_(grad, 1 - momentum), momentum)  # Nesterov
     update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-20)  # rows (MuonEq-R)
     update = orthogonalize(update, dtype).float()
-    # second moment per row or column (NorMuon), rescaled so that the update keeps its norm
-    dim = -1 if grad.size(-2) >= grad.size(-1) else -2
-    mean = update.square().mean(dim=dim, keepdim=True)
-    second = state.setdefault("second", torch.zeros_like(mean)).lerp_(mean, 0.05)
+    # divided by the root of its second moment (NorMuon), rescaled so that the update keeps its norm
+    second = state["second"].lerp_(update.square().mean(dim=dim, keepdim=True), 0.05)
     scaled = update * second.clamp_min(1e-10).rsqrt()
     before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, scaled))
     return scaled * (before / after.clamp_min(1e-10))
@@ -782,8 +789,9 @@ class Optimizer:
                 weight = weight - lr * wd * weight * (update * weight > 0) - lr * update  # cautious decay
             else:
                 b1, b2 = betas
-                first = state.setdefault("first", torch.zeros_like(grad)).lerp_(grad, 1 - b1)
-                second = state.setdefault("second", torch.zeros_like(grad)).lerp_(grad.square(), 1 - b2)
+                if not state:
+                    state.update(first=torch.zeros_like(grad), second=torch.zeros_like(grad))
+                first, second = state["first"].lerp_(grad, 1 - b1), state["second"].lerp_(grad.square(), 1 - b2)
                 scale = (second / (1 - b2 ** self.steps)).sqrt_().add_(1e-10)
                 weight = weight * (1 - lr * wd) - lr / (1 - b1 ** self.steps) * first / scale
             pending.append(self.world.all_gather(weight))
@@ -865,7 +873,7 @@ def flops_per_token(cfg, vocab_size, causal=True):
         return 2 * (4 + value) * D * D + 6 * D * cfg.mlp_hidden + 4 * D * keys + gates
 
     windows, head = layer_windows(cfg), 2 * D * vocab_size
-    trunk = head + sum(block(windows[i], cfg.value_embeds and i % 2 == (cfg.layers - 1) % 2) for i in layer_order(cfg))
+    trunk = head + sum(block(windows[i], has_value_embed(cfg, i)) for i in layer_order(cfg))
     mtp = 4 * D * D + block(T, False) + head if cfg.mtp_weight else 0
     return 3 * (trunk + mtp), trunk
 
@@ -891,7 +899,7 @@ def memory_per_device(cfg, vocab_size, ranks=1):
         shapes[names[0]] = (rule, sum(p.numel() for p in params))
     muon = sum(n for rule, n in shapes.values() if rule == "muon")
     act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
-    value = sum(i % 2 == (cfg.layers - 1) % 2 for i in layer_order(cfg)) / len(layer_order(cfg)) * cfg.value_embeds
+    value = sum(has_value_embed(cfg, i) for i in layer_order(cfg)) / len(layer_order(cfg))
     wide = 16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates)
     token = wide * D + act * 5 * h + 12 * H
     passes, cast = len(layer_order(cfg)) + bool(cfg.mtp_weight), act * ((4 + value) * D * D + 3 * D * h)
@@ -991,6 +999,14 @@ def load_predictions(run):
                 raise ValueError("it must hold heldout and one more split")
         except (OSError, ValueError, KeyError, SafetensorError) as e:
             raise UserError(f"predictions {file} are damaged: {' '.join(str(e).split())}") from None
+    if (run / "result.json").exists():  # of trajectories on machines that share no disk, each holds its own
+        try:
+            expected = json.loads((run / "result.json").read_text(encoding="utf-8"))["members"]
+        except (ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{run / 'result.json'} is damaged: {type(e).__name__}: {e}") from None
+        if expected != len(members):
+            raise UserError(f"{run} has predictions of {len(members)} members, its result has {expected}: copy the "
+                            "others from the machines that trained them")
     return {split: np.stack([m[split] for m in members]) for split in members[0]}
 
 
@@ -1046,8 +1062,8 @@ def mixtures(heldout, scored):
 
 
 def table_sizes(M):
-    """The K shown in tables: all up to 8, then doubling, and M."""
-    return sorted({*range(1, min(M, 8) + 1), *(2 ** i for i in range(3, M.bit_length())), M})
+    """The K shown in tables: all up to 32, then doubling, and M; `select --k` shows any other."""
+    return sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M})
 
 
 def population_table(heldout, scored):
@@ -1319,7 +1335,7 @@ def find_run(name):
     raise UserError(f"no run {name} under {LOGS}{latest}")
 
 
-H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.22  # dense bf16; our count for the published run; tiny, measured
+H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.24  # dense bf16; our count for the published run; tiny, measured
 
 
 def matmul_speed(dtype):
@@ -1394,7 +1410,8 @@ def command_train(argv):
         mfu = {"mfu": speed / (H100_FLOPS * world.size * world.groups)} if "H100" in gpu or "H200" in gpu else {}
         efficiency = data_efficiency(result[key]) if corpus.name in ("fineweb", "slowrun") else "n/a"
         log.event(**{key: result[key]}, members=result["members"], k=result["members"], epochs=cfg.epochs,
-                  data_efficiency=efficiency, flops=sum(result["flops"].values()), tflops=speed / 1e12, **mfu,
+                  data_efficiency=efficiency, flops=sum(result["flops"].values()),
+                  teacher_flops=result["flops"]["teacher"], tflops=speed / 1e12, **mfu,
                   train_time=f"{result['total_seconds']:.0f}s",
                   peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
         save_json(folder / "result.json", {**result, **about})
@@ -1450,14 +1467,14 @@ def command_select(argv):
     p.add_argument("run")
     p.add_argument("--k", type=int, help="show the members and weights of this inference budget")
     args = p.parse_args(argv)
+    if args.k is not None and args.k < 1:
+        raise UserError(f"--k {args.k} must be at least 1")
     predictions = load_predictions(find_run(args.run))
     (split,) = set(predictions) - {"heldout"}
     table = population_table(predictions["heldout"], predictions[split])
     print("\n".join(format_table(table, split)))
     if args.k is not None:
         M = len(table["weights"])
-        if args.k < 1:
-            raise UserError(f"--k {args.k} must be at least 1")
         if args.k > M:
             print(f"notice: --k {args.k} is larger than the population: using all {M} members")
         top = table["ranked"][:args.k]

@@ -39,7 +39,7 @@ def kept_by_autograd(cfg, model):
                                      {"width": 512, "mlp_hidden": 1024, "micro_batch": 4}], ids=str)
 def test_activation_memory(changes):
     cfg, model = build(**changes)
-    loss_part = 8 * cfg.width * VOCAB + cfg.micro_batch * cfg.seq_len * cfg.width * 6  # the loss keeps it, not the model
+    loss_part = 8 * cfg.width * VOCAB + cfg.micro_batch * cfg.seq_len * cfg.width * 6  # the loss keeps it
     formula = q.memory_per_device(cfg, VOCAB)["activations"] - loss_part
     # 10%: the formula drops small terms (gates, rotary, embeddings) and counts float32 norms as an extra copy
     assert formula == pytest.approx(kept_by_autograd(cfg, model), rel=0.10)
@@ -76,6 +76,11 @@ def test_plan_time_is_flops_over_speed(capsys):
     seconds = (4e8 * per_token + 10_132_000 * forward) / (0.5 * 8 * 989e12)
     hours, minutes, rest = line.split()[2].split(":")
     assert 3600 * int(hours) + 60 * int(minutes) + int(rest) == pytest.approx(seconds, rel=0.01)  # steps are rounded
+
+
+def test_tables_show_every_k_of_a_small_population():
+    assert q.table_sizes(16) == list(range(1, 17)) and q.table_sizes(1) == [1]
+    assert q.table_sizes(100) == [*range(1, 33), 64, 100] and q.table_sizes(64)[-2:] == [32, 64]
 
 
 def test_teacher_flops_are_counted_for_distilled_cycles_only():

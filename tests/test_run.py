@@ -539,6 +539,8 @@ BAD_PREDICTIONS = {
     "noise": (edit(lambda raw: b"\xff" * len(raw), SECOND), "1.safetensors"),
     "other split": (edit(lambda raw: raw.replace(b'"val"', b'"vla"'), SECOND), "1.safetensors"),
     "NaN": (edit(lambda raw: raw[:-4] + NAN, SECOND), "1.safetensors"),
+    "missing member": (lambda run: (run / "predictions/3.safetensors").unlink(), "3 members, its result has 4"),
+    "damaged result": (lambda run: (run / "result.json").write_text("[]"), "result.json is damaged"),
     "foreign file": (lambda run: (run / "predictions/notes.safetensors").write_text("x"), "notes.safetensors"),
 }
 
@@ -546,6 +548,7 @@ BAD_PREDICTIONS = {
 @pytest.mark.parametrize("case", BAD_PREDICTIONS)
 def test_bad_predictions(case, run, logs, capsys):
     shutil.copytree(run[0] / "predictions", logs / "r/predictions")
+    shutil.copy(run[0] / "result.json", logs / "r")
     BAD_PREDICTIONS[case][0](logs / "r")
     fails(capsys, ["select", "r"], BAD_PREDICTIONS[case][1])
 
