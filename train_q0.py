@@ -20,6 +20,7 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran, not a later edit
 
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -33,7 +34,9 @@ import platform
 import shutil
 import subprocess
 import sys
+import threading
 import time
+import traceback
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -313,8 +316,58 @@ class World:
                                     f"{all_about[0].get(bad[0])}; start every process with the same flags and data")
 
 
+class Watch(threading.Thread):
+    """Ranks of different trajectories share no collective, so rank 0 hears each rank once a second and answers all: a
+    rank that fails, or falls silent, ends every other within the minute, and its name and traceback are shown there."""
+
+    def __init__(self, rank, size):
+        super().__init__(daemon=True)
+        # rank 0 gives up on a silent rank before the others give up on rank 0
+        self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=20 if rank == 0 else 45))
+        self.rank, self.others, self.word = rank, range(1, size), ""  # word: "", "done", or what went wrong
+        self.start()
+
+    def send(self, word, to):
+        text = np.frombuffer(word.encode()[-4096:].ljust(4096, b"\0"), dtype=np.uint8)
+        dist.send(torch.from_numpy(text.copy()), dst=to, group=self.group)
+
+    def receive(self, rank):
+        text = torch.empty(4096, dtype=torch.uint8)
+        try:
+            dist.recv(text, src=rank, group=self.group)
+        except RuntimeError as e:
+            return f"rank {rank} ended without a word, or its machine did ({' '.join(str(e).split())[:200]})"
+        return text.numpy().tobytes().rstrip(b"\0").decode(errors="replace")
+
+    def run(self):
+        answer = ""
+        while not answer:
+            if self.rank:
+                with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and receive says so
+                    self.send(self.word, 0)
+                answer = self.receive(0)
+                continue
+            time.sleep(1)
+            words = [self.word, *map(self.receive, self.others)]
+            answer = next((w for w in words if w not in ("", "done")), "done" if set(words) == {"done"} else "")
+            for rank in self.others:
+                with contextlib.suppress(RuntimeError):  # of a rank that has ended
+                    self.send(answer, rank)
+        if self.word in ("", "done") and answer != "done":
+            print(answer, file=sys.stderr, flush=True)
+            time.sleep(5)  # its own end comes first, so that torchrun names it as the root cause
+            os._exit(1)  # the main thread may wait in a collective that will never end
+
+    def finish(self, word):
+        """Say the last word: "done" waits for all ranks, anything else for its delivery."""
+        self.word = word
+        self.join(None if word == "done" else 60)
+
+
+@contextlib.contextmanager
 def set_up_world(cfg):
-    """Join the processes that torchrun started, if it did. Raises UserError where a batch does not divide over them."""
+    """Context of the processes that torchrun started, or of one; leaving it waits for the slowest trajectory. Raises
+    UserError where a batch does not divide over them or they were started differently."""
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(cfg.device, local) if cfg.device == "cuda" else torch.device("cpu")
     if cfg.device == "cuda":
@@ -333,14 +386,23 @@ def set_up_world(cfg):
         raise UserError(f"{max(batches)} micro-batches a step do not divide over {size} processes: use "
                         f"{', '.join(map(str, valid))} processes or another --micro-batch")
     if size == 1:
-        return World(device=device)
+        yield World(device=device)
+        return
     dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
-    joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
-    settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("device", "compile")}
-    World(size=size, joined=joined).agree({**settings, "train_q0.py": hashlib.sha256(SOURCE.encode()).hexdigest()})
-    groups, each = groups_of(size), size // groups_of(size)
-    parts = [dist.new_group(range(g * each, (g + 1) * each)) for g in range(groups)]
-    return World(rank % each, each, device, parts[rank // each], groups, rank // each, joined)
+    watch = Watch(rank, size)
+    try:
+        joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
+        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("device", "compile")}
+        World(size=size, joined=joined).agree({**settings, "train_q0.py": hashlib.sha256(SOURCE.encode()).hexdigest()})
+        groups, each = groups_of(size), size // groups_of(size)
+        parts = [dist.new_group(range(g * each, (g + 1) * each)) for g in range(groups)]
+        yield World(rank % each, each, device, parts[rank // each], groups, rank // each, joined)
+    except BaseException as e:
+        told = str(e) if isinstance(e, UserError) else traceback.format_exc()
+        watch.finish(f"rank {rank} failed: {told}")
+        raise
+    watch.finish("done")
+    dist.destroy_process_group()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -1369,7 +1431,12 @@ def describe(cfg, why, corpus_tokens, vocab_size):
 def command_train(argv):
     cfg, why, args = parse_config(
         argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; under torchrun say --name"))
-    world = set_up_world(cfg)
+    with set_up_world(cfg) as world:
+        run(cfg, why, args, world)
+
+
+def run(cfg, why, args, world):
+    """Train and report, as one of the processes of `world`."""
     first = world.leader and world.index == 0  # rank 0
     name = world.from_first(args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     folder, data = LOGS / name, find_data(cfg)
@@ -1417,8 +1484,6 @@ def command_train(argv):
         save_json(folder / "result.json", {**result, **about})
         draw_curve(folder / "curve.png", result, cfg.report)
         print(f"written to {folder}", flush=True)
-    if world.group:
-        dist.destroy_process_group()
 
 
 def command_plan(argv):

@@ -122,11 +122,11 @@ def save(saved, folder):
 
 
 def job_steps(folder):
-    world = q0.set_up_world(config())
-    saved = {"probs": [q0.true_token_probs(stirred_model(config(precision="float32")), some_sequences(n), batch, world)
-                       for n, batch in PROBS]}
-    for precision in ("float32", "bfloat16"):
-        three_steps(folder / precision, config(precision=precision), world, saved.setdefault(precision, {}))
+    with q0.set_up_world(config()) as world:
+        saved = {"probs": [q0.true_token_probs(stirred_model(config(precision="float32")), some_sequences(n), batch,
+                                               world) for n, batch in PROBS]}
+        for precision in ("float32", "bfloat16"):
+            three_steps(folder / precision, config(precision=precision), world, saved.setdefault(precision, {}))
     save(saved, folder)
 
 
@@ -157,7 +157,8 @@ def exchanges(world, rank):
 def job_world(folder, trajectories):
     # 12 micro-batches: they divide over 2, 3 and 4 ranks
     cfg = config(trajectories=int(trajectories), epochs=6, batch_tokens=384)
-    save(exchanges(q0.set_up_world(cfg), rank_now()), folder)
+    with q0.set_up_world(cfg) as world:
+        save(exchanges(world, rank_now()), folder)
 
 
 def job_run(folder, *argv):
@@ -286,6 +287,9 @@ def command_die(how, *argv):
         if rank_now() == 1 and len(calls) == 3:
             if how == "exit":
                 os._exit(7)
+            if how == "stop":  # as a machine without power: silent, its connections open
+                Path("stopped").write_text(str(os.getpid()))
+                os.kill(os.getpid(), signal.SIGSTOP)
             raise RuntimeError("planted")
         return training_loss(*args)
 
@@ -607,15 +611,39 @@ def test_a_rank_that_dies_takes_the_others_down(place, how, trajectories):
     assert re.search(r"Root Cause.*?rank +: 1 \(local_rank: 1\)", error, re.S)
 
 
-@pytest.mark.slow
-def test_a_rank_that_dies_takes_the_other_node_down(place):
-    """One trajectory on two nodes, whose launchers do not tell each other: the closed connection does."""
-    port = free_port()
-    runs = [torchrun(place, __file__, "die", "exit", *RUN, *LONG, "--name", "node", where=node_of_two(port))
-            for _ in range(2)]
+@pytest.mark.parametrize("how, trajectories", [
+    ("raise", 2), pytest.param("exit", 2, marks=pytest.mark.slow), pytest.param("exit", 1, marks=pytest.mark.slow)])
+def test_a_rank_that_dies_takes_the_other_node_down(place, how, trajectories):
+    """Two nodes, whose launchers do not tell each other. On one trajectory the closed connection does; on two, which
+    share no collective, the watch does, with the name and the traceback of the rank that died."""
+    port, started = free_port(), time.monotonic()
+    runs = [torchrun(place, __file__, "die", how, *RUN, *LONG, "--trajectories", trajectories, "--name",
+                     f"node-{how}{trajectories}", where=node_of_two(port)) for _ in range(2)]
     outs = ended(*runs)
+    assert time.monotonic() - started < 60
     assert all(run.returncode not in (0, None) for run in runs)
+    if how == "raise":
+        assert sum(bool(re.search(r"^rank 1 failed:\s+(\[rank1\]: )?Traceback.*in train.*in dying.*: planted",
+                                  error, re.S | re.M)) for _, error in outs) == 2, outs
+        return
     assert sum(bool(re.search(r"rank +: 1 .*\n.*exitcode +: 7", error)) for _, error in outs) == 1, outs
+    if trajectories == 2:
+        assert sum("\nrank 1 ended without a word" in "\n" + error for _, error in outs) == 1, outs
+
+
+@pytest.mark.slow
+def test_a_node_that_falls_silent(place):
+    port, started = free_port(), time.monotonic()
+    runs = [torchrun(place, __file__, "die", "stop", *RUN, *LONG, "--trajectories", 2, "--name", "silent",
+                     where=node_of_two(port)) for _ in range(2)]
+    try:
+        while all(run.poll() is None for run in runs):
+            assert time.monotonic() - started < 75  # 15 to start, and a minute
+            time.sleep(0.2)
+    finally:
+        os.kill(int((place / "disk0/stopped").read_text()), signal.SIGKILL)
+    errors = [error for _, error in ended(*runs)]
+    assert sum("\nrank 1 ended without a word" in "\n" + error for error in errors) == 1, errors
 
 
 def test_different_flags_under_torchrun(place):
