@@ -25,6 +25,7 @@ import ctypes
 import dataclasses
 import datetime
 import difflib
+import faulthandler
 import functools
 import hashlib
 import json
@@ -32,6 +33,7 @@ import math
 import os
 import platform
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -39,13 +41,17 @@ import time
 import traceback
 from dataclasses import dataclass, field
 
+try:
+    import fcntl
+except ImportError:  # Windows: nothing keeps two processes from one run
+    fcntl = None
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load as load_tensors, save_file as save_tensors
+from safetensors.torch import load as load_tensors, load_file as load_tensor_file, save_file as save_tensors
 from torch import nn
 
 ROOT = Path(__file__).resolve().parent
@@ -125,6 +131,12 @@ class Config:
     device: str = knob("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = knob("auto", "of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
     compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
+    attention: str = knob("auto", "attention kernel; auto: the fastest that works", choices=("auto", "flash3", "flex",
+                                                                                             "sdpa", "plain"))
+    save_minutes: float = knob(10, "between saves of the state that --resume goes on from; also at cycle ends", low=0)
+    keep_members: int | None = knob(None, "newest members of a trajectory whose weights are kept; None: all", low=1)
+    hang_minutes: float = knob(15, "a step that takes longer ends the run and shows where it hangs; 0: never", low=0)
+    skip_nonfinite: bool = knob(False, "go on after a loss or gradient that is not finite; its update is left out")
     log_every: int = knob(10, "steps between logged lines (each one waits for the device)", low=1)
 
     def __post_init__(self):
@@ -138,6 +150,15 @@ class Config:
                 if bound in rule and outside(rule[bound]):
                     raise UserError(f"{name} {value} is out of range: "
                                     f"{'at least' if bound == 'low' else 'at most'} {rule[bound]}")
+
+
+# settings that may change when a run goes on: they touch rounding at most
+MACHINE = ("device", "compile", "attention", "log_every", "save_minutes", "keep_members", "hang_minutes",
+           "skip_nonfinite")
+
+
+def method_settings(cfg):
+    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
 
 
 PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1)  # of the 1.87B run
@@ -245,6 +266,8 @@ class World:
     groups: int = 1  # that train side by side
     index: int = 0  # of this one
     joined: object = None  # a patient process group of all ranks
+    host: object = None  # a process group of CPUs, of the same ranks as `group`
+    watch: object = None
 
     @property
     def leader(self):
@@ -258,9 +281,24 @@ class World:
             dist.broadcast_object_list(box, src=0, group=self.joined)
         return box[0]
 
+    def from_leader(self, value):
+        """The leader's `value` (a small object), on every rank of the group."""
+        box = [value]
+        if self.size > 1:
+            dist.broadcast_object_list(box, src=self.index * self.size, group=self.host)
+        return box[0]
+
     def sum_(self, tensor):
         if self.size > 1:
             dist.all_reduce(tensor, group=self.group)
+
+    def largest(self, value):
+        """The largest `value` (an int) of the group's ranks; no device is waited for."""
+        if self.size == 1:
+            return value
+        box = torch.tensor(value)
+        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host)
+        return int(box)
 
     def shard(self, units):
         """This rank's share of `units` [n, ...], n a multiple of the size."""
@@ -283,17 +321,18 @@ class World:
         work = GATHER_SHARDS(out, share.contiguous(), group=self.group, async_op=True)
         return lambda: (work.wait(), out)[1]
 
-    def same(self, model):
-        """Give every rank of the group the leader's weights."""
-        for p in model.parameters():
+    def same_(self, *tensors):
+        """Overwrite `tensors` with the leader's, on every rank of the group."""
+        for tensor in tensors:
             if self.size > 1:
-                dist.broadcast(p, src=self.index * self.size, group=self.group)
-        return model
+                dist.broadcast(tensor, src=self.index * self.size, group=self.group)
 
     def collect(self, array):
         """On rank 0: the arrays of all groups' leaders, joined; elsewhere None. Waits for the slowest trajectory."""
         if self.groups == 1:
             return array if self.leader else None
+        if self.watch:
+            self.watch.word = "idle"
         share, others = torch.from_numpy(array), range(self.size, self.size * self.groups, self.size)
         if self.leader and self.index:
             dist.send(share, dst=0, group=self.joined)
@@ -316,15 +355,32 @@ class World:
                                     f"{all_about[0].get(bad[0])}; start every process with the same flags and data")
 
 
+class Stopped(Exception):
+    """The run was asked to stop; it saved its state first."""
+
+
+class Stop:
+    """SIGTERM and Ctrl-C ask for a stop at the next step; a second one kills."""
+    signal = 0
+
+    @classmethod
+    def heard(cls, number, frame):
+        cls.signal = number
+        signal.signal(number, signal.SIG_DFL)
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+
 class Watch(threading.Thread):
     """Ranks of different trajectories share no collective, so rank 0 hears each rank once a second and answers all: a
-    rank that fails, or falls silent, ends every other within the minute, and its name and traceback are shown there."""
+    rank that fails, or falls silent, ends every other within the minute, and its name and traceback are shown there;
+    a rank that is asked to stop makes all stop."""
 
     def __init__(self, rank, size):
         super().__init__(daemon=True)
         # rank 0 gives up on a silent rank before the others give up on rank 0
         self.group = dist.new_group(backend="gloo", timeout=datetime.timedelta(seconds=20 if rank == 0 else 45))
-        self.rank, self.others, self.word = rank, range(1, size), ""  # word: "", "done", or what went wrong
+        self.rank, self.others = rank, range(1, size)
+        self.word = ""  # then "idle": waits for other trajectories, "done", "stopped", or what went wrong
         self.start()
 
     def send(self, word, to):
@@ -339,29 +395,41 @@ class Watch(threading.Thread):
             return f"rank {rank} ended without a word, or its machine did ({' '.join(str(e).split())[:200]})"
         return text.numpy().tobytes().rstrip(b"\0").decode(errors="replace")
 
+    @staticmethod
+    def verdict(words):
+        """What rank 0 answers to the words of all ranks: "" and "stop" go on, anything else ends them all."""
+        failed = [w for w in words if w not in ("", "idle", "stop", "stopped", "done")]
+        if failed or set(words) == {"done"}:
+            return (failed or words)[0]
+        if {"stop", "stopped"} & set(words):
+            return "stop" if {"", "stop"} & set(words) else "stopped"
+        return ""
+
     def run(self):
         answer = ""
-        while not answer:
+        while answer in ("", "stop"):
+            word = self.word or "stop" * bool(Stop.signal)
             if self.rank:
                 with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and receive says so
-                    self.send(self.word, 0)
+                    self.send(word, 0)
                 answer = self.receive(0)
-                continue
-            time.sleep(1)
-            words = [self.word, *map(self.receive, self.others)]
-            answer = next((w for w in words if w not in ("", "done")), "done" if set(words) == {"done"} else "")
-            for rank in self.others:
-                with contextlib.suppress(RuntimeError):  # of a rank that has ended
-                    self.send(answer, rank)
-        if self.word in ("", "done") and answer != "done":
+            else:
+                time.sleep(1)
+                answer = self.verdict([word, *map(self.receive, self.others)])
+                for rank in self.others:
+                    with contextlib.suppress(RuntimeError):  # of a rank that has ended
+                        self.send(answer, rank)
+            if answer == "stop" and not Stop.signal:
+                Stop.signal = signal.SIGTERM
+        if answer != "done" and self.word in ("", "idle", "done") or answer == "stopped" and self.word == "idle":
             print(answer, file=sys.stderr, flush=True)
             time.sleep(5)  # its own end comes first, so that torchrun names it as the root cause
             os._exit(1)  # the main thread may wait in a collective that will never end
 
     def finish(self, word):
-        """Say the last word: "done" waits for all ranks, anything else for its delivery."""
+        """Say the last word: "done" and "stopped" wait for all ranks, anything else for its delivery."""
         self.word = word
-        self.join(None if word == "done" else 60)
+        self.join(None if word in ("done", "stopped") else 60)
 
 
 @contextlib.contextmanager
@@ -392,11 +460,16 @@ def set_up_world(cfg):
     watch = Watch(rank, size)
     try:
         joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
-        settings = {k: v for k, v in dataclasses.asdict(cfg).items() if k not in ("device", "compile")}
-        World(size=size, joined=joined).agree({**settings, "train_q0.py": hashlib.sha256(SOURCE.encode()).hexdigest()})
+        source = hashlib.sha256(SOURCE.encode()).hexdigest()
+        World(size=size, joined=joined).agree({**method_settings(cfg), "train_q0.py": source})
         groups, each = groups_of(size), size // groups_of(size)
-        parts = [dist.new_group(range(g * each, (g + 1) * each)) for g in range(groups)]
-        yield World(rank % each, each, device, parts[rank // each], groups, rank // each, joined)
+        parts, hosts = ([dist.new_group(range(g * each, (g + 1) * each), backend=b) for g in range(groups)]
+                        for b in (None, "gloo"))
+        index = rank // each
+        yield World(rank % each, each, device, parts[index], groups, index, joined, hosts[index], watch)
+    except Stopped:
+        watch.finish("stopped")
+        raise
     except BaseException as e:
         told = str(e) if isinstance(e, UserError) else traceback.format_exc()
         watch.finish(f"rank {rank} failed: {told}")
@@ -530,10 +603,85 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def attention(q, k, v, mask):
-    """Causal attention, [B, T, H, K] each; `mask` bool [T, T] for a window, None for all earlier tokens."""
+def plain_attention(q, k, v, window, mask=None):
+    """Causal attention over the last `window` tokens as one reads it, [B, T, H, K] each; the kernels must agree."""
+    back = torch.arange(q.size(1), device=q.device)
+    back = back[:, None] - back
+    scores = torch.einsum("bthk,bshk->bhts", q, k) * q.size(-1) ** -0.5
+    scores = scores.masked_fill((back < 0) | (back >= window), -math.inf).softmax(-1)
+    return torch.einsum("bhts,bshk->bthk", scores, v)
+
+
+def sdpa_attention(q, k, v, window, mask=None):
+    """torch's scaled_dot_product_attention; `mask` bool [T, T] where the window is shorter than the sequence."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
+
+
+def flex_attention(cfg, device):
+    """torch's FlexAttention, which skips the blocks outside a window."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    T, compiled = cfg.seq_len, torch.compile(flex_attention, dynamic=False)
+    visible = lambda window: lambda b, h, q, k: (q >= k) & (q - k < window)
+    masks = {w: create_block_mask(visible(w), None, None, T, T, device) for w in {T, *layer_windows(cfg)}}
+
+    def attend(q, k, v, window, mask=None):
+        return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[window]).transpose(1, 2)
+    return attend
+
+
+def flash3_attention(cfg, device):
+    """FlashAttention-3 through the `kernels` package, from its cache alone."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: training never downloads
+    from kernels import get_kernel
+    flash = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
+
+    def attend(q, k, v, window, mask=None):
+        size = (-1, -1) if window >= q.size(1) else (window - 1, 0)
+        out = flash(q, k, v, causal=True, window_size=size)
+        return out[0] if isinstance(out, tuple) else out
+    return attend
+
+
+ATTENTION = {"flash3": flash3_attention, "flex": flex_attention, "sdpa": lambda cfg, device: sdpa_attention,
+             "plain": lambda cfg, device: plain_attention}  # fastest first, on a GPU
+
+
+def check_attention(attend, cfg, device):
+    """Compare one forward and backward pass with plain_attention. Raises ArithmeticError where they differ."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v, d = torch.randn(4, 1, cfg.seq_len, 2, cfg.head_dim, generator=g).to(device, getattr(torch, cfg.precision))
+    for window in {cfg.seq_len, *layer_windows(cfg)}:
+        found = []
+        for function, to in ((attend, q.dtype), (plain_attention, torch.float32)):
+            inputs = [x.to(to).requires_grad_() for x in (q, k, v)]
+            out = function(*inputs, window, window_mask(cfg.seq_len, window, device))
+            found.append([out, *torch.autograd.grad(out, inputs, d.to(to))])
+        for x, y in zip(*found):  # bfloat16 keeps 8 bits: rounding p and ds gives up to 1%, a wrong window 50% and more
+            if not (x.float() - y).norm() <= 0.05 * y.norm():
+                raise ArithmeticError(f"it disagrees with plain attention, window {window}")
+
+
+def choose_attention(cfg, device):
+    """(name, function) of --attention, or of the fastest kernel that is installed and agrees with plain_attention on a
+    small forward and backward pass. Says loudly what it falls back from."""
+    names = {"cpu": ["sdpa"], "cuda": list(ATTENTION)}[device.type] if cfg.attention == "auto" else [cfg.attention]
+    for name in names:
+        try:
+            attend = ATTENTION[name](cfg, device)
+            check_attention(attend, cfg, device)
+            return name, attend
+        except Exception as e:  # a kernel that does not fit the machine may fail in any way
+            problem = f"attention kernel {name} does not work: {type(e).__name__}: {' '.join(str(e).split())[:150]}"
+            print(f"notice: {problem}; trying the next", file=sys.stderr, flush=True)
+    raise UserError(f"{problem}; give another --attention")
+
+
+def window_mask(T, window, device=None):
+    """[T, T], True where a query sees a key; None where all earlier tokens are seen."""
+    back = torch.arange(T, device=device)
+    back = back[:, None] - back
+    return (back >= 0) & (back < window) if window < T else None
 
 
 def layer_windows(cfg):
@@ -566,7 +714,7 @@ class Attention(nn.Module):
         self.value = nn.Parameter(torch.empty(D, D)) if value_embed else None
         self.value_gate = nn.Parameter(torch.empty(H, VALUE_GATE_CHANNELS)) if value_embed else None
 
-    def forward(self, x, x0, cos, sin, mask):
+    def forward(self, x, x0, cos, sin, attend):
         B, T, D = x.shape
         H, qkv = self.heads, self.qkv
         if self.mixing is not None:  # mixing heads of the output = mixing rows of the projection
@@ -575,7 +723,7 @@ class Attention(nn.Module):
         if self.value is not None:
             gate = 2 * torch.sigmoid(linear(x[..., :VALUE_GATE_CHANNELS], self.value_gate))
             v = v + gate.unsqueeze(-1) * linear(x0, self.value).view(B, T, H, D // H)
-        y = attention(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v, mask)
+        y = attend(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v)
         if self.gate is not None:
             y = y * torch.sigmoid(linear(x[..., :ATTN_GATE_CHANNELS], self.gate)).unsqueeze(-1)
         return linear(y.reshape(B, T, D), self.out)
@@ -589,8 +737,8 @@ class Block(nn.Module):
         self.down = nn.Parameter(torch.empty(cfg.width, cfg.mlp_hidden))
         self.dropout = cfg.dropout
 
-    def forward(self, x, x0, cos, sin, mask):
-        x = x + F.dropout(self.attn(norm(x), x0, cos, sin, mask), self.dropout, self.training)
+    def forward(self, x, x0, cos, sin, attend):
+        x = x + F.dropout(self.attn(norm(x), x0, cos, sin, attend), self.dropout, self.training)
         gate, up = linear(norm(x), self.gate_up.flatten(0, 1)).chunk(2, dim=-1)
         return x + F.dropout(linear(F.silu(gate) * up, self.down), self.dropout, self.training)
 
@@ -616,9 +764,8 @@ class GPT(nn.Module):
         angle = T[:, None, None] / cfg.rotary_base ** (torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
-        back = T[:, None] - T[None, :]
-        mask = (back >= 0) & (back < cfg.short_window) if min(self.windows) < cfg.seq_len else None
-        self.register_buffer("short_mask", mask, persistent=False)
+        self.register_buffer("short_mask", window_mask(cfg.seq_len, min(self.windows)), persistent=False)
+        self.attend = sdpa_attention
 
     @torch.no_grad()
     def init_weights(self, *key):
@@ -645,6 +792,8 @@ class GPT(nn.Module):
         T, n = tokens.size(1), self.cfg.layers
         cos, sin = self.cos[:T], self.sin[:T]
         short = None if self.short_mask is None else self.short_mask[:T, :T]
+        attend = {w: functools.partial(self.attend, window=w, mask=None if w == self.cfg.seq_len else short)
+                  for w in {self.cfg.seq_len, *self.windows}}
         x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
         outputs = {}
         for i in self.order:
@@ -652,13 +801,13 @@ class GPT(nn.Module):
                 x = x + self.skip_scale[i - (n - n // 2)].to(x.dtype) * outputs[n - 1 - i]
             if self.resid_scale is not None:
                 x = self.resid_scale[i].to(x.dtype) * x + self.x0_scale[i].to(x.dtype) * x0
-            x = self.blocks[i](x, x0, cos, sin, None if self.windows[i] == self.cfg.seq_len else short)
+            x = self.blocks[i](x, x0, cos, sin, attend[self.windows[i]])
             outputs[i] = x
         x = norm(x)
         if targets is None or self.mtp_proj is None:
             return x, None
         ahead = torch.cat((x, norm(F.embedding(targets, self.embed).to(x.dtype))), dim=-1)
-        return x, norm(self.mtp_block(linear(ahead, self.mtp_proj), x0, cos, sin, None))
+        return x, norm(self.mtp_block(linear(ahead, self.mtp_proj), x0, cos, sin, attend[self.cfg.seq_len]))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -785,42 +934,74 @@ def orthogonalize(G, dtype):
     return X.mT if tall else X
 
 
-def muon_update(grad, state, momentum, dtype):
-    """Direction of one Muon step for grad [n, rows, cols]; `state` is a dict that holds momentum and second moment."""
-    dim = -1 if grad.size(-2) >= grad.size(-1) else -2  # of the second moment: per row or per column
-    if not state:
-        state.update(momentum=torch.zeros_like(grad), second=torch.zeros_like(grad.sum(dim, keepdim=True)))
-    update = grad.lerp(state["momentum"].lerp_(grad, 1 - momentum), momentum)  # Nesterov
+def muon_update(grad, first, second, ok, momentum, dtype):
+    """Direction of one Muon step for grad [n, rows, cols]. The momentum `first` [n, rows, cols] and the second moment
+    `second` (one per row or column) move where `ok` (0-D) is 1 and stay where it is 0."""
+    dim = -1 if grad.size(-2) >= grad.size(-1) else -2
+    update = grad.lerp(first.lerp_(grad, ok * (1 - momentum)), momentum)  # Nesterov
     update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-20)  # rows (MuonEq-R)
     update = orthogonalize(update, dtype).float()
     # divided by the root of its second moment (NorMuon), rescaled so that the update keeps its norm
-    second = state["second"].lerp_(update.square().mean(dim=dim, keepdim=True), 0.05)
+    second.lerp_(update.square().mean(dim=dim, keepdim=True), ok * 0.05)
     scaled = update * second.clamp_min(1e-10).rsqrt()
     before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, scaled))
     return scaled * (before / after.clamp_min(1e-10))
+
+
+def adamw_update(grad, first, second, ok, steps, betas):
+    """Direction of one AdamW step; moments of the shape of `grad` that move where `ok` is 1; `steps` counts (0-D)."""
+    b1, b2 = betas
+    first.lerp_(grad, ok * (1 - b1))
+    second.lerp_(grad.square(), ok * (1 - b2))
+    return first / (1 - b1 ** steps) / (second / (1 - b2 ** steps)).sqrt_().add_(1e-10)
+
+
+def updated(weight, grad, first, second, lr, wd, clip, ok, steps, rule):
+    """New weights [n, *unit] of one group. lr, wd, clip, ok and steps are 0-D tensors, so that a compiled version
+    serves every step; rule is ("muon", momentum, dtype) or ("adamw", betas)."""
+    grad = torch.where(ok, grad * clip, 0.0)
+    if rule[0] == "muon":
+        update = muon_update(grad, first, second, ok, *rule[1:])
+        lr = lr * math.sqrt(max(1, weight.size(-2) / weight.size(-1)))
+        decay = weight * (update * weight > 0)  # cautious
+    else:
+        update, decay = adamw_update(grad, first, second, ok, steps, rule[1]), weight
+    return weight - ok * lr * (wd * decay + update)
 
 
 class Optimizer:
     """Muon and AdamW over a table of groups, sharded over the ranks of `world`.
 
     The tensors of a group are stacked into equal units (matrices for Muon, single weights for AdamW); a rank receives
-    the summed gradient of its own units, keeps their state, updates them, and the new weights are gathered."""
+    the summed gradient of its own units, keeps their state, updates them, and the new weights are gathered. Where a
+    gradient is not finite the step changes nothing, which the device finds without the host."""
 
     def __init__(self, model, cfg, world=World()):
-        self.cfg, self.world, self.dtype, self.steps = cfg, world, getattr(torch, cfg.precision), 0
-        wd, betas = cfg.weight_decay, (0.8, 0.95)
-        table = {  # label: (rule, lr, weight decay, betas)
-            "matrix": ("muon", cfg.lr_matrix, wd, None), "embed": ("adamw", cfg.lr_embed, wd, betas),
-            "head": ("adamw", cfg.lr_head, wd, betas), "resid_scale": ("adamw", cfg.lr_resid, 0.0, betas),
-            "skip_scale": ("adamw", cfg.lr_resid, 0.0, betas), "x0_scale": ("adamw", cfg.lr_x0, 0.0, (0.96, 0.95)),
-            "mixing": ("adamw", cfg.lr_mixing, 0.0, betas)}
+        self.cfg, self.world = cfg, world
+        wd, betas, muon = cfg.weight_decay, (0.8, 0.95), ("muon", cfg.momentum, getattr(torch, cfg.precision))
+        table = {  # label: (rule, lr, weight decay)
+            "matrix": (muon, cfg.lr_matrix, wd), "embed": (("adamw", betas), cfg.lr_embed, wd),
+            "head": (("adamw", betas), cfg.lr_head, wd), "resid_scale": (("adamw", betas), cfg.lr_resid, 0.0),
+            "skip_scale": (("adamw", betas), cfg.lr_resid, 0.0), "x0_scale": (("adamw", (0.96, 0.95)), cfg.lr_x0, 0.0),
+            "mixing": (("adamw", betas), cfg.lr_mixing, 0.0)}
         stacks = {}
         for name, p in model.named_parameters():
             kind = name.rsplit(".", 1)[-1]
             label, unit = (kind, ()) if kind in table else ("matrix", p.shape[-2:])
             stacks.setdefault((label, *unit), []).append((name, p))
-        self.groups = [([n for n, _ in named], [p for _, p in named], unit, *table[label], {})
-                       for (label, *unit), named in stacks.items()]  # names, parameters, unit, the table's row, state
+        device = next(model.parameters()).device
+        self.steps, self.skipped = torch.zeros((), device=device), torch.zeros((), device=device)
+        self.groups = []  # names, parameters, unit, the table's row, {"first": moment, "second": moment}
+        for (label, *unit), named in stacks.items():
+            n = -(-sum(p.numel() for _, p in named) // math.prod(unit) // world.size)  # units of this rank
+            first = torch.zeros(n, *unit, device=device)
+            if label == "matrix":
+                second = first.new_zeros(n, unit[0], 1) if unit[0] >= unit[1] else first.new_zeros(n, 1, unit[1])
+            else:
+                second = torch.zeros_like(first)
+            self.groups.append(([n for n, _ in named], [p for _, p in named], unit, *table[label],
+                                {"first": first, "second": second}))
+        self.updated = torch.compile(updated, fullgraph=True, dynamic=False) if cfg.compile else updated
 
     def stack(self, tensors, unit):
         """[n, *unit], n padded with zeros to a multiple of the ranks."""
@@ -828,10 +1009,36 @@ class Optimizer:
         missing = -len(units) % self.world.size
         return F.pad(units, (0, 0) * len(unit) + (0, missing)) if missing else units
 
+    def split(self, params, units):
+        """[n, *rest of unit], on all ranks -> one tensor a parameter, padding dropped."""
+        sizes = [math.prod(p.shape[:p.ndim - units.ndim + 1]) for p in params]
+        return units[:sum(sizes)].split(sizes)
+
+    def state(self):
+        """{"first.NAME", "second.NAME": moments of a parameter, ...}: the same for any number of ranks."""
+        found = {"steps": self.steps, "skipped": self.skipped}
+        for names, params, *_, moments in self.groups:
+            for kind, units in moments.items():
+                whole = self.split(params, self.world.all_gather(units)())
+                found.update({f"{kind}.{name}": x.cpu() for name, x in zip(names, whole)})
+        return found
+
+    def load(self, found):
+        """Take over what `state` gave to the leader; the other ranks of the group pass None."""
+        if found is not None:
+            self.steps, self.skipped = (found[k].to(self.steps.device) for k in ("steps", "skipped"))
+        self.world.same_(self.steps, self.skipped)
+        for names, *_, moments in self.groups:
+            for kind, units in moments.items():
+                whole = units.new_empty(len(units) * self.world.size, *units.shape[1:])
+                if found is not None:
+                    whole.copy_(self.stack([found[f"{kind}.{name}"] for name in names], units.shape[1:]))
+                self.world.same_(whole)
+                units.copy_(self.world.shard(whole))
+
     @torch.no_grad()
     def step(self, lr_mult, wd_mult):
         """Sum the gradients over the ranks, clip them, update every weight; the gradients are consumed."""
-        self.steps += 1
         pending = []
         for _, params, unit, *_ in self.groups:
             pending.append(self.world.reduce_scatter(self.stack([p.grad for p in params], unit)))
@@ -840,26 +1047,16 @@ class Optimizer:
         grads = [wait() for wait in pending]
         square = sum(g.square().sum() for g in grads)
         self.world.sum_(square)
-        clip = (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        ok, clip = square.isfinite(), (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        self.steps, self.skipped = self.steps + ok, self.skipped + ~ok
         pending = []  # gathers run while the next group is orthogonalised
-        for grad, (_, params, unit, rule, lr, wd, betas, state) in zip(grads, self.groups):
-            lr, wd = lr * lr_mult, wd * wd_mult
-            grad, weight = grad.mul_(clip), self.world.shard(self.stack(params, unit))
-            if rule == "muon":
-                update = muon_update(grad, state, self.cfg.momentum, self.dtype)
-                lr = lr * math.sqrt(max(1, unit[0] / unit[1]))
-                weight = weight - lr * wd * weight * (update * weight > 0) - lr * update  # cautious decay
-            else:
-                b1, b2 = betas
-                if not state:
-                    state.update(first=torch.zeros_like(grad), second=torch.zeros_like(grad))
-                first, second = state["first"].lerp_(grad, 1 - b1), state["second"].lerp_(grad.square(), 1 - b2)
-                scale = (second / (1 - b2 ** self.steps)).sqrt_().add_(1e-10)
-                weight = weight * (1 - lr * wd) - lr / (1 - b1 ** self.steps) * first / scale
-            pending.append(self.world.all_gather(weight))
+        for grad, (_, params, unit, rule, lr, wd, state) in zip(grads, self.groups):
+            lr, wd = (torch.full_like(clip, x) for x in (lr * lr_mult, wd * wd_mult))
+            weight = self.world.shard(self.stack(params, unit))
+            pending.append(self.world.all_gather(self.updated(weight, grad, **state, lr=lr, wd=wd, clip=clip, ok=ok,
+                                                              steps=self.steps.clamp(min=1), rule=rule)))
         for wait, (_, params, unit, *_) in zip(pending, self.groups):
-            sizes = [p.numel() // math.prod(unit) for p in params]
-            for p, new in zip(params, wait()[:sum(sizes)].split(sizes)):
+            for p, new in zip(params, self.split(params, wait())):
                 p.copy_(new.view_as(p))
 
 
@@ -910,6 +1107,11 @@ class Cycle:
     rows: int  # sequences a step
     distilled: bool
 
+    @property
+    def place(self):
+        return {"member": self.member, "traj": self.trajectory, "cycle": self.index + 1,
+                "epochs": self.epochs_before + self.epochs, "distilled": int(self.distilled)}
+
 
 def plan_cycles(cfg, train_tokens):
     """[trajectory][cycle] -> Cycle: all that a run will do. `train_tokens` are those of one epoch."""
@@ -958,7 +1160,7 @@ def memory_per_device(cfg, vocab_size, ranks=1):
     count = sum(p.numel() for p in model.parameters())
     shapes = {}
     for names, params, _, rule, *_ in Optimizer(model, cfg).groups:
-        shapes[names[0]] = (rule, sum(p.numel() for p in params))
+        shapes[names[0]] = (rule[0], sum(p.numel() for p in params))
     muon = sum(n for rule, n in shapes.values() if rule == "muon")
     act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
     value = sum(has_value_embed(cfg, i) for i in layer_order(cfg)) / len(layer_order(cfg))
@@ -982,11 +1184,13 @@ def peak_memory(parts):
 # Population: members on disk (bf16 weights + configuration) and their cached p(true token)
 
 def write_atomically(path, write):
-    """Call write(temporary path), then rename it to `path`: a reader sees the old file or the new one, whole.
-    Raises OSError where it cannot be written."""
+    """Call write(temporary path), then rename it to `path`: a reader sees the old file or the new one, whole, whenever
+    the machine stops. Raises OSError where it cannot be written."""
     tmp = path.with_name(path.name + ".tmp")
     try:
         write(tmp)
+        with open(tmp, "rb+") as f:
+            os.fsync(f.fileno())
         os.replace(tmp, path)
     except SafetensorError as e:
         raise OSError(f"cannot write {path}: {e}") from None
@@ -998,14 +1202,18 @@ def save_json(path, value):
     write_atomically(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
 
 
+def sha256_of(path):
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
 def save_member(folder, model, position):
     """Write a bf16 snapshot with all that is needed to load it; `position` says where in the run it was taken."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
     write_atomically(folder / "model.safetensors", lambda tmp: save_tensors(weights, tmp))
-    sha = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    save_json(folder / "config.json", {"vocab_size": model.vocab_size, "sha256": sha, **position,
-                                       "config": dataclasses.asdict(model.cfg)})
+    save_json(folder / "config.json", {"vocab_size": model.vocab_size, **position, "sha256": sha256_of(
+        folder / "model.safetensors"), "config": dataclasses.asdict(model.cfg)})
 
 
 def empty_member(cfg, vocab_size):
@@ -1014,19 +1222,80 @@ def empty_member(cfg, vocab_size):
     return model.to(model.dtype).eval().requires_grad_(False)
 
 
-def load_member(folder, precision=None):
-    """The member in `folder`, as a frozen GPT in evaluation mode. Raises UserError where a file is damaged."""
+def load_member(folder, precision=None, sha256=None):
+    """The member in `folder`, as a frozen GPT in evaluation mode. Raises UserError where a file is damaged, or is not
+    the one of hash `sha256`."""
     try:
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         raw = (folder / "model.safetensors").read_bytes()
-        if hashlib.sha256(raw).hexdigest() != about["sha256"]:
-            raise ValueError("the sha256 of model.safetensors is not the one in config.json")
+        if hashlib.sha256(raw).hexdigest() != (sha256 or about["sha256"]):
+            raise ValueError("the sha256 of model.safetensors is not the recorded one")
         cfg = Config(**about["config"])
         model = empty_member(dataclasses.replace(cfg, precision=precision or cfg.precision), about["vocab_size"])
         model.load_state_dict(load_tensors(raw))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserError) as e:
         raise UserError(f"member {folder} is missing or damaged: {' '.join(str(e).split())[:200]}") from None
     return model
+
+
+@dataclass
+class Progress:
+    """Where a trajectory stands: with its tensors, all that a resumed run needs (randomness is stateless)."""
+    trajectory: int
+    cycle: int = 0  # index of the cycle under way
+    in_cycle: int = 0  # steps of it that are done
+    step: int = 0  # steps done
+    sequences: int = 0  # and read
+    done: bool = False
+    curve: list = field(default_factory=list)  # an entry a member
+    train_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    log: list = field(default_factory=list)  # name and size of the log, size of the metrics
+    kernels: dict = field(default_factory=dict)
+    skipped: int = 0  # updates left out because they were not finite
+
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def generations(folder, trajectory):
+    """Resume states of a trajectory, newest first: JSON files, each beside its tensors."""
+    return sorted(folder.glob(f"{trajectory}-*.json"), key=lambda f: f.stem, reverse=True)
+
+
+def save_state(folder, at, identity, tensors):
+    """Write a state: the tensors first, then the JSON that makes it valid; only then the last but one is deleted."""
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{at.trajectory}-{at.step:09}{'-done' * at.done}.json"
+    write_atomically(path.with_suffix(".safetensors"), lambda tmp: save_tensors(tensors, tmp))
+    body = {"at": dataclasses.asdict(at), "identity": identity, "tensors": sha256_of(path.with_suffix(".safetensors"))}
+    save_json(path, {"body": body, "sha256": digest(body)})
+    for old in generations(folder, at.trajectory)[2:]:
+        old.unlink()
+        old.with_suffix(".safetensors").unlink(missing_ok=True)
+
+
+def load_state(folder, trajectory, identity):
+    """(Progress, file of its tensors) of the newest whole state of a trajectory, or None where it has none; `identity`
+    is what it was saved with. Says so where it falls back; raises UserError where no state is whole."""
+    files = generations(folder, trajectory)
+    for path in files:
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            body = saved["body"]
+            if digest(body) != saved["sha256"] or sha256_of(path.with_suffix(".safetensors")) != body["tensors"]:
+                raise ValueError("a sha256 does not match")
+            if body["identity"] != identity or body["at"]["trajectory"] != trajectory:
+                raise ValueError("it is of another run or trajectory")
+            return Progress(**body["at"]), path.with_suffix(".safetensors")
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            print(f"notice: state {path} is damaged ({type(e).__name__}: {e})"
+                  + (": going back to the one before" if path != files[-1] else ""), file=sys.stderr, flush=True)
+    if files:
+        raise UserError(f"no state of trajectory {trajectory} in {folder} is whole: start a new run, or delete "
+                        f"{folder / str(trajectory)}-* to train this trajectory again")
+    return None
 
 
 @torch.no_grad()
@@ -1037,6 +1306,22 @@ def perturb(model, scale, *key):
         if math.prod(p.shape[-2:]) > 1:
             g = torch.Generator().manual_seed(seed_of("noise", *key, name))
             p.add_(torch.randn(p.shape, generator=g).to(p.device) * p.std(dim=dims, keepdim=True) * scale)
+
+
+def read_predictions(path, sha256=None):
+    """{split: float32 [tokens]} of a member. Raises UserError where the file is missing, damaged or another one."""
+    try:
+        if sha256 is not None and sha256_of(path) != sha256:
+            raise ValueError("the sha256 is not the recorded one")
+        found = load_file(path)
+        if len(found) != 2 or "heldout" not in found:
+            raise ValueError("it must hold heldout and one more split")
+        for split, p in found.items():
+            if p.dtype != np.float32 or p.ndim != 1 or not len(p) or not (p > 0).all() or not (p <= 1).all():
+                raise ValueError(f"{split} does not hold one probability per token")
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise UserError(f"predictions {path} are damaged: {' '.join(str(e).split())[:200]}") from None
+    return found
 
 
 def load_predictions(run):
@@ -1050,25 +1335,19 @@ def load_predictions(run):
         raise UserError(f"{run} has no cached predictions: it is not a run, or it ended before its first member")
     if [int(f.stem) for f in files] != list(range(len(files))):
         raise UserError(f"{run} lacks the predictions of a member below {files[-1].stem}: the run is not complete")
-    members = []
-    for file in files:
-        try:
-            members.append(load_file(file))
-            for split, p in members[-1].items():
-                if p.shape != members[0][split].shape or p.ndim != 1 or not (p > 0).all() or not (p <= 1).all():
-                    raise ValueError(f"{split} does not hold one probability per token")
-            if members[-1].keys() != members[0].keys() or len(members[-1]) != 2 or "heldout" not in members[-1]:
-                raise ValueError("it must hold heldout and one more split")
-        except (OSError, ValueError, KeyError, SafetensorError) as e:
-            raise UserError(f"predictions {file} are damaged: {' '.join(str(e).split())}") from None
+    recorded = [None] * len(files)
     if (run / "result.json").exists():  # of trajectories on machines that share no disk, each holds its own
         try:
-            expected = json.loads((run / "result.json").read_text(encoding="utf-8"))["members"]
+            recorded = [p["predictions"] for p in json.loads((run / "result.json").read_text("utf-8"))["curve"]]
         except (ValueError, KeyError, TypeError) as e:
             raise UserError(f"{run / 'result.json'} is damaged: {type(e).__name__}: {e}") from None
-        if expected != len(members):
-            raise UserError(f"{run} has predictions of {len(members)} members, its result has {expected}: copy the "
+        if len(recorded) != len(files):
+            raise UserError(f"{run} has predictions of {len(files)} members, its result has {len(recorded)}: copy the "
                             "others from the machines that trained them")
+    members = [read_predictions(file, sha) for file, sha in zip(files, recorded)]
+    for file, member in zip(files, members):
+        if {k: len(p) for k, p in member.items()} != {k: len(p) for k, p in members[0].items()}:
+            raise UserError(f"predictions {file} are damaged: other splits or lengths than those of {files[0].name}")
     return {split: np.stack([m[split] for m in members]) for split in members[0]}
 
 
@@ -1169,14 +1448,29 @@ def data_efficiency(loss):
 class Log:
     """log.txt and metrics.jsonl of a run, and the terminal. Each group's leader writes its own."""
 
-    def __init__(self, path=None, header="", show=True):
-        self.text = self.metrics = None
-        if path is not None:
-            self.text = open(path, "w", encoding="utf-8", buffering=1)
+    text = metrics = None  # until it is opened, nothing is written
+
+    def open(self, path, show=True):
+        """Raises UserError where another process writes there."""
+        files = path, path.with_name(path.stem.replace("log", "metrics") + ".jsonl")
+        self.text, self.metrics = (open(f, "a", encoding="utf-8", buffering=1) for f in files)
+        self.show, self.live, self.name = show, sys.stdout.isatty(), path.name
+        try:
+            if fcntl:
+                fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"{path.parent} is in use: another process trains this run") from None
+
+    def start(self, header, sizes=None):
+        """Begin anew with `header`, or go on where log and metrics had `sizes` bytes: what followed comes again."""
+        for file, size in zip((self.text, self.metrics), sizes or (0, 0)):
+            file.truncate(size)
+        if not sizes:
             self.text.write(SOURCE + "=" * 100 + "\n" + header + "\n" + "=" * 100 + "\n")
-            metrics = path.with_name(path.stem.replace("log", "metrics") + ".jsonl")
-            self.metrics = open(metrics, "w", encoding="utf-8", buffering=1)
-            self.show, self.live = show, sys.stdout.isatty()
+
+    def position(self):
+        """[name, bytes of the log, bytes of the metrics] written so far."""
+        return [self.name, *(os.fstat(f.fileno()).st_size for f in (self.text, self.metrics))] if self.text else []
 
     def line(self, text, passing=False):
         """A line of text; on a terminal the next line overwrites a passing one."""
@@ -1210,7 +1504,39 @@ def machine(world):
             "processes": world.size * world.groups}
 
 
-def train(cfg, corpus, world, folder, log):
+def alive(cfg):
+    """Wind up the timer that ends a hanging run and shows the stack of every thread."""
+    if cfg.hang_minutes:
+        faulthandler.dump_traceback_later(60 * cfg.hang_minutes, exit=True)
+
+
+def warm_up(cfg, raw, model, teacher, world):
+    """Compile both variants of a step, with and without teacher, before the first; nothing of it stays."""
+    raw.init_weights("warm-up")
+    tokens = torch.zeros(cfg.micro_batch, cfg.seq_len + 1, dtype=torch.long, device=world.device)
+    for taught_by in (None, teacher) if cfg.distill_weight else (None,):
+        training_loss(model.train(), taught_by, cfg, tokens)[0].backward()
+        Optimizer(raw, cfg, world).step(1.0, 1.0)
+    with torch.no_grad():
+        teacher(tokens[:, :-1])
+
+
+def check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_step, log):
+    """Stop, or count where that is asked for, when updates were left out because they were not finite."""
+    lost = int(optimizer.skipped) - at.skipped
+    if lost:
+        step, m = divmod(-world.largest(-int(trouble)), micro_batches)
+        what = f"the loss is not finite at step {step + 1} of trajectory {at.trajectory}, micro-batch {m}"
+        if step >= at.step:
+            what = f"a gradient is not finite at or before step {at.step} of trajectory {at.trajectory}"
+        if not cfg.skip_nonfinite:
+            raise UserError(f"{what}; {lost} updates were left out; the last saved state is of step {saved_step}: "
+                            "lower --lr-matrix, try --precision float32, or --resume it with --skip-nonfinite")
+        at.skipped += lost
+        log.event("skipped", updates=at.skipped, reason=what)
+
+
+def train(cfg, corpus, world, folder, log, saved=None):
     """Train the population. The loop of q0 and of every baseline:
 
         for each trajectory:
@@ -1218,93 +1544,152 @@ def train(cfg, corpus, world, folder, log):
                 weights: fresh, continued, or continued and perturbed
                 for each step of the cycle: lr falls, wd rises; loss = CE, mixed with KL to the previous member
                 member = bf16 snapshot; cache its p(true token); fit the prior over all members so far
-    """
+
+    `saved` {trajectory: (Progress, file of tensors)} is where a resumed run goes on. Raises Stopped after a signal."""
     plan = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     mine = plan if world.groups == 1 else [plan[world.index]]
-    cycles = [c for trajectory in mine for c in trajectory]
-    total_steps, step, tokens_seen, train_seconds, eval_seconds = sum(c.steps for c in cycles), 0, 0, 0.0, 0.0
+    total_steps, begun, started, ran = sum(c.steps for t in mine for c in t), [], time.perf_counter(), 0
     splits, key = {s: corpus.eval_sequences(s) for s in ("heldout", cfg.report)}, f"{cfg.report}_loss"
-    cached, curve, started = {s: [] for s in splits}, [], time.perf_counter()
-    raw = GPT(cfg, corpus.vocab_size).to(world.device)
-    model = torch.compile(raw) if cfg.compile else raw
+    cached, identity = {s: [] for s in splits}, {**method_settings(cfg), **corpus.hashes}
+    raw, previous = GPT(cfg, corpus.vocab_size).to(world.device), empty_member(cfg, corpus.vocab_size).to(world.device)
+    name, raw.attend = choose_attention(cfg, world.device)
+    previous.attend = raw.attend
+    model, taught_by = (torch.compile(m, dynamic=False) if cfg.compile else m for m in (raw, previous))
+    kernels = {"attention": name, "compiled": cfg.compile}
+    if cfg.compile:
+        warm_up(cfg, raw, model, taught_by, world)
+    if not saved:
+        log.event("kernels", **kernels, ready=f"{time.perf_counter() - started:.1f}s")
+
+    def set_previous(member, sha256=None):
+        if world.leader:
+            previous.load_state_dict(load_member(folder / "members" / str(member), sha256=sha256).state_dict())
+        world.same_(*previous.parameters())
+
     for trajectory in mine:
-        position = trajectory_step = 0  # in sequences, in steps; with the seeds they fix all that follows
-        previous = None
-        for cycle in trajectory:
-            j = cycle.trajectory
-            if cycle.index == 0 or cfg.boundary == "fresh":
+        j = trajectory[0].trajectory
+        at, file = (saved or {}).get(j) or (Progress(j), None)
+        before, saved_at, resume = sum(p.step for p in begun), (at.step, at.done), file is not None
+        begun.append(at)
+        if resume and at.kernels != kernels:
+            print(f"notice: the kernels were {at.kernels}, now {kernels}: numbers may differ by rounding", flush=True)
+        for entry in at.curve:
+            probs = read_predictions(folder / "predictions" / f"{entry['member']}.safetensors", entry["predictions"])
+            for split, p in probs.items():
+                cached[split].append(p)
+
+        def save():
+            nonlocal saved_at
+            if (at.step, at.done) != saved_at:
+                tensors = {} if at.done else {**{f"model.{n}": p.detach().cpu() for n, p in raw.named_parameters()},
+                                              **optimizer.state()}
+                at.log, at.kernels, saved_at = log.position(), kernels, (at.step, at.done)
+                if world.leader:
+                    save_state(folder / "state", at, identity, tensors)
+
+        for cycle in [] if at.done else trajectory[at.cycle:]:
+            if resume:
+                tensors, optimizer = load_tensor_file(file) if world.leader else None, Optimizer(raw, cfg, world)
+                if world.leader:
+                    raw.load_state_dict({n: tensors[f"model.{n}"] for n, _ in raw.named_parameters()})
+                world.same_(*(p.data for p in raw.parameters()))
+                optimizer.load(tensors)
+                if cycle.index:
+                    set_previous(cycle.member - 1, at.curve[-1]["weights"] if world.leader else None)
+                resume = False
+            elif cycle.index == 0 or cfg.boundary == "fresh":
                 raw.init_weights(cfg.seed, j, cycle.index)
                 optimizer = Optimizer(raw, cfg, world)
             elif cfg.boundary == "perturb":
                 noise = noise_scale(cycle.index, cfg.cycles, cfg.noise_first, cfg.noise_last)
                 perturb(raw, noise, cfg.seed, j, cycle.index)
-            teacher = previous if cycle.distilled else None
+            teacher = taught_by if cycle.distilled else None
             micro_batches = cycle.rows // cfg.micro_batch
             model.train()
-            mark, mark_step = time.perf_counter(), step
-            for s in range(cycle.steps):
+            mark = last_save = time.perf_counter()
+            marked, never = at.step, torch.full((), 2 ** 62, device=world.device)
+            trouble = never  # index of the first micro-batch whose loss is not finite
+            for s in range(at.in_cycle, cycle.steps):
+                alive(cfg)
                 lr_mult = lr_multiplier(s, cycle.steps, cfg.lr_floor)
                 wd_mult = wd_multiplier(lr_mult, cfg.lr_floor, cfg.wd_floor)
-                batch = corpus.batch(cfg.seed, j, position, cycle.rows)
+                batch = corpus.batch(cfg.seed, j, at.sequences, cycle.rows)
                 loss_sum = torch.zeros((), device=world.device)
                 for m in range(world.rank, micro_batches, world.size):
-                    torch.manual_seed(seed_of("dropout", cfg.seed, j, trajectory_step, m))
+                    torch.manual_seed(seed_of("dropout", cfg.seed, j, at.step, m))
                     tokens = torch.from_numpy(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch]).to(world.device)
                     loss, ce = training_loss(model, teacher, cfg, tokens)
                     (loss / micro_batches).backward()
                     loss_sum += ce / micro_batches
+                    trouble = torch.where(loss.isfinite(), trouble, trouble.clamp(max=at.step * micro_batches + m))
                 optimizer.step(lr_mult, wd_mult)
-                step, trajectory_step, position = step + 1, trajectory_step + 1, position + cycle.rows
-                if step % cfg.log_every == 0 or s == cycle.steps - 1:
+                at.step, at.sequences, at.in_cycle, ran = at.step + 1, at.sequences + cycle.rows, s + 1, ran + 1
+                if (before + at.step) % cfg.log_every == 0 or s == cycle.steps - 1:
                     world.sum_(loss_sum)
-                    loss, now = float(loss_sum), time.perf_counter()
-                    tokens, seconds = (step - mark_step) * cycle.rows * cfg.seq_len, now - mark
-                    train_seconds, tokens_seen = train_seconds + seconds, tokens_seen + tokens
-                    mark, mark_step = now, step
-                    if not math.isfinite(loss):
-                        raise UserError(f"the loss is {loss} at step {step}: lower --lr-matrix, or try --precision "
-                                        "float32")
-                    left = train_seconds / step * (total_steps - step)
-                    left += eval_seconds / max(1, len(curve)) * (len(cycles) - len(curve))
+                    loss, now, step = float(loss_sum), time.perf_counter(), before + at.step
+                    left = (now - started) / ran * (total_steps - step)
                     log.event(step=(step, total_steps), traj=j, cycle=(cycle.index + 1, cfg.cycles),
                               epoch=cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps, loss=loss,
                               lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
-                              **{"tok/s": round(tokens / seconds)}, eta=str(datetime.timedelta(seconds=round(left))))
+                              **{"tok/s": round((at.step - marked) * cycle.rows * cfg.seq_len / (now - mark))},
+                              eta=str(datetime.timedelta(seconds=round(left))))
+                    at.train_seconds, mark, marked = at.train_seconds + now - mark, now, at.step
+                    check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_at[0], log)
+                    trouble = never
+                asked = world.largest(2 * bool(Stop.signal) + (time.perf_counter() - last_save > 60 * cfg.save_minutes))
+                if asked:
+                    last_save = time.perf_counter()
+                    save()
+                    mark += time.perf_counter() - last_save
+                if asked > 1:
+                    raise Stopped
+            save()  # before the evaluation, which takes long enough to be interrupted
             mark = time.perf_counter()
-            where = {"member": cycle.member, "traj": j, "cycle": cycle.index + 1,
-                     "epochs": cycle.epochs_before + cycle.epochs, "distilled": int(cycle.distilled)}
-            saved = folder / "members" / str(cycle.member)
+            member, path = (folder / kind / str(cycle.member) for kind in ("members", "predictions"))
+            path = path.with_suffix(".safetensors")
             if world.leader:
-                save_member(saved, raw, where)
-            previous = load_member(saved) if world.leader else empty_member(cfg, corpus.vocab_size)
-            previous = world.same(previous.to(world.device))
-            probs = {s: true_token_probs(previous, x, cfg.micro_batch, world) for s, x in splits.items()}
-            for split, p in probs.items():
-                cached[split].append(p)
+                save_member(member, raw, cycle.place)
+            set_previous(cycle.member)
+            probs = {}
+            for split, sequences in splits.items():
+                alive(cfg)
+                probs[split] = p = true_token_probs(taught_by, sequences, cfg.micro_batch, world)
                 if not (p > 0).all():
                     raise UserError(f"member {cycle.member} gives some true token probability {p.min()}: lower "
                                     "--lr-matrix, or --softcap where it was raised")
             if world.leader:
-                path = folder / "predictions" / f"{cycle.member}.safetensors"
                 write_atomically(path, lambda tmp: save_file(probs, tmp))
-                curve.append({**where, **mixtures(cached["heldout"], cached[cfg.report])})
-                log.event(**where, **{key: curve[-1]["loss"]})
-                for prior, extra in (("uniform", {}), ("learned", {"gap": curve[-1]["gap"]})):
-                    log.event("ensemble", members=len(curve), k=len(curve), prior=prior, **{key: curve[-1][prior]},
-                              **extra)
-            eval_seconds += time.perf_counter() - mark
-    heldout, scored = (world.collect(np.stack(cached[s])) for s in splits)
+                for split, p in probs.items():
+                    cached[split].append(p)
+                mixed, n = mixtures(cached["heldout"], cached[cfg.report]), len(cached["heldout"])
+                log.event(**cycle.place, **{key: mixed["loss"]})
+                log.event("ensemble", members=n, k=n, prior="uniform", **{key: mixed["uniform"]})
+                log.event("ensemble", members=n, k=n, prior="learned", **{key: mixed["learned"]}, gap=mixed["gap"])
+                at.curve.append({**cycle.place, **mixed, "of": n, "weights": sha256_of(member / "model.safetensors"),
+                                 "predictions": sha256_of(path)})
+                if cfg.keep_members and cycle.index >= cfg.keep_members:
+                    old = member.with_name(str(cycle.member - cfg.keep_members))
+                    (old / "model.safetensors").unlink(missing_ok=True)
+            at.cycle, at.in_cycle = cycle.index + 1, 0
+            at.eval_seconds += time.perf_counter() - mark
+        at.done = True
+        save()
+    faulthandler.cancel_dump_traceback_later()
+    heldout, scored = (world.collect(np.stack(cached[s]) if world.leader else None) for s in splits)
     if heldout is None:
         return None
-    if world.groups > 1:  # the curve over all members, as one group would have seen it
-        cycles = [c for trajectory in plan for c in trajectory]
-        curve = [{"member": c.member, "traj": c.trajectory, "cycle": c.index + 1, "epochs": c.epochs_before + c.epochs,
-                  "distilled": int(c.distilled), **mixtures(heldout[:n], scored[:n])} for n, c in enumerate(cycles, 1)]
+    curve = {entry["member"]: entry for p in begun for entry in p.curve}
+    for n, cycle in enumerate((c for trajectory in plan for c in trajectory), 1):
+        if curve.get(cycle.member, {}).get("of") != n:  # fitted before the other trajectories' members were there
+            curve[cycle.member] = {**curve.get(cycle.member, {}), **cycle.place, **mixtures(heldout[:n], scored[:n])}
+    curve, seconds = [curve[i] for i in sorted(curve)], sum(p.train_seconds for p in begun)
+    tokens = sum(c.steps * c.rows for trajectory in mine for c in trajectory) * cfg.seq_len
     return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
             f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs, "curve": curve,
             "table": population_table(heldout, scored), "flops": run_flops(cfg, plan, corpus.vocab_size),
-            "train_seconds": train_seconds, "eval_seconds": eval_seconds,
-            "total_seconds": time.perf_counter() - started, "tokens_per_second": tokens_seen / train_seconds,
+            "skipped_updates": sum(p.skipped for p in begun), "kernels": kernels,
+            "train_seconds": seconds, "eval_seconds": (evaluated := sum(p.eval_seconds for p in begun)),
+            "total_seconds": seconds + evaluated, "tokens_per_second": tokens / seconds,
             "peak_memory_mb": peak_memory_mb(world.device)}
 
 
@@ -1369,8 +1754,16 @@ def parse_config(argv, **extra):
         near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
         raise UserError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
     given = {f.name: getattr(known, f.name) for f in dataclasses.fields(Config) if getattr(known, f.name) is not None}
-    reason = "given"
-    if "preset" not in given:
+    reason, base = "given", {}
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and getattr(known, "run", None):
+        known.resume = known.resume or (known.run if (LOGS / known.run / "run.json").exists() else None)
+    if getattr(known, "resume", None):
+        base = saved_settings(find_run(known.resume))
+        differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items() if k not in MACHINE and v != base[k]]
+        if differ:
+            raise UserError(f"--resume {known.resume} has settings of its own: leave out {', '.join(differ)}")
+        given = {**base, "device": "auto", "compile": None, "attention": "auto", **given}
+    elif "preset" not in given:
         if not torch.cuda.is_available() or given.get("device") == "cpu":
             given["preset"], reason = "tiny", "no GPU in use"
         elif (ROOT / PRESETS["q0"]["data"] / "manifest.json").exists():
@@ -1380,8 +1773,19 @@ def parse_config(argv, **extra):
                             "--preset tiny")
     elif given["preset"] not in PRESETS:
         raise UserError(f"--preset {given['preset']} is not one of: {', '.join(PRESETS)}")
-    cfg, why = resolve(Config(**{**PRESETS[given["preset"]], **given}))
+    try:
+        cfg, why = resolve(Config(**{**PRESETS[given["preset"]], **given}))
+    except TypeError as e:  # only where run.json is damaged
+        raise UserError(f"{known.resume} cannot go on: {e}") from None
     return cfg, {"preset": reason, **why}, known
+
+
+def saved_settings(run):
+    """The configuration of a run, from its run.json. Raises UserError where that is missing or damaged."""
+    try:
+        return dict(json.loads((run / "run.json").read_text(encoding="utf-8"))["config"])
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{run} cannot go on: its run.json is missing or damaged ({type(e).__name__}: {e})") from None
 
 
 def find_data(cfg):
@@ -1429,21 +1833,35 @@ def describe(cfg, why, corpus_tokens, vocab_size):
 
 
 def command_train(argv):
+    """Train, or go on with a run after it was stopped, in as many processes as torchrun started."""
     cfg, why, args = parse_config(
-        argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; under torchrun say --name"))
-    with set_up_world(cfg) as world:
-        run(cfg, why, args, world)
+        argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; under torchrun say --name"),
+        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"))
+    Stop.signal, before = 0, {}
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs leave it
+            before[number] = signal.signal(number, Stop.heard)
+    try:
+        with set_up_world(cfg) as world:
+            run(cfg, why, args, world)
+    finally:
+        faulthandler.cancel_dump_traceback_later()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run(cfg, why, args, world):
     """Train and report, as one of the processes of `world`."""
     first = world.leader and world.index == 0  # rank 0
-    name = world.from_first(args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
-    folder, data = LOGS / name, find_data(cfg)
-    if Path(name).name != name or name in (".", ".."):
+    name = world.from_first(args.resume or args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
+    folder, data = find_run(name) if args.resume else LOGS / name, find_data(cfg)
+    if not args.resume and (Path(name).name != name or name in (".", "..")):
         raise UserError(f"--run {name} must be a plain name: the run is written to logs/NAME")
-    if first and folder.exists():
-        raise UserError(f"run directory {folder} exists: give another --run name")
+    if args.resume and (folder / "result.json").exists():
+        print(f"{name} is complete: {folder}")
+        return
+    if first and folder.exists() and not args.resume:
+        raise UserError(f"run directory {folder} exists: give another --run name, or --resume {name} to go on with it")
     if first and not (data / "manifest.json").exists() and cfg.data == Config.data:
         print(f"{data} is missing: preparing the default corpus (python data/prepare.py wiki)", flush=True)
         done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"], stderr=subprocess.PIPE, text=True)
@@ -1460,15 +1878,28 @@ def run(cfg, why, args, world):
     about = {"command": " ".join(sys.argv), "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": dataclasses.asdict(cfg),
              "data": {"name": corpus.name, **corpus.hashes}}
-    log = Log()
+    log, saved = Log(), {}
+    if world.leader or os.environ.get("LOCAL_RANK") == "0":  # a machine of its own may have a disk of its own
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "run.json").exists():
+            save_json(folder / "run.json", about)
     if world.leader:
-        for part in ("members", "predictions"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
-        log = Log(folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt"),
-                  json.dumps(about, indent=1) + "\n" + "\n".join(lines), show=first)
-    if first:
+        for part in ("members", "predictions", "state"):
+            (folder / part).mkdir(exist_ok=True)
+        path = folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
+        log.open(path, show=first)
+        identity = {**method_settings(cfg), **corpus.hashes}
+        for j in range(cfg.trajectories) if world.groups == 1 else [world.index]:
+            saved[j] = load_state(folder / "state", j, identity)
+        kept = [at.log[1:] for at, _ in filter(None, saved.values()) if at.log[0] == path.name]
+        log.start(json.dumps(about, indent=1) + "\n" + "\n".join(lines), max(kept, default=None))
+    saved = world.from_leader({j: state for j, state in saved.items() if state})
+    if first and saved:
+        print(f"resuming {name}: " + ", ".join(f"trajectory {j} " + ("is done" if at.done else f"at step {at.step}")
+                                               for j, (at, _) in saved.items()), flush=True)
+    elif first:
         print("\n".join(lines), flush=True)
-    result = train(cfg, corpus, world, folder, log)
+    result = train(cfg, corpus, world, folder, log, saved)
     if first:
         for line in format_table(result["table"], cfg.report):
             log.line(line)
@@ -1481,8 +1912,8 @@ def run(cfg, why, args, world):
                   teacher_flops=result["flops"]["teacher"], tflops=speed / 1e12, **mfu,
                   train_time=f"{result['total_seconds']:.0f}s",
                   peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
-        save_json(folder / "result.json", {**result, **about})
         draw_curve(folder / "curve.png", result, cfg.report)
+        save_json(folder / "result.json", {**result, **about})  # last: it says that the run is complete
         print(f"written to {folder}", flush=True)
 
 
@@ -1561,9 +1992,19 @@ def main(argv=None):
         time.sleep(2 * (rank > 0))  # a mistake that all ranks see is told by rank 0, whose end stops the others
         print(f"train_q0.py: error: {'' if not rank else f'rank {rank}: '}{e}", file=sys.stderr, flush=True)
         return 2
+    except Stopped:
+        print("stopped; its state is saved: go on with --resume and the run's name", file=sys.stderr)
+        return 128 + Stop.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except (MemoryError, RuntimeError) as e:
+        if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
+            print(f"rank {rank} failed:", file=sys.stderr)
+            raise
+        print(f"train_q0.py: error: rank {rank} is out of memory: halve --micro-batch (plan shows what a run needs): "
+              f"{' '.join(str(e).split())[:150]}", file=sys.stderr, flush=True)
+        return 2
     except Exception:  # a bug: say whose it is and let the traceback through
         print(f"rank {rank} failed:", file=sys.stderr)
         raise

@@ -1,14 +1,18 @@
 """train_q0.py against independent references: the method's formulas in numpy float64, torch.optim, scipy. CPU only."""
 import copy
 import dataclasses
+import functools
 import itertools
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -239,10 +243,11 @@ def test_orthogonalize_keeps_null_directions_small_and_zero_zero():
 
 @pytest.mark.parametrize("rows, cols", [(48, 48), (64, 24), (24, 64), (4, 12)])
 def test_muon_update_against_numpy(rows, cols):
-    g, state, states = seeded(1), {}, [{}, {}]
+    g, first, states = seeded(1), torch.zeros(2, rows, cols), [{}, {}]
+    second = torch.zeros(2, rows, 1) if rows >= cols else torch.zeros(2, 1, cols)
     for step in range(6):
         grad = torch.randn(2, rows, cols, generator=g) * torch.tensor([1.0, 1e-3])[:, None, None]
-        update = q.muon_update(grad, state, 0.95, torch.float32).numpy()
+        update = q.muon_update(grad, first, second, torch.tensor(True), 0.95, torch.float32).numpy()
         for u, one, s in zip(update, grad.double().numpy(), states):
             # entries are about 1/sqrt(cols) = 0.2; small singular directions amplify float32's 6e-8 by up to 990
             np.testing.assert_allclose(u, muon_reference(one, s), atol=1e-4)
@@ -291,6 +296,171 @@ def test_optimizer_step_of_every_parameter():
                                            atol=lr * 1e-4 + 2e-7, err_msg=name)  # muon's 1e-4, a weight's rounding
     assert set(seen) == set(GROUPS) | {"qkv", "out", "gate", "value", "value_gate", "gate_up", "down", "mtp_proj"}
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_gradient_that_is_not_finite_changes_nothing(bad):
+    """Nor does a first step of that kind: then the bias corrections of AdamW would divide by 0."""
+    cfg = resolved("q0", **SMALL, loop_first=3, loop_last=4, edge_batch_tokens=64)
+    model, g = q.GPT(cfg, VOCAB).init_weights(0), seeded(0)
+    optimizer = q.Optimizer(model, cfg)
+
+    def held():
+        return [p.detach().clone() for p in model.parameters()] + [x.clone() for *_, state in optimizer.groups
+                                                                   for x in state.values()]
+
+    def step(one=None):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        if one is not None:
+            model.blocks[2].down.grad[1, 2] = one
+        before = held()
+        optimizer.step(1.0, 1.0)
+        return [torch.equal(a, b) for a, b in zip(before, held())]
+
+    assert all(step(bad))
+    assert not any(step())
+    assert all(step(bad))
+    assert int(optimizer.steps) == 1 and int(optimizer.skipped) == 2
+
+
+def test_optimizer_state_goes_by_parameter_name():
+    """And comes back bit for bit."""
+    cfg = resolved("q0", **SMALL, loop_first=3, loop_last=4, edge_batch_tokens=64)
+    model, g = q.GPT(cfg, VOCAB).init_weights(0), seeded(0)
+    optimizer, twin = q.Optimizer(model, cfg), q.Optimizer(model, cfg)
+    for _ in range(2):
+        for p in model.parameters():
+            p.grad = torch.randn(p.shape, generator=g)
+        optimizer.step(1.0, 1.0)
+    state = optimizer.state()
+    names = {n for n, _ in model.named_parameters()}
+    assert state.keys() == {f"{kind}.{n}" for n in names for kind in ("first", "second")} | {"steps", "skipped"}
+    first = next(state[0]["first"] for names, *state in ((g[0], g[-1]) for g in optimizer.groups) if "embed" in names)
+    assert torch.equal(state["first.embed"].flatten(), first) and first.std() > 0
+    twin.load(state)
+    for (*_, a), (*_, b) in zip(optimizer.groups, twin.groups):
+        assert all(torch.equal(a[k], b[k]) for k in ("first", "second"))
+    assert twin.steps == 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Attention kernels
+
+@pytest.mark.parametrize("T, window", [(16, 16), (16, 8), (16, 1), (1, 1), (7, 3)])
+@pytest.mark.parametrize("name", ["sdpa", "plain", "flex"])
+def test_attention_kernels(name, T, window):
+    """Against plain loops over queries in float64, forward; backward by the chain rule of plain_attention, which the
+    first case of every kernel shares."""
+    if name == "flex":
+        pytest.importorskip("torch.nn.attention.flex_attention")
+    cfg = resolved("tiny", seq_len=max(8, T), short_window=window, windows="SL", layers=2, width=64, head_dim=32,
+                   batch_tokens=max(8, T), micro_batch=1)
+    g = seeded(0)
+    x = torch.randn(3, 2, T, 2, 32, generator=g, dtype=torch.float64)
+    expected = torch.zeros(2, T, 2, 32, dtype=torch.float64)
+    for t in range(T):
+        seen = slice(max(0, t - window + 1), t + 1)
+        scores = torch.einsum("bhk,bshk->bhs", x[0, :, t], x[1, :, seen]) / math.sqrt(32)
+        expected[:, t] = torch.einsum("bhs,bshk->bhk", scores.softmax(-1), x[2, :, seen])
+    if name == "flex":
+        if T != cfg.seq_len or T == 16 and window == 1:
+            pytest.skip("block masks are built for whole sequences; one short window is enough to compile")
+        attend, x, atol = q.flex_attention(cfg, torch.device("cpu")), x.float(), 1e-5
+        with torch.no_grad():  # FlexAttention has no backward pass on a CPU
+            out = attend(*x, window)
+    else:
+        attend, atol = q.ATTENTION[name](cfg, torch.device("cpu")), 1e-12
+        out = attend(*x, window, q.window_mask(T, window))
+        inputs = [v.clone().requires_grad_() for v in x]
+        d = torch.randn(expected.shape, generator=g, dtype=torch.float64)
+        grads = [torch.autograd.grad(f(*inputs, window, q.window_mask(T, window)), inputs, d)
+                 for f in (attend, q.plain_attention)]
+        for a, b in zip(*grads):
+            torch.testing.assert_close(a, b, rtol=0, atol=1e-12)  # float64
+    torch.testing.assert_close(out, expected.to(out.dtype), rtol=0, atol=atol)  # float64, or flex's float32
+
+
+def test_choice_of_an_attention_kernel(monkeypatch, capsys):
+    """The first that agrees; each that does not is announced in a line; none at all is an error."""
+    cfg, cpu = resolved("tiny", windows="SL"), torch.device("cpu")
+    wrong = lambda q_, k, v, window, mask=None: q.sdpa_attention(q_, k, v, window, None)  # forgets the window
+    no_backward = lambda *a: q.sdpa_attention(*a).detach()
+
+    def broken(cfg, device):
+        raise OSError("undefined symbol")
+
+    assert q.choose_attention(cfg, cpu) == ("sdpa", q.sdpa_attention) and capsys.readouterr().err == ""
+    made = {"broken": broken, "wrong": lambda *a: wrong, "no-backward": lambda *a: no_backward,
+            "sdpa": lambda *a: q.sdpa_attention}
+    monkeypatch.setattr(q, "ATTENTION", made)
+    gpu = SimpleNamespace(type="cuda")
+    monkeypatch.setattr(q, "check_attention", lambda attend, cfg, device, f=q.check_attention: f(attend, cfg, cpu))
+    assert q.choose_attention(cfg, gpu)[0] == "sdpa"
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.match("notice: attention kernel ([a-z-]+) does not work", x)[1] for x in lines] == [
+        "broken", "wrong", "no-backward"]
+    assert "undefined symbol" in lines[0] and "disagrees with plain attention, window 128" in lines[1]
+    del made["sdpa"]
+    with pytest.raises(q.UserError, match="no-backward does not work"):
+        q.choose_attention(cfg, gpu)
+
+
+def test_flash_attention_3_is_never_downloaded(monkeypatch):
+    """Its package sees HF_HUB_OFFLINE before it is imported, gets a pinned version, and the windows are right."""
+    calls = []
+
+    def flash_attn_func(q_, k, v, causal, window_size):
+        calls.append((causal, window_size))
+        return q_, None
+
+    def get_kernel(repository, version):
+        assert os.environ["HF_HUB_OFFLINE"] == "1"
+        calls.append((repository, version))
+        return SimpleNamespace(flash_attn_func=flash_attn_func)
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setitem(sys.modules, "kernels", SimpleNamespace(get_kernel=get_kernel))
+    attend, x = q.flash3_attention(resolved("tiny"), torch.device("cpu")), torch.zeros(1, 16, 2, 8)
+    assert attend(x, x, x, 16) is x and attend(x, x, x, 8) is x
+    assert calls == [("kernels-community/flash-attn3", 1), (True, (-1, -1)), (True, (7, 0))]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Compiled step
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_nothing_is_compiled_after_the_first_step(tmp_path):
+    """Two trajectories, teacher and none, two batch sizes, short last batches of the evaluation, noise; and the
+    compiled run gives the eager one's losses."""
+    cfg = resolved("tiny", layers=2, width=64, head_dim=32, mlp_hidden=64, seq_len=16, batch_tokens=128, micro_batch=4,
+                   edge_batch_tokens=64, epochs=8, trajectories=2, cycles=4, compile=True, report="dev", windows="SL",
+                   precision="float32", dropout=0.0, device="cpu", log_every=1)
+    g = np.random.default_rng(0)
+    documents = tuple(g.integers(0, 100, n).astype(np.uint16) for n in (100, 300, 50, 94))
+    splits = {"train": np.concatenate(documents), **{s: g.integers(0, 100, 17 * 7).astype(np.uint16)
+                                                     for s in ("heldout", "dev")}}
+    data = q.Corpus("made", 100, splits, {}, documents, 16)
+    curves, warm_up = [], q.warm_up
+
+    def then_fail(*args):
+        warm_up(*args)
+        torch.compiler.set_stance("fail_on_recompile")
+
+    for compiled in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(q, "warm_up", then_fail)
+            (tmp_path / str(compiled) / "predictions").mkdir(parents=True)
+            try:
+                result = q.train(dataclasses.replace(cfg, compile=compiled), data, q.World(), tmp_path / str(compiled),
+                                 q.Log())
+            finally:
+                torch.compiler.set_stance("default")
+        curves.append([p["learned"] for p in result["curve"]])
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3  # it did compile
+    # float32 sums in another order, grown by 40 steps of training
+    assert curves[1] == pytest.approx(curves[0], abs=2e-3) and max(curves[0]) - min(curves[0]) > 0.05
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -630,7 +800,8 @@ def test_a_window_limits_the_reach_of_attention():
     other = x.clone()
     other[0, 3] += 1
     for mask, reached in ((model.short_mask, range(3, 3 + 8)), (None, range(3, 16))):
-        assert moved(*(model.blocks[0].attn(v, x0, model.cos, model.sin, mask) for v in (x, other))) == list(reached)
+        attend = functools.partial(q.sdpa_attention, window=len(reached), mask=mask)
+        assert moved(*(model.blocks[0].attn(v, x0, model.cos, model.sin, attend) for v in (x, other))) == list(reached)
 
 
 def test_layers_of_the_full_scale_run():
