@@ -609,8 +609,8 @@ class GPT(nn.Module):
 # Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, from hidden states, never all logits at once
 
 CHUNK_LOGITS = 2 ** 22  # logits held at a time: on a CPU, where a chunk should stay near its caches
-GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel: 512 MB in bf16 (a teacher's again); products want thousands of rows
-LOSS_BLOCK = 2048  # logits in registers at a time: 8 of each row's sums in each of 256 threads, no spill
+GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher; large products are fast
+LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads, so bf16 is loaded 16 bytes at once; no spills
 
 
 @functools.cache
