@@ -54,6 +54,12 @@ from safetensors.numpy import load_file, save_file
 from safetensors.torch import load as load_tensors, load_file as load_tensor_file, save_file as save_tensors
 from torch import nn
 
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # CPU builds of torch come without it
+    triton = None
+
 ROOT = Path(__file__).resolve().parent
 LOGS = ROOT / "logs"
 SPLITS = ("train", "heldout", "dev", "val")
@@ -813,14 +819,86 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, from hidden states, never all logits at once
 
-CHUNK_LOGITS = 2 ** 22  # float32 logits held at a time
+CHUNK_LOGITS = 2 ** 22  # logits held at a time: on a CPU, where a chunk should stay near its caches
+GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher; large products are fast
+LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads, so bf16 is loaded 16 bytes at once; no spills
 
 
-def soft_capped(hidden, head, softcap):
-    """float32 logits; the product runs in the dtype of `hidden`."""
-    z = linear(hidden, head).float()
+@functools.cache
+def kernels(device_type):
+    """Whether tensors there go through the Triton kernels: on a GPU, or on a CPU under Triton's interpreter (tests)."""
+    if triton is None and device_type == "cuda":  # never silently
+        print("notice: triton is not installed: loss and Muon run without their kernels, slower; pip install triton",
+              file=sys.stderr, flush=True)
+    return triton is not None and (device_type == "cuda" or triton.knobs.runtime.interpret)
+
+
+if triton is not None:
+    @triton.jit
+    def capped_block(z, cols, V, width, softcap):
+        x = tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32)  # < V would forbid loads of 16 bytes
+        return tl.where(cols < V, softcap * (2 * tl.sigmoid(x * (2 / softcap)) - 1), float("-inf"))
+
+    @triton.jit
+    def loss_kernel(z, teacher, targets, scales, out, V, width, softcap, weight, T,
+                    TEACHER: tl.constexpr, GRAD: tl.constexpr, BLOCK: tl.constexpr):
+        """One row: (loss, cross-entropy) to `out`; with GRAD its gradient replaces z. Columns from V on are padding."""
+        row = tl.program_id(0).to(tl.int64)
+        z += row * width
+        teacher += row * width
+        target, cold = tl.maximum(tl.load(targets + row), 0), 1 / T  # an ignored row has scale 0
+        top, top_p = float("-inf"), float("-inf")  # running maxima; the sums below are relative to them
+        sum_1 = tl.zeros([BLOCK], tl.float32)  # of exp(x): q
+        sum_T, sum_p, dot = sum_1, sum_1, sum_1  # of exp(x / T): q^(T); of exp(y / T): p; of p (y - x) / T
+        for start in range(0, V, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = capped_block(z, cols, V, width, softcap)
+            new = tl.maximum(top, tl.max(x, 0))
+            sum_1 = sum_1 * tl.exp(top - new) + tl.exp(x - new)
+            if TEACHER:
+                sum_T = sum_T * tl.exp((top - new) * cold) + tl.exp((x - new) * cold)
+                y = capped_block(teacher, cols, V, width, softcap)
+                new_p = tl.maximum(top_p, tl.max(y, 0))
+                shrink, p = tl.exp((top_p - new_p) * cold), tl.exp((y - new_p) * cold)
+                sum_p = sum_p * shrink + p
+                dot = dot * shrink + tl.where(cols < V, p * (y - x) * cold, 0.0)
+                top_p = new_p
+            top = new
+        log_1 = top + tl.log(tl.sum(sum_1, 0))
+        ce = log_1 - softcap * (2 * tl.sigmoid(tl.load(z + target).to(tl.float32) * (2 / softcap)) - 1)
+        loss, log_T, log_p = ce, log_1, log_1
+        if TEACHER:
+            log_T, log_p = top * cold + tl.log(tl.sum(sum_T, 0)), top_p * cold + tl.log(tl.sum(sum_p, 0))
+            loss = (1 - weight) * ce + weight * T * T * (tl.sum(dot, 0) / tl.sum(sum_p, 0) - log_p + log_T)
+        tl.store(out + 2 * row, loss)
+        tl.store(out + 2 * row + 1, ce)
+        if GRAD:
+            scale = tl.load(scales + row)
+            for start in range(0, width, BLOCK):
+                cols = start + tl.arange(0, BLOCK)
+                x = capped_block(z, cols, V, width, softcap)
+                d = tl.exp(x - log_1) - tl.where(cols == target, 1.0, 0.0)
+                if TEACHER:
+                    y = capped_block(teacher, cols, V, width, softcap)
+                    d = (1 - weight) * d + weight * T * (tl.exp(x * cold - log_T) - tl.exp(y * cold - log_p))
+                d = tl.where(cols < V, d * (1 - x * x * (1 / (softcap * softcap))) * scale, 0.0)
+                tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
+
+
+def padded(head):
+    """With zero rows for the kernel: where a row of logits starts at an odd place, products and loads are slow."""
+    return F.pad(head, (0, 0, 0, -len(head) % 64)) if kernels(head.device.type) else head
+
+
+def chunk_rows(head):
+    """How many rows of logits are held at a time."""
+    return max(1, (GPU_CHUNK_LOGITS if head.is_cuda and kernels("cuda") else CHUNK_LOGITS) // len(head))
+
+
+def soft_capped(z, softcap):
+    """Raw logits z to soft-capped ones in float32; float32 z is overwritten."""
     # tanh through sigmoid: a quarter of its time on a CPU
-    return z.mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
+    return z.float().mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
 
 
 def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, temperature=1.0):
@@ -837,34 +915,51 @@ def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, tempera
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
 
+def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
+    """(loss, cross-entropy, gradient by z in its dtype) from raw logits z [R, >= V] and a teacher's or None, target [R]
+    (-1: ignored), scale [R] float32 (a row's share of the mean; 0: ignored). z is overwritten; columns V.. are padding.
+    """
+    if kernels(z.device.type):
+        out = torch.empty(len(z), 2, device=z.device)
+        taught = teacher_z is not None
+        loss_kernel[len(z),](z, teacher_z if taught else z, target, scale, out, V, z.size(1), softcap, weight,
+                             temperature, TEACHER=taught, GRAD=True, BLOCK=LOSS_BLOCK, num_warps=8)
+        return *out.mul_(scale[:, None]).sum(0), z
+    dtype, s, target = z.dtype, scale[:, None], target[:, None].clamp_min(0)
+    z = soft_capped(z, softcap)
+    log_q = torch.log_softmax(z, dim=-1)
+    ce = loss = -(log_q.gather(1, target) * s).sum()
+    d = log_q.exp_()  # gradient by the capped logits: q - onehot, then mixed with q^(T) - p^(T)
+    d.scatter_add_(1, target, torch.full_like(s, -1.0))
+    if teacher_z is not None:
+        log_p = torch.log_softmax(soft_capped(teacher_z, softcap).div_(temperature), dim=-1)
+        log_q = torch.log_softmax(z / temperature, dim=-1)
+        p = log_p.exp()
+        kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ scale
+        loss = (1 - weight) * ce + weight * temperature ** 2 * kl
+        d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
+    d.mul_(z.div_(softcap).square_().neg_().add_(1)).mul_(s)  # slope of the soft-cap, mean over targets
+    return loss, ce, d.to(dtype)
+
+
 class ChunkedLoss(torch.autograd.Function):
     """plain_loss in chunks of rows. Gradients are formed in the forward pass, while a chunk's logits are at hand."""
 
     @staticmethod
     def forward(ctx, hidden, head, targets, softcap, teacher_hidden, teacher_head, weight, temperature):
-        rows, valid = max(1, CHUNK_LOGITS // head.size(0)), targets >= 0
+        rows, V, valid = chunk_rows(head), len(head), targets >= 0
         scale = valid / valid.sum()  # [N]: mean over the targets that count
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
-        head = head.to(hidden.dtype)  # once, not in every chunk
+        head = padded(head.to(hidden.dtype))  # once, not in every chunk
+        t_head = None if teacher_head is None else padded(teacher_head)
         total = ce_total = 0.0
         for i in range(0, len(hidden), rows):
-            h, s, target = hidden[i:i + rows], scale[i:i + rows, None], targets[i:i + rows, None].clamp_min(0)
-            capped = soft_capped(h, head, softcap)
-            log_q = torch.log_softmax(capped, dim=-1)
-            ce = loss = -(log_q.gather(1, target) * s).sum()
-            d = log_q.exp_()  # gradient by the capped logits: q - onehot, then mixed with q^(T) - p^(T)
-            d.scatter_add_(1, target, torch.full_like(s, -1.0))
-            if teacher_hidden is not None:
-                log_p = soft_capped(teacher_hidden[i:i + rows], teacher_head, softcap).div_(temperature)
-                log_p, log_q = torch.log_softmax(log_p, dim=-1), torch.log_softmax(capped / temperature, dim=-1)
-                p = log_p.exp()
-                kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ s[:, 0]
-                loss = (1 - weight) * ce + weight * temperature ** 2 * kl
-                d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
-            d.mul_(capped.div_(softcap).square_().neg_().add_(1)).mul_(s)  # slope of the soft-cap, mean over targets
-            d = d.to(hidden.dtype)
-            d_hidden[i:i + rows] = d @ head
-            d_head += d.T @ h
+            part = slice(i, i + rows)
+            loss, ce, d = rows_loss(  # which frees the logits: they have no name here
+                linear(hidden[part], head), None if t_head is None else linear(teacher_hidden[part], t_head), V,
+                targets[part], scale[part], softcap, weight, temperature)
+            d_hidden[part] = d @ head
+            d_head += (d.T @ hidden[part])[:V]
             total, ce_total = total + loss, ce_total + ce
         ctx.save_for_backward(d_hidden, d_head)
         ctx.mark_non_differentiable(ce_total)
@@ -895,19 +990,29 @@ def training_loss(model, teacher, cfg, tokens):
     return loss, ce
 
 
+def rows_probs(z, V, target, softcap):
+    """p(target) of each row of raw logits z [R, >= V], which are overwritten; float32 [R]."""
+    if kernels(z.device.type):
+        out = torch.empty(len(z), 2, device=z.device)
+        loss_kernel[len(z),](z, z, target, z, out, V, z.size(1), softcap, 0.0, 1.0, TEACHER=False, GRAD=False,
+                             BLOCK=LOSS_BLOCK, num_warps=8)
+        return out[:, 1].neg().exp_()
+    return torch.log_softmax(soft_capped(z, softcap), dim=-1).gather(1, target[:, None]).squeeze(1).exp()
+
+
 @torch.no_grad()
 def true_token_probs(model, sequences, batch, world):
     """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
     n, T = sequences.shape[0], sequences.shape[1] - 1
     probs = torch.zeros(n, T, device=world.device)
     head = model.head[:model.vocab_size].float()
-    rows = max(1, CHUNK_LOGITS // len(head))
+    rows, V, head = chunk_rows(head), len(head), padded(head)
     for i in range(batch * world.rank, n, batch * world.size):
         tokens = torch.from_numpy(sequences[i:i + batch].astype(np.int64)).to(world.device)
         hidden, targets = model(tokens[:, :-1])[0].flatten(0, 1).float(), tokens[:, 1:].flatten()
         for j in range(0, len(hidden), rows):
-            log_p = torch.log_softmax(soft_capped(hidden[j:j + rows], head, model.cfg.softcap), dim=-1)
-            probs[i:i + batch].view(-1)[j:j + rows] = log_p.gather(1, targets[j:j + rows, None]).squeeze(1).exp()
+            p = rows_probs(linear(hidden[j:j + rows], head), V, targets[j:j + rows], model.cfg.softcap)
+            probs[i:i + batch].view(-1)[j:j + rows] = p
     world.sum_(probs)
     return probs.flatten().cpu().numpy()
 
@@ -923,14 +1028,60 @@ POLAR_EXPRESS = (  # coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T;
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
 
 
+SYMMETRIC_TILE = dict(BLOCK=128, STEP=64, num_warps=8, num_stages=3)  # two programs fit an H100's multiprocessor
+
+if triton is not None:
+    @triton.jit
+    def symmetric_kernel(X, add, out, r, k, batch_stride, row_stride, col_stride, alpha, beta,
+                         ADD: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr, STEP: tl.constexpr):
+        """One block on or below the diagonal, and its mirror image above. `out` and `add` [n, r, r] are contiguous."""
+        t, matrix = tl.program_id(0), tl.program_id(1).to(tl.int64)
+        i = (tl.sqrt(2.0 * t + 0.5) - 0.5).to(tl.int32)  # t = i (i + 1) / 2 + j; 0.25 more than exact, for rounding
+        j = t - i * (i + 1) // 2
+        rows, cols, steps = i * BLOCK + tl.arange(0, BLOCK), j * BLOCK + tl.arange(0, BLOCK), tl.arange(0, STEP)
+        X += matrix * batch_stride
+        left, right = X + rows[:, None] * row_stride, X + cols[None, :] * row_stride
+        total = tl.zeros([BLOCK, BLOCK], tl.float32)
+        for start in range(0, k, STEP):
+            at = start + steps
+            a = tl.load(left + at[None, :] * col_stride, mask=(rows[:, None] < r) & (at[None, :] < k), other=0.0)
+            b = tl.load(right + at[:, None] * col_stride, mask=(cols[None, :] < r) & (at[:, None] < k), other=0.0)
+            if WIDEN:  # the interpreter multiplies bf16 as if it were integers
+                a, b = a.to(tl.float32), b.to(tl.float32)
+            total = tl.dot(a, b, total, input_precision="ieee")  # of float32 inputs; their default is TF32
+        total *= alpha
+        inside, lower = (rows[:, None] < r) & (cols[None, :] < r), rows[:, None] * r + cols[None, :]
+        if ADD:
+            total += beta * tl.load(add + matrix * r * r + lower, mask=inside, other=0.0).to(tl.float32)
+        total, out = total.to(out.dtype.element_ty), out + matrix * r * r
+        tl.store(out + lower, total, mask=inside)
+        if i > j:
+            tl.store(out + cols[:, None] * r + rows[None, :], tl.trans(total),
+                     mask=(cols[:, None] < r) & (rows[None, :] < r))
+
+
+def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
+    """alpha X X^T + beta add, [n, r, r], of X [n, r, k] with any strides and a symmetric `add`; float32 sums. Half the
+    blocks are computed, the others mirrored. Needs triton."""
+    (n, r, k), tile = X.shape, SYMMETRIC_TILE
+    out, blocks = X.new_empty(n, r, r), triton.cdiv(r, tile["BLOCK"])
+    symmetric_kernel[blocks * (blocks + 1) // 2, n](X, X if add is None else add.contiguous(), out, r, k, *X.stride(),
+                                                    alpha, beta, ADD=add is not None,
+                                                    WIDEN=triton.knobs.runtime.interpret, **tile)
+    return out
+
+
 def orthogonalize(G, dtype):
     """The nearest semi-orthogonal matrix to each of G [n, rows, cols], by Polar Express in `dtype`."""
     tall = G.size(-2) > G.size(-1)
     X = G.to(dtype).mT if tall else G.to(dtype)
     X = X / (1.02 * X.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(dtype)
+    # one block of the kernel has nothing to mirror
+    halved = dtype == torch.bfloat16 and X.size(-2) >= 2 * SYMMETRIC_TILE["BLOCK"] and kernels(X.device.type)
     for a, b, c in POLAR_EXPRESS:
-        A = X @ X.mT
-        X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
+        A = symmetric_product(X) if halved else X @ X.mT
+        B = symmetric_product(A, A, c, b) if halved else torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
 
 
