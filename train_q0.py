@@ -51,7 +51,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
-from safetensors.torch import load as load_tensors, load_file as load_tensor_file, save_file as save_tensors
+from safetensors.torch import load_file as load_tensor_file, save_file as save_tensors
 from torch import nn
 
 try:
@@ -64,10 +64,17 @@ ROOT = Path(__file__).resolve().parent
 LOGS = ROOT / "logs"
 SPLITS = ("train", "heldout", "dev", "val")
 
-
 class UserError(Exception):
     """A mistake the user can mend. Its text is one line: what is wrong, where, and what to do."""
 
+@contextlib.contextmanager
+def reading(what, advice=""):
+    """Turn all that a missing, damaged or hostile file may raise into one line."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
+        reason = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {e}"
+        raise UserError(f"{what} is missing or damaged: {' '.join(reason.split())[:200]}{advice}") from None
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Config: a knob is one line here; its flag, its check and its help text are made from that line
@@ -75,7 +82,6 @@ class UserError(Exception):
 def knob(default, why, **rule):
     """A Config field. `rule` may hold low, high (inclusive bounds) and choices."""
     return field(default=default, metadata={"why": why, **rule})
-
 
 @dataclass(frozen=True)
 class Config:
@@ -157,15 +163,12 @@ class Config:
                     raise UserError(f"{name} {value} is out of range: "
                                     f"{'at least' if bound == 'low' else 'at most'} {rule[bound]}")
 
-
 # settings that may change when a run goes on: they touch rounding at most
 MACHINE = ("device", "compile", "attention", "log_every", "save_minutes", "keep_members", "hang_minutes",
            "skip_nonfinite")
 
-
 def method_settings(cfg):
     return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
-
 
 PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1)  # of the 1.87B run
 PRESETS = {
@@ -189,10 +192,8 @@ POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's
     "q0":        dict(trajectories=one, cycles=pairs_of, boundary="perturb", distill_weight=0.45),
 }
 
-
 def flag(name):
     return "--" + name.replace("_", "-")
-
 
 def resolve(cfg):
     """Fill every None of `cfg`. Returns (Config, {field: reason}). Raises UserError where settings contradict."""
@@ -253,14 +254,12 @@ def resolve(cfg):
                         f"{cfg.layers} layers")
     return cfg, why
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Processes: trajectories are independent, so a group of ranks trains each where they divide; only the prior joins them
 
 # names of torch 2.13, of torch 2.11
 SUM_SHARDS = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
 GATHER_SHARDS = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
-
 
 @dataclass(frozen=True)
 class World:
@@ -333,21 +332,23 @@ class World:
             if self.size > 1:
                 dist.broadcast(tensor, src=self.index * self.size, group=self.group)
 
-    def collect(self, array):
-        """On rank 0: the arrays of all groups' leaders, joined; elsewhere None. Waits for the slowest trajectory."""
+    def collect(self, array, about):
+        """On rank 0: the arrays of all groups' leaders joined, and every rank's `about` (a small object); elsewhere
+        (None, None). Waits for the slowest trajectory."""
         if self.groups == 1:
-            return array if self.leader else None
+            return (array, [about]) if self.leader else (None, None)
         if self.watch:
             self.watch.word = "idle"
-        share, others = torch.from_numpy(array), range(self.size, self.size * self.groups, self.size)
+        abouts = [None] * self.size * self.groups if not self.rank and not self.index else None
+        dist.gather_object(about, abouts, dst=0, group=self.joined)
         if self.leader and self.index:
-            dist.send(share, dst=0, group=self.joined)
-        if self.rank or self.index:
-            return None
-        parts = [share, *(torch.empty_like(share) for _ in others)]
-        for part, rank in zip(parts[1:], others):
-            dist.recv(part, src=rank, group=self.joined)
-        return torch.cat(parts).numpy()
+            dist.send(torch.from_numpy(array), dst=0, group=self.joined)
+        if abouts is None:
+            return None, None
+        parts = [torch.from_numpy(array), *(torch.empty(array.shape) for _ in range(1, self.groups))]
+        for index, part in enumerate(parts[1:], 1):
+            dist.recv(part, src=index * self.size, group=self.joined)
+        return torch.cat(parts).numpy(), abouts
 
     def agree(self, about):
         """Raise UserError where a rank's settings (a flat dict) differ from rank 0's."""
@@ -360,10 +361,8 @@ class World:
                     raise UserError(f"rank {rank} differs from rank 0 in {bad[0]}: {other.get(bad[0])}, not "
                                     f"{all_about[0].get(bad[0])}; start every process with the same flags and data")
 
-
 class Stopped(Exception):
     """The run was asked to stop; it saved its state first."""
-
 
 class Stop:
     """SIGTERM and Ctrl-C ask for a stop at the next step; a second one kills."""
@@ -374,7 +373,6 @@ class Stop:
         cls.signal = number
         signal.signal(number, signal.SIG_DFL)
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
-
 
 class Watch(threading.Thread):
     """Ranks of different trajectories share no collective, so rank 0 hears each rank once a second and answers all: a
@@ -437,7 +435,6 @@ class Watch(threading.Thread):
         self.word = word
         self.join(None if word in ("done", "stopped") else 60)
 
-
 @contextlib.contextmanager
 def set_up_world(cfg):
     """Context of the processes that torchrun started, or of one; leaving it waits for the slowest trajectory. Raises
@@ -483,38 +480,31 @@ def set_up_world(cfg):
     watch.finish("done")
     dist.destroy_process_group()
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Data: shards of uint16 tokens, split by whole documents; order is a pure function of (seed, trajectory, epoch)
 
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 
-
 def seed_of(*key):
     """A 63-bit seed that is a pure function of `key`; all randomness comes from here, so none is ever stored."""
     return int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "little") >> 1
 
-
 def read_shard(path, vocab_size, sha256=None):
     """Tokens of one shard, uint16 [n]. Raises UserError for a file that is missing, damaged or of another kind."""
-    again = "prepare the data again (python data/prepare.py)"
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as e:
-        raise UserError(f"cannot read shard {path}: {e.strerror}; {again}") from None
-    header = np.frombuffer(raw[:4 * SHARD_HEADER], dtype="<i4") if len(raw) >= 4 * SHARD_HEADER else [0, 0, 0]
-    if header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-        raise UserError(f"{path} is not a token shard: magic and version are {header[0]}, {header[1]}, "
-                        f"not {SHARD_MAGIC}, {SHARD_VERSION}")
-    if len(raw) != 4 * SHARD_HEADER + 2 * int(header[2]):
-        raise UserError(f"shard {path} is truncated or too long: {len(raw)} bytes for {header[2]} tokens; {again}")
-    if sha256 is not None and hashlib.sha256(raw).hexdigest() != sha256:
-        raise UserError(f"shard {path} is corrupted: its sha256 is not the manifest's; {again}")
-    tokens = np.frombuffer(raw, dtype="<u2", offset=4 * SHARD_HEADER)
-    if len(tokens) and tokens.max() >= vocab_size:
-        raise UserError(f"shard {path} holds token {tokens.max()}, beyond the vocabulary of {vocab_size}")
+    with reading(f"shard {path}", "; prepare the data again (python data/prepare.py)"):
+        with open(path, "rb") as f:
+            header, size = np.frombuffer(f.read(4 * SHARD_HEADER), dtype="<i4"), os.fstat(f.fileno()).st_size
+            if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
+                raise ValueError(f"it is not a token shard: its first numbers are {header[:2].tolist()}, not "
+                                 f"[{SHARD_MAGIC}, {SHARD_VERSION}]")
+            if size != 4 * SHARD_HEADER + 2 * int(header[2]):  # before anything is allocated
+                raise ValueError(f"{size} bytes are too many or too few for {header[2]} tokens")
+            tokens = np.frombuffer(f.read(), dtype="<u2")
+        if sha256 is not None and sha256_of(path) != sha256:
+            raise ValueError("its sha256 is not the manifest's")
+        if len(tokens) and tokens.max() >= vocab_size:
+            raise ValueError(f"it holds token {tokens.max()}, beyond the vocabulary of {vocab_size}")
     return tokens
-
 
 @dataclass(frozen=True, eq=False)
 class Corpus:
@@ -550,26 +540,16 @@ class Corpus:
         rows = [self.epoch(seed, trajectory, i // n)[i % n] for i in range(first, first + count)]
         return np.stack(rows).astype(np.int64)
 
-
 def load_corpus(folder, seq_len, train_tokens):
     """Read and check a prepared corpus. Raises UserError for anything missing, damaged or too small."""
     folder = Path(folder)
-    try:
+    with reading(folder / "manifest.json", "; prepare the data first (python data/prepare.py wiki, or fineweb)"):
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        vocab_size, eot = int(manifest["vocab_size"]), int(manifest["eot"])
+        vocab_size, eot, name = int(manifest["vocab_size"]), int(manifest["eot"]), str(manifest["name"])
         files = {s: [(f["name"], f["sha256"]) for f in manifest["splits"][s]["files"]] for s in SPLITS}
-        name = str(manifest["name"])
-        if not all(isinstance(text, str) for listed in files.values() for pair in listed for text in pair):
-            raise TypeError("file names and hashes must be text")
-    except OSError as e:
-        raise UserError(f"cannot read {folder / 'manifest.json'}: {e.strerror}; prepare the data first "
-                        "(python data/prepare.py wiki, or fineweb)") from None
-    except (ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{folder / 'manifest.json'} is damaged ({type(e).__name__}: {e}); prepare the data again"
-                        ) from None
-    for split, listed in files.items():
-        if not listed or any(Path(file).name != file for file, _ in listed):
-            raise UserError(f"{folder / 'manifest.json'}: split {split} must list plain file names in its own folder")
+        if not all(listed and all(isinstance(h, str) and Path(f).name == f for f, h in listed)
+                   for listed in files.values()):
+            raise ValueError("every split must list plain file names in its own folder, with hashes")
     splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in listed])
               for s, listed in files.items()}
     if train_tokens > len(splits["train"]):
@@ -588,26 +568,21 @@ def load_corpus(folder, seq_len, train_tokens):
     return Corpus(name, vocab_size, splits, {f: h for listed in files.values() for f, h in listed},
                   tuple(np.split(splits["train"], starts[1:])), seq_len)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Model: shapes are B batch, T sequence, H heads, K head channels, D width, V vocabulary
 
 ATTN_GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32
 
-
 def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
 
-
 def linear(x, weight):
     return F.linear(x, weight.to(x.dtype))
-
 
 def rotate(x, cos, sin):
     """Rotary position embedding of x [B, T, H, K]; cos, sin [T, 1, K/2]."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
-
 
 def plain_attention(q, k, v, window, mask=None):
     """Causal attention over the last `window` tokens as one reads it, [B, T, H, K] each; the kernels must agree."""
@@ -617,12 +592,10 @@ def plain_attention(q, k, v, window, mask=None):
     scores = scores.masked_fill((back < 0) | (back >= window), -math.inf).softmax(-1)
     return torch.einsum("bhts,bshk->bthk", scores, v)
 
-
 def sdpa_attention(q, k, v, window, mask=None):
     """torch's scaled_dot_product_attention; `mask` bool [T, T] where the window is shorter than the sequence."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
-
 
 def flex_attention(cfg, device):
     """torch's FlexAttention, which skips the blocks outside a window."""
@@ -634,7 +607,6 @@ def flex_attention(cfg, device):
     def attend(q, k, v, window, mask=None):
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[window]).transpose(1, 2)
     return attend
-
 
 def flash3_attention(cfg, device):
     """FlashAttention-3 through the `kernels` package, from its cache alone."""
@@ -648,10 +620,8 @@ def flash3_attention(cfg, device):
         return out[0] if isinstance(out, tuple) else out
     return attend
 
-
 ATTENTION = {"flash3": flash3_attention, "flex": flex_attention, "sdpa": lambda cfg, device: sdpa_attention,
              "plain": lambda cfg, device: plain_attention}  # fastest first, on a GPU
-
 
 def check_attention(attend, cfg, device):
     """Compare one forward and backward pass with plain_attention. Raises ArithmeticError where they differ."""
@@ -667,7 +637,6 @@ def check_attention(attend, cfg, device):
             if not (x.float() - y).norm() <= 0.05 * y.norm():
                 raise ArithmeticError(f"it disagrees with plain attention, window {window}")
 
-
 def choose_attention(cfg, device):
     """(name, function) of --attention, or of the fastest kernel that is installed and agrees with plain_attention on a
     small forward and backward pass. Says loudly what it falls back from."""
@@ -682,31 +651,26 @@ def choose_attention(cfg, device):
             print(f"notice: {problem}; trying the next", file=sys.stderr, flush=True)
     raise UserError(f"{problem}; give another --attention")
 
-
 def window_mask(T, window, device=None):
     """[T, T], True where a query sees a key; None where all earlier tokens are seen."""
     back = torch.arange(T, device=device)
     back = back[:, None] - back
     return (back >= 0) & (back < window) if window < T else None
 
-
 def layer_windows(cfg):
     """Attention window of each layer in tokens, the own one included."""
     pattern = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers - 1)] + ["L"]
     return [cfg.seq_len if w == "L" else min(cfg.short_window, cfg.seq_len) for w in pattern]
 
-
 def has_value_embed(cfg, i):
     """Whether layer i adds a value embedding: every second layer, the last one included."""
     return cfg.value_embeds and i % 2 == (cfg.layers - 1) % 2
-
 
 def layer_order(cfg):
     """Indices of the blocks in the order they run, replays of looped layers included."""
     order = list(range(cfg.layers))
     loop = order[cfg.loop_first:cfg.loop_last + 1] * (cfg.loop_passes - 1)
     return order[:cfg.loop_last + 1] + loop + order[cfg.loop_last + 1:]
-
 
 class Attention(nn.Module):
     def __init__(self, cfg, value_embed):
@@ -734,7 +698,6 @@ class Attention(nn.Module):
             y = y * torch.sigmoid(linear(x[..., :ATTN_GATE_CHANNELS], self.gate)).unsqueeze(-1)
         return linear(y.reshape(B, T, D), self.out)
 
-
 class Block(nn.Module):
     def __init__(self, cfg, value_embed=False):
         super().__init__()
@@ -747,7 +710,6 @@ class Block(nn.Module):
         x = x + F.dropout(self.attn(norm(x), x0, cos, sin, attend), self.dropout, self.training)
         gate, up = linear(norm(x), self.gate_up.flatten(0, 1)).chunk(2, dim=-1)
         return x + F.dropout(linear(F.silu(gate) * up, self.down), self.dropout, self.training)
-
 
 class GPT(nn.Module):
     """Maps tokens to normed hidden states; the head is applied inside the loss, in chunks."""
@@ -815,7 +777,6 @@ class GPT(nn.Module):
         ahead = torch.cat((x, norm(F.embedding(targets, self.embed).to(x.dtype))), dim=-1)
         return x, norm(self.mtp_block(linear(ahead, self.mtp_proj), x0, cos, sin, attend[self.cfg.seq_len]))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, from hidden states, never all logits at once
 
@@ -823,15 +784,13 @@ CHUNK_LOGITS = 2 ** 22  # logits held at a time: on a CPU, where a chunk should 
 GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher; large products are fast
 LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads, so bf16 is loaded 16 bytes at once; no spills
 
-
 @functools.cache
-def kernels(device_type):
+def use_triton(device_type):
     """Whether tensors there go through the Triton kernels: on a GPU, or on a CPU under Triton's interpreter (tests)."""
     if triton is None and device_type == "cuda":  # never silently
         print("notice: triton is not installed: loss and Muon run without their kernels, slower; pip install triton",
               file=sys.stderr, flush=True)
     return triton is not None and (device_type == "cuda" or triton.knobs.runtime.interpret)
-
 
 if triton is not None:
     @triton.jit
@@ -884,22 +843,18 @@ if triton is not None:
                 d = tl.where(cols < V, d * (1 - x * x * (1 / (softcap * softcap))) * scale, 0.0)
                 tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
 
-
 def padded(head):
     """With zero rows for the kernel: where a row of logits starts at an odd place, products and loads are slow."""
-    return F.pad(head, (0, 0, 0, -len(head) % 64)) if kernels(head.device.type) else head
-
+    return F.pad(head, (0, 0, 0, -len(head) % 64)) if use_triton(head.device.type) else head
 
 def chunk_rows(head):
     """How many rows of logits are held at a time."""
-    return max(1, (GPU_CHUNK_LOGITS if head.is_cuda and kernels("cuda") else CHUNK_LOGITS) // len(head))
-
+    return max(1, (GPU_CHUNK_LOGITS if head.is_cuda and use_triton("cuda") else CHUNK_LOGITS) // len(head))
 
 def soft_capped(z, softcap):
     """Raw logits z to soft-capped ones in float32; float32 z is overwritten."""
     # tanh through sigmoid: a quarter of its time on a CPU
     return z.float().mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
-
 
 def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, temperature=1.0):
     """The loss as one reads it; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N] (-1: ignored),
@@ -914,12 +869,11 @@ def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, tempera
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
-
 def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
     """(loss, cross-entropy, gradient by z in its dtype) from raw logits z [R, >= V] and a teacher's or None, target [R]
     (-1: ignored), scale [R] float32 (a row's share of the mean; 0: ignored). z is overwritten; columns V.. are padding.
     """
-    if kernels(z.device.type):
+    if use_triton(z.device.type):
         out = torch.empty(len(z), 2, device=z.device)
         taught = teacher_z is not None
         loss_kernel[len(z),](z, teacher_z if taught else z, target, scale, out, V, z.size(1), softcap, weight,
@@ -940,7 +894,6 @@ def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
         d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
     d.mul_(z.div_(softcap).square_().neg_().add_(1)).mul_(s)  # slope of the soft-cap, mean over targets
     return loss, ce, d.to(dtype)
-
 
 class ChunkedLoss(torch.autograd.Function):
     """plain_loss in chunks of rows. Gradients are formed in the forward pass, while a chunk's logits are at hand."""
@@ -970,7 +923,6 @@ class ChunkedLoss(torch.autograd.Function):
         d_hidden, d_head = ctx.saved_tensors
         return d_hidden * d_loss, d_head * d_loss, *[None] * 6
 
-
 def training_loss(model, teacher, cfg, tokens):
     """tokens [B, T+1] -> (loss, cross-entropy) in nats per token: (1 - a)(CE + m MTP) + a T^2 KL."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
@@ -989,16 +941,14 @@ def training_loss(model, teacher, cfg, tokens):
         loss = loss + (1 - weight) * cfg.mtp_weight * mtp
     return loss, ce
 
-
 def rows_probs(z, V, target, softcap):
     """p(target) of each row of raw logits z [R, >= V], which are overwritten; float32 [R]."""
-    if kernels(z.device.type):
+    if use_triton(z.device.type):
         out = torch.empty(len(z), 2, device=z.device)
         loss_kernel[len(z),](z, z, target, z, out, V, z.size(1), softcap, 0.0, 1.0, TEACHER=False, GRAD=False,
                              BLOCK=LOSS_BLOCK, num_warps=8)
         return out[:, 1].neg().exp_()
     return torch.log_softmax(soft_capped(z, softcap), dim=-1).gather(1, target[:, None]).squeeze(1).exp()
-
 
 @torch.no_grad()
 def true_token_probs(model, sequences, batch, world):
@@ -1008,14 +958,15 @@ def true_token_probs(model, sequences, batch, world):
     head = model.head[:model.vocab_size].float()
     rows, V, head = chunk_rows(head), len(head), padded(head)
     for i in range(batch * world.rank, n, batch * world.size):
-        tokens = torch.from_numpy(sequences[i:i + batch].astype(np.int64)).to(world.device)
+        part = sequences[i:i + batch].astype(np.int64)  # a short last batch is filled up: one shape, compiled once
+        tokens = torch.from_numpy(np.pad(part, ((0, batch - len(part)), (0, 0)))).to(world.device)
         hidden, targets = model(tokens[:, :-1])[0].flatten(0, 1).float(), tokens[:, 1:].flatten()
-        for j in range(0, len(hidden), rows):
+        for j in range(0, part[:, 1:].size, rows):
             p = rows_probs(linear(hidden[j:j + rows], head), V, targets[j:j + rows], model.cfg.softcap)
-            probs[i:i + batch].view(-1)[j:j + rows] = p
+            flat = probs[i:i + batch].view(-1)[j:j + rows]
+            flat.copy_(p[:len(flat)])
     world.sum_(probs)
     return probs.flatten().cpu().numpy()
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Optimizer: Muon for matrices, AdamW for the rest
@@ -1026,7 +977,6 @@ POLAR_EXPRESS = (  # coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T;
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-
 
 SYMMETRIC_TILE = dict(BLOCK=128, STEP=64, num_warps=8, num_stages=3)  # two programs fit an H100's multiprocessor
 
@@ -1059,7 +1009,6 @@ if triton is not None:
             tl.store(out + cols[:, None] * r + rows[None, :], tl.trans(total),
                      mask=(cols[:, None] < r) & (rows[None, :] < r))
 
-
 def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
     """alpha X X^T + beta add, [n, r, r], of X [n, r, k] with any strides and a symmetric `add`; float32 sums. Half the
     blocks are computed, the others mirrored. Needs triton."""
@@ -1070,20 +1019,18 @@ def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
                                                     WIDEN=triton.knobs.runtime.interpret, **tile)
     return out
 
-
 def orthogonalize(G, dtype):
     """The nearest semi-orthogonal matrix to each of G [n, rows, cols], by Polar Express in `dtype`."""
     tall = G.size(-2) > G.size(-1)
     X = G.to(dtype).mT if tall else G.to(dtype)
     X = X / (1.02 * X.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(dtype)
     # one block of the kernel has nothing to mirror
-    halved = dtype == torch.bfloat16 and X.size(-2) >= 2 * SYMMETRIC_TILE["BLOCK"] and kernels(X.device.type)
+    halved = dtype == torch.bfloat16 and X.size(-2) >= 2 * SYMMETRIC_TILE["BLOCK"] and use_triton(X.device.type)
     for a, b, c in POLAR_EXPRESS:
         A = symmetric_product(X) if halved else X @ X.mT
         B = symmetric_product(A, A, c, b) if halved else torch.baddbmm(A, A, A, beta=b, alpha=c)
         X = torch.baddbmm(X, B, X, beta=a)
     return X.mT if tall else X
-
 
 def muon_update(grad, first, second, ok, momentum, dtype):
     """Direction of one Muon step for grad [n, rows, cols]. The momentum `first` [n, rows, cols] and the second moment
@@ -1098,14 +1045,12 @@ def muon_update(grad, first, second, ok, momentum, dtype):
     before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, scaled))
     return scaled * (before / after.clamp_min(1e-10))
 
-
 def adamw_update(grad, first, second, ok, steps, betas):
     """Direction of one AdamW step; moments of the shape of `grad` that move where `ok` is 1; `steps` counts (0-D)."""
     b1, b2 = betas
     first.lerp_(grad, ok * (1 - b1))
     second.lerp_(grad.square(), ok * (1 - b2))
     return first / (1 - b1 ** steps) / (second / (1 - b2 ** steps)).sqrt_().add_(1e-10)
-
 
 def updated(weight, grad, first, second, lr, wd, clip, ok, steps, rule):
     """New weights [n, *unit] of one group. lr, wd, clip, ok and steps are 0-D tensors, so that a compiled version
@@ -1118,7 +1063,6 @@ def updated(weight, grad, first, second, lr, wd, clip, ok, steps, rule):
     else:
         update, decay = adamw_update(grad, first, second, ok, steps, rule[1]), weight
     return weight - ok * lr * (wd * decay + update)
-
 
 class Optimizer:
     """Muon and AdamW over a table of groups, sharded over the ranks of `world`.
@@ -1152,7 +1096,7 @@ class Optimizer:
                 second = torch.zeros_like(first)
             self.groups.append(([n for n, _ in named], [p for _, p in named], unit, *table[label],
                                 {"first": first, "second": second}))
-        self.updated = torch.compile(updated, fullgraph=True, dynamic=False) if cfg.compile else updated
+        self.updated = torch.compile(updated, dynamic=False) if cfg.compile else updated
 
     def stack(self, tensors, unit):
         """[n, *unit], n padded with zeros to a multiple of the ranks."""
@@ -1210,7 +1154,6 @@ class Optimizer:
             for p, new in zip(params, self.split(params, wait())):
                 p.copy_(new.view_as(p))
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Schedule: pure functions of the position; c is the cycle of a trajectory, C their number, s the step of a cycle of L
 
@@ -1218,21 +1161,17 @@ def lr_multiplier(s, L, floor):
     """Linear from 1 to (almost) `floor` within a cycle, no warmup."""
     return floor + (1 - floor) * (1 - s / L)
 
-
 def wd_multiplier(lr_mult, lr_floor, wd_floor):
     """Anti-correlated with the learning rate: `wd_floor` where lr is at its peak, 1 where it is at its floor."""
     return 1.0 if lr_floor == 1 else wd_floor + (1 - wd_floor) * (1 - lr_mult) / (1 - lr_floor)
-
 
 def noise_scale(b, C, first, last):
     """Noise at boundary b = 1 .. C-1 in standard deviations of the tensor: a cosine from `first` to `last`."""
     return last + (first - last) * (1 + math.cos(math.pi * (b - 1) / max(1, C - 2))) / 2
 
-
 def cycle_batch_tokens(c, C, cfg):
     """Tokens per step: --batch-tokens in the middle half of the cycles, --edge-batch-tokens outside it."""
     return cfg.batch_tokens if C == 1 or 1 - abs(2 * c / (C - 1) - 1) >= 0.5 else cfg.edge_batch_tokens
-
 
 def cycle_epochs(cfg):
     """[trajectory][cycle] -> epochs; they sum to --epochs, a rest lengthens the first cycles."""
@@ -1240,11 +1179,9 @@ def cycle_epochs(cfg):
     each, rest = divmod(cfg.epochs, J * C)
     return [[each + (c * J + j < rest) for c in range(C)] for j in range(J)]
 
-
 def cycle_steps(cfg, epochs, c, train_tokens):
     """Optimizer steps of cycle c that are worth `epochs` over `train_tokens`."""
     return max(1, round(epochs * train_tokens / cycle_batch_tokens(c, cfg.cycles, cfg)))
-
 
 @dataclass(frozen=True)
 class Cycle:
@@ -1263,7 +1200,6 @@ class Cycle:
         return {"member": self.member, "traj": self.trajectory, "cycle": self.index + 1,
                 "epochs": self.epochs_before + self.epochs, "distilled": int(self.distilled)}
 
-
 def plan_cycles(cfg, train_tokens):
     """[trajectory][cycle] -> Cycle: all that a run will do. `train_tokens` are those of one epoch."""
     plan, before = [], 0
@@ -1275,7 +1211,6 @@ def plan_cycles(cfg, train_tokens):
                                  bool(cfg.distill_weight) and c >= cfg.distill_after))
             before += epochs
     return plan
-
 
 def flops_per_token(cfg, vocab_size, causal=True):
     """(training, teacher) FLOPs per token: 3 x the forward products of the model, 1 x those of a teacher.
@@ -1292,14 +1227,12 @@ def flops_per_token(cfg, vocab_size, causal=True):
     mtp = 4 * D * D + block(T, False) + head if cfg.mtp_weight else 0
     return 3 * (trunk + mtp), trunk
 
-
 def run_flops(cfg, plan, vocab_size):
     """FLOPs of all training steps by part, {"model": n, "teacher": n}."""
     model, teacher = flops_per_token(cfg, vocab_size)
     tokens = lambda cycles: sum(c.steps * c.rows * cfg.seq_len for c in cycles)
     cycles = [c for trajectory in plan for c in trajectory]
     return {"model": model * tokens(cycles), "teacher": teacher * tokens([c for c in cycles if c.distilled])}
-
 
 def memory_per_device(cfg, vocab_size, ranks=1):
     """Bytes by part at the peak of a step, {part: bytes}; `ranks` share a trajectory and its optimizer. Activations
@@ -1325,11 +1258,9 @@ def memory_per_device(cfg, vocab_size, ranks=1):
             "activations": round(passes * (rows * token + (act == 2) * cast) + rows * D * 6 + 8 * D * vocab_size),
             "update": (8 + 12 // ranks) * max(n for rule, n in shapes.values() if rule == "muon")}
 
-
 def peak_memory(parts):
     either = parts["activations"], parts["update"]
     return sum(parts.values()) - sum(either) + max(either)
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Population: members on disk (bf16 weights + configuration) and their cached p(true token)
@@ -1337,7 +1268,7 @@ def peak_memory(parts):
 def write_atomically(path, write):
     """Call write(temporary path), then rename it to `path`: a reader sees the old file or the new one, whole, whenever
     the machine stops. Raises OSError where it cannot be written."""
-    tmp = path.with_name(path.name + ".tmp")
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(tmp)
         with open(tmp, "rb+") as f:
@@ -1348,15 +1279,12 @@ def write_atomically(path, write):
     finally:
         tmp.unlink(missing_ok=True)
 
-
 def save_json(path, value):
     write_atomically(path, lambda tmp: tmp.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8"))
-
 
 def sha256_of(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
-
 
 def save_member(folder, model, position):
     """Write a bf16 snapshot with all that is needed to load it; `position` says where in the run it was taken."""
@@ -1366,28 +1294,27 @@ def save_member(folder, model, position):
     save_json(folder / "config.json", {"vocab_size": model.vocab_size, **position, "sha256": sha256_of(
         folder / "model.safetensors"), "config": dataclasses.asdict(model.cfg)})
 
-
 def empty_member(cfg, vocab_size):
     """A frozen GPT in evaluation mode, its weights in the precision of `cfg` and yet to be filled."""
     model = GPT(cfg, vocab_size)
     return model.to(model.dtype).eval().requires_grad_(False)
 
-
 def load_member(folder, precision=None, sha256=None):
     """The member in `folder`, as a frozen GPT in evaluation mode. Raises UserError where a file is damaged, or is not
     the one of hash `sha256`."""
-    try:
+    with reading(f"member {folder}"):
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        raw = (folder / "model.safetensors").read_bytes()
-        if hashlib.sha256(raw).hexdigest() != (sha256 or about["sha256"]):
+        if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
             raise ValueError("the sha256 of model.safetensors is not the recorded one")
-        cfg = Config(**about["config"])
-        model = empty_member(dataclasses.replace(cfg, precision=precision or cfg.precision), about["vocab_size"])
-        model.load_state_dict(load_tensors(raw))
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError, UserError) as e:
-        raise UserError(f"member {folder} is missing or damaged: {' '.join(str(e).split())[:200]}") from None
+        weights = load_tensor_file(folder / "model.safetensors")
+        cfg = dataclasses.replace(Config(**about["config"]), **({"precision": precision} if precision else {}))
+        with torch.device("meta"):  # a hostile configuration may ask for any size
+            if {n: p.shape for n, p in GPT(cfg, about["vocab_size"]).named_parameters()} != {
+                    n: w.shape for n, w in weights.items()}:
+                raise ValueError("its weights do not fit its config.json")
+        model = empty_member(cfg, about["vocab_size"])
+        model.load_state_dict(weights)
     return model
-
 
 @dataclass
 class Progress:
@@ -1405,15 +1332,12 @@ class Progress:
     kernels: dict = field(default_factory=dict)
     skipped: int = 0  # updates left out because they were not finite
 
-
 def digest(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
 
 def generations(folder, trajectory):
     """Resume states of a trajectory, newest first: JSON files, each beside its tensors."""
     return sorted(folder.glob(f"{trajectory}-*.json"), key=lambda f: f.stem, reverse=True)
-
 
 def save_state(folder, at, identity, tensors):
     """Write a state: the tensors first, then the JSON that makes it valid; only then the last but one is deleted."""
@@ -1426,28 +1350,26 @@ def save_state(folder, at, identity, tensors):
         old.unlink()
         old.with_suffix(".safetensors").unlink(missing_ok=True)
 
-
 def load_state(folder, trajectory, identity):
     """(Progress, file of its tensors) of the newest whole state of a trajectory, or None where it has none; `identity`
     is what it was saved with. Says so where it falls back; raises UserError where no state is whole."""
     files = generations(folder, trajectory)
     for path in files:
         try:
-            saved = json.loads(path.read_text(encoding="utf-8"))
-            body = saved["body"]
-            if digest(body) != saved["sha256"] or sha256_of(path.with_suffix(".safetensors")) != body["tensors"]:
-                raise ValueError("a sha256 does not match")
-            if body["identity"] != identity or body["at"]["trajectory"] != trajectory:
-                raise ValueError("it is of another run or trajectory")
-            return Progress(**body["at"]), path.with_suffix(".safetensors")
-        except (OSError, ValueError, KeyError, TypeError) as e:
-            print(f"notice: state {path} is damaged ({type(e).__name__}: {e})"
-                  + (": going back to the one before" if path != files[-1] else ""), file=sys.stderr, flush=True)
+            with reading(f"state {path}"):
+                saved = json.loads(path.read_text(encoding="utf-8"))
+                body, tensors = saved["body"], path.with_suffix(".safetensors")
+                if digest(body) != saved["sha256"] or sha256_of(tensors) != body["tensors"]:
+                    raise ValueError("a sha256 does not match")
+                if body["identity"] != identity or body["at"]["trajectory"] != trajectory:
+                    raise ValueError("it is of another run or trajectory")
+                return Progress(**body["at"]), tensors
+        except UserError as e:
+            print(f"notice: {e}" + ": going back to the one before" * (path != files[-1]), file=sys.stderr, flush=True)
     if files:
         raise UserError(f"no state of trajectory {trajectory} in {folder} is whole: start a new run, or delete "
                         f"{folder / str(trajectory)}-* to train this trajectory again")
     return None
-
 
 @torch.no_grad()
 def perturb(model, scale, *key):
@@ -1458,10 +1380,9 @@ def perturb(model, scale, *key):
             g = torch.Generator().manual_seed(seed_of("noise", *key, name))
             p.add_(torch.randn(p.shape, generator=g).to(p.device) * p.std(dim=dims, keepdim=True) * scale)
 
-
 def read_predictions(path, sha256=None):
     """{split: float32 [tokens]} of a member. Raises UserError where the file is missing, damaged or another one."""
-    try:
+    with reading(f"predictions {path}"):
         if sha256 is not None and sha256_of(path) != sha256:
             raise ValueError("the sha256 is not the recorded one")
         found = load_file(path)
@@ -1470,10 +1391,7 @@ def read_predictions(path, sha256=None):
         for split, p in found.items():
             if p.dtype != np.float32 or p.ndim != 1 or not len(p) or not (p > 0).all() or not (p <= 1).all():
                 raise ValueError(f"{split} does not hold one probability per token")
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as e:
-        raise UserError(f"predictions {path} are damaged: {' '.join(str(e).split())[:200]}") from None
     return found
-
 
 def load_predictions(run):
     """Cached p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError where files are missing."""
@@ -1488,10 +1406,8 @@ def load_predictions(run):
         raise UserError(f"{run} lacks the predictions of a member below {files[-1].stem}: the run is not complete")
     recorded = [None] * len(files)
     if (run / "result.json").exists():  # of trajectories on machines that share no disk, each holds its own
-        try:
+        with reading(run / "result.json"):
             recorded = [p["predictions"] for p in json.loads((run / "result.json").read_text("utf-8"))["curve"]]
-        except (ValueError, KeyError, TypeError) as e:
-            raise UserError(f"{run / 'result.json'} is damaged: {type(e).__name__}: {e}") from None
         if len(recorded) != len(files):
             raise UserError(f"{run} has predictions of {len(files)} members, its result has {len(recorded)}: copy the "
                             "others from the machines that trained them")
@@ -1501,14 +1417,12 @@ def load_predictions(run):
             raise UserError(f"predictions {file} are damaged: other splits or lengths than those of {files[0].name}")
     return {split: np.stack([m[split] for m in members]) for split in members[0]}
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate
 
 def mixture_loss(P, w):
     """Nats per token of the mixture: P [M, N] (or M rows) p(true token) per member, w [M]; float64, a row at a time."""
     return float(-np.log(sum(x * p.astype(np.float64) for x, p in zip(w, P, strict=True))).mean())
-
 
 def fit_prior(P, tolerance=1e-7, max_passes=100):
     """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex by a primal-dual interior-point method.
@@ -1544,7 +1458,6 @@ def fit_prior(P, tolerance=1e-7, max_passes=100):
         w = w / w.sum()
     return best.numpy(), best_gap
 
-
 def mixtures(heldout, scored):
     """Losses on `scored` (M rows) of the newest member alone, of all members uniformly and under the prior fitted on
     `heldout` (M rows), and that prior's gap."""
@@ -1552,11 +1465,9 @@ def mixtures(heldout, scored):
     return {"loss": mixture_loss(scored[-1:], [1.0]), "uniform": mixture_loss(scored, np.full(len(w), 1 / len(w))),
             "learned": mixture_loss(scored, w), "gap": gap}
 
-
 def table_sizes(M):
     """The K shown in tables: all up to 32, then doubling, and M; `select --k` shows any other."""
     return sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M})
-
 
 def population_table(heldout, scored):
     """Rows for each K: the top K members under the prior; loss on `scored` of their uniform mixture, of the prior
@@ -1572,16 +1483,13 @@ def population_table(heldout, scored):
         rows.append({"k": k, **{name: mixture_loss([scored[i] for i in top], x) for name, x in weights.items()}})
     return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
 
-
 def format_table(table, split):
     lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'refitted':>9}   {split} loss, top k members by weight"]
     lines += [f"{r['k']:>4} {r['uniform']:>9.5f} {r['learned']:>9.5f} {r['refitted']:>9.5f}" for r in table["rows"]]
     used = [f"{i}:{table['weights'][i]:.3f}" for i in table["ranked"] if table["weights"][i] >= 0.0005]
     return lines + [f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}"]
 
-
 DATA_EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))
-
 
 def data_efficiency(loss):
     """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text; no extrapolation."""
@@ -1591,7 +1499,6 @@ def data_efficiency(loss):
         if loss >= l1:
             return f"{(t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)) / 100:.2f}x"
     return ">20x"
-
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training loop
@@ -1644,7 +1551,6 @@ class Log:
         self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
         self.line(" ".join((*flags, *(f"{k}:{text(k, v)}" for k, v in pairs.items()))), passing="step" in pairs)
 
-
 def machine(world):
     """Versions and hardware, for the log."""
     cpu = next((line.split(":", 1)[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
@@ -1654,12 +1560,10 @@ def machine(world):
             "system": platform.platform(), "cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu,
             "processes": world.size * world.groups}
 
-
 def alive(cfg):
     """Wind up the timer that ends a hanging run and shows the stack of every thread."""
     if cfg.hang_minutes:
-        faulthandler.dump_traceback_later(60 * cfg.hang_minutes, exit=True)
-
+        faulthandler.dump_traceback_later(60 * cfg.hang_minutes, exit=True, file=sys.__stderr__)
 
 def warm_up(cfg, raw, model, teacher, world):
     """Compile both variants of a step, with and without teacher, before the first; nothing of it stays."""
@@ -1670,7 +1574,6 @@ def warm_up(cfg, raw, model, teacher, world):
         Optimizer(raw, cfg, world).step(1.0, 1.0)
     with torch.no_grad():
         teacher(tokens[:, :-1])
-
 
 def check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_step, log):
     """Stop, or count where that is asked for, when updates were left out because they were not finite."""
@@ -1685,7 +1588,6 @@ def check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_step, 
                             "lower --lr-matrix, try --precision float32, or --resume it with --skip-nonfinite")
         at.skipped += lost
         log.event("skipped", updates=at.skipped, reason=what)
-
 
 def train(cfg, corpus, world, folder, log, saved=None):
     """Train the population. The loop of q0 and of every baseline:
@@ -1706,7 +1608,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
     name, raw.attend = choose_attention(cfg, world.device)
     previous.attend = raw.attend
     model, taught_by = (torch.compile(m, dynamic=False) if cfg.compile else m for m in (raw, previous))
-    kernels = {"attention": name, "compiled": cfg.compile}
+    kernels = {"attention": name, "triton": use_triton(world.device.type), "compiled": cfg.compile}
     if cfg.compile:
         warm_up(cfg, raw, model, taught_by, world)
     if not saved:
@@ -1826,13 +1728,14 @@ def train(cfg, corpus, world, folder, log, saved=None):
         at.done = True
         save()
     faulthandler.cancel_dump_traceback_later()
-    heldout, scored = (world.collect(np.stack(cached[s]) if world.leader else None) for s in splits)
+    heldout, curves = world.collect(np.stack(cached["heldout"]) if world.leader else None, [p.curve for p in begun])
+    scored, _ = world.collect(np.stack(cached[cfg.report]) if world.leader else None, None)
     if heldout is None:
         return None
-    curve = {entry["member"]: entry for p in begun for entry in p.curve}
+    curve = {entry["member"]: entry for group in curves for trajectory in group for entry in trajectory}
     for n, cycle in enumerate((c for trajectory in plan for c in trajectory), 1):
-        if curve.get(cycle.member, {}).get("of") != n:  # fitted before the other trajectories' members were there
-            curve[cycle.member] = {**curve.get(cycle.member, {}), **cycle.place, **mixtures(heldout[:n], scored[:n])}
+        if curve[cycle.member]["of"] != n:  # fitted before the other trajectories' members were there
+            curve[cycle.member].update(mixtures(heldout[:n], scored[:n]), of=n)
     curve, seconds = [curve[i] for i in sorted(curve)], sum(p.train_seconds for p in begun)
     tokens = sum(c.steps * c.rows for trajectory in mine for c in trajectory) * cfg.seq_len
     return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
@@ -1843,7 +1746,6 @@ def train(cfg, corpus, world, folder, log, saved=None):
             "total_seconds": seconds + evaluated, "tokens_per_second": tokens / seconds,
             "peak_memory_mb": peak_memory_mb(world.device)}
 
-
 def peak_memory_mb(device):
     """Of the GPU's allocator, or of this process; None where the system does not tell."""
     if device.type == "cuda":
@@ -1853,7 +1755,6 @@ def peak_memory_mb(device):
     except ImportError:  # Windows
         return None
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
-
 
 def draw_curve(path, result, split):
     """curve.png: loss against epochs for single members, their uniform mixture and the learned prior."""
@@ -1875,14 +1776,12 @@ def draw_curve(path, result, split):
     write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
     pyplot.close(figure)
 
-
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
-
 
 def parse_config(argv, **extra):
     """Config from flags, defaults from the preset. Returns (cfg, reasons, namespace)."""
@@ -1930,19 +1829,14 @@ def parse_config(argv, **extra):
         raise UserError(f"{known.resume} cannot go on: {e}") from None
     return cfg, {"preset": reason, **why}, known
 
-
 def saved_settings(run):
     """The configuration of a run, from its run.json. Raises UserError where that is missing or damaged."""
-    try:
+    with reading(run / "run.json", ": the run cannot go on"):
         return dict(json.loads((run / "run.json").read_text(encoding="utf-8"))["config"])
-    except (OSError, ValueError, KeyError, TypeError) as e:
-        raise UserError(f"{run} cannot go on: its run.json is missing or damaged ({type(e).__name__}: {e})") from None
-
 
 def find_data(cfg):
     folder = Path(cfg.data)
     return folder if folder.is_absolute() or folder.exists() else ROOT / folder
-
 
 def find_run(name):
     for folder in (LOGS / name, Path(name)):
@@ -1951,9 +1845,7 @@ def find_run(name):
     latest = "".join(f"; there is {run.name}" for run in sorted(LOGS.glob("*"))[-3:])
     raise UserError(f"no run {name} under {LOGS}{latest}")
 
-
 H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.24  # dense bf16; our count for the published run; tiny, measured
-
 
 def matmul_speed(dtype):
     """FLOP/s of a square matrix product on the CPU, best of five."""
@@ -1963,7 +1855,6 @@ def matmul_speed(dtype):
         a @ a
         best = min(best, time.perf_counter() - mark)
     return 2 * 1024 ** 3 / best
-
 
 def describe(cfg, why, corpus_tokens, vocab_size):
     """Lines that say what a run will do and why."""
@@ -1982,7 +1873,6 @@ def describe(cfg, why, corpus_tokens, vocab_size):
     lines.append(f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher")
     return lines, sum(run_flops(cfg, plan, vocab_size).values())
 
-
 def command_train(argv):
     """Train, or go on with a run after it was stopped, in as many processes as torchrun started."""
     cfg, why, args = parse_config(
@@ -1999,7 +1889,6 @@ def command_train(argv):
         faulthandler.cancel_dump_traceback_later()
         for number, handler in before.items():
             signal.signal(number, handler)
-
 
 def run(cfg, why, args, world):
     """Train and report, as one of the processes of `world`."""
@@ -2030,13 +1919,13 @@ def run(cfg, why, args, world):
              "machine": machine(world), "config": dataclasses.asdict(cfg),
              "data": {"name": corpus.name, **corpus.hashes}}
     log, saved = Log(), {}
-    if world.leader or os.environ.get("LOCAL_RANK") == "0":  # a machine of its own may have a disk of its own
+    if first or os.environ.get("LOCAL_RANK") == "0":  # a machine of its own may have a disk of its own
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "run.json").exists():
             save_json(folder / "run.json", about)
     if world.leader:
         for part in ("members", "predictions", "state"):
-            (folder / part).mkdir(exist_ok=True)
+            (folder / part).mkdir(parents=True, exist_ok=True)
         path = folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
         log.open(path, show=first)
         identity = {**method_settings(cfg), **corpus.hashes}
@@ -2066,7 +1955,6 @@ def run(cfg, why, args, world):
         draw_curve(folder / "curve.png", result, cfg.report)
         save_json(folder / "result.json", {**result, **about})  # last: it says that the run is complete
         print(f"written to {folder}", flush=True)
-
 
 def command_plan(argv):
     cfg, why, args = parse_config(
@@ -2108,7 +1996,6 @@ def command_plan(argv):
                  f"{flops + forward:.3g} FLOPs at {mfu:.0%} of {speed / 1e12:.3g} TFLOP/s ({of})")
     print("\n".join(lines))
 
-
 def command_select(argv):
     p = Parser(prog="train_q0.py select", description="Fit the prior again from the cached predictions of a run.")
     p.add_argument("run")
@@ -2129,9 +2016,7 @@ def command_select(argv):
         print(f"k:{len(top)} {split}_loss:{mixture_loss(predictions[split][top], w):.5f} "
               + " ".join(f"member:{i} weight:{x:.4f}" for i, x in zip(top, w)))
 
-
 COMMANDS = {"train": command_train, "plan": command_plan, "select": command_select}
-
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -2160,7 +2045,6 @@ def main(argv=None):
         print(f"rank {rank} failed:", file=sys.stderr)
         raise
     return 0
-
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -139,9 +139,10 @@ def exchanges(world, rank):
     gathers = [world.all_gather(x) for x in (world.shard(flat), world.shard(cube))]
     total = torch.tensor(rank + 1.0)
     world.sum_(total)
-    model = world.same(torch.nn.Linear(3, 2).requires_grad_(False).apply(
-        lambda m: [p.fill_(rank + i) for i, p in enumerate(m.parameters())]))
-    collected = world.collect(np.full((2, 3), rank, np.float32))
+    model = torch.nn.Linear(3, 2).requires_grad_(False).apply(
+        lambda m: [p.fill_(rank + i) for i, p in enumerate(m.parameters())])
+    world.same_(*model.parameters())
+    collected, abouts = world.collect(np.full((2, 3), rank, np.float32), {"rank": rank})
     try:
         world.agree({"seed": 0, "lr": rank})
         refused = None
@@ -150,7 +151,8 @@ def exchanges(world, rank):
     world.agree({"seed": 0})
     return {"reduce_scatter": [w() for w in waits], "all_gather": [g() for g in gathers], "sum": float(total),
             "shards": [world.shard(flat), world.shard(cube)], "same": [float(p.mean()) for p in model.parameters()],
-            "collect": collected, "refused": refused, "first": world.from_first({"rank": rank}),
+            "collect": collected, "abouts": abouts, "largest": world.largest(rank), "leader": world.from_leader(rank),
+            "refused": refused, "first": world.from_first({"rank": rank}),
             "place": (world.rank, world.size, world.index, world.groups, world.leader)}
 
 
@@ -436,7 +438,8 @@ def test_world_of_one_is_the_identity():
     world, x = q0.World(), torch.arange(6.0).view(3, 2)
     assert world.reduce_scatter(x)() is x and world.all_gather(x)() is x and torch.equal(world.shard(x), x)
     array, model, value, total = np.ones(3), torch.nn.Linear(2, 2), object(), torch.tensor(2.0)
-    assert world.collect(array) is array and world.same(model) is model and world.from_first(value) is value
+    assert world.collect(array, value) == (array, [value]) and world.same_(model.weight) is None
+    assert world.from_first(value) is value and world.from_leader(value) is value and world.largest(3) == 3
     assert world.agree({"a": 1}) is None and world.sum_(total) is None and total == 2 and world.leader
 
 
@@ -461,8 +464,10 @@ def test_world(jobs, size, trajectories):
         if rank == 0:
             assert np.array_equal(got["collect"][::2, 0], [g * each for g in range(groups)])
             assert got["collect"].shape == (2 * groups, 3)
+            assert [a["rank"] for a in got["abouts"]] == (list(range(size)) if groups > 1 else [0])
         else:
-            assert got["collect"] is None
+            assert got["collect"] is None and got["abouts"] is None
+        assert got["largest"] == members[-1] and got["leader"] == members[0]
         assert got["first"] == {"rank": 0}
         assert got["refused"].startswith("rank 1 differs from rank 0 in lr: 1, not 0")
 

@@ -152,7 +152,7 @@ class TestOnDevice:
         np.testing.assert_allclose(got, log_p.exp().cpu().numpy(), rtol=1e-5)  # the absolute error of log p, as above
         # and as the plain path has it
         z, target = z.flatten(0, 1).float(), tokens[:, 1:].flatten()
-        monkeypatch.setattr(q, "kernels", lambda device_type: False)
+        monkeypatch.setattr(q, "use_triton", lambda device_type: False)
         np.testing.assert_allclose(got, q.rows_probs(z, V, target, CAP).cpu().numpy(), rtol=1e-5)
 
     # one block and less; two and three blocks, ragged; k below a step, ragged, a multiple
@@ -184,7 +184,7 @@ class TestOnDevice:
         got = q.orthogonalize(G, torch.bfloat16).double()
         assert calls == ([1, 4] * 5 if min(rows, cols) >= 256 else [])
         assert not torch.equal(q.orthogonalize(G, torch.float32), got) and len(calls) in (0, 10)  # float32: torch's
-        monkeypatch.setattr(q, "kernels", lambda device_type: False)
+        monkeypatch.setattr(q, "use_triton", lambda device_type: False)
         plain = q.orthogonalize(G, torch.bfloat16).double()
         assert (got - plain).norm() < 0.01 * plain.norm()
         values = torch.linalg.svdvals(got)
@@ -201,15 +201,15 @@ def test_under_the_interpreter():
 
 @outside
 def test_choice_of_kernels(monkeypatch, capsys):
-    choose = q.kernels.__wrapped__
+    choose = q.use_triton.__wrapped__
     assert choose("cuda") and not choose("cpu")
-    assert not q.kernels("cpu")  # so that tests in this process are those of plain torch
+    assert not q.use_triton("cpu")  # so that tests in this process are those of plain torch
     monkeypatch.setattr(q, "triton", None)
-    q.kernels.cache_clear()
+    q.use_triton.cache_clear()
     try:
-        assert not q.kernels("cuda") and not q.kernels("cuda") and not q.kernels("cpu")
+        assert not q.use_triton("cuda") and not q.use_triton("cuda") and not q.use_triton("cpu")
     finally:
-        q.kernels.cache_clear()
+        q.use_triton.cache_clear()
     out, err = capsys.readouterr()
     assert out == "" and err.startswith("notice: triton is not installed") and err.count("\n") == 1  # once
 

@@ -460,7 +460,7 @@ def test_nothing_is_compiled_after_the_first_step(tmp_path):
         curves.append([p["learned"] for p in result["curve"]])
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 3  # it did compile
     # float32 sums in another order, grown by 40 steps of training
-    assert curves[1] == pytest.approx(curves[0], abs=2e-3) and max(curves[0]) - min(curves[0]) > 0.05
+    assert curves[1] == pytest.approx(curves[0], abs=2e-3) and max(curves[0]) - min(curves[0]) > 0.02
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -121,7 +121,7 @@ def table_of(text):
 def pairs_of(line):
     """{key: value} of a log line, or None where it isn't one."""
     words = line.split(" ")
-    words = words[1:] if words[0] == "ensemble" else words
+    words = words[1:] if words[0] in ("ensemble", "kernels") else words
     return dict(w.split(":", 1) for w in words) if all(re.fullmatch(r"[\w/]+:\S+", w) for w in words) else None
 
 
@@ -478,28 +478,28 @@ def beyond(folder):
 
 
 BAD_DATA = {
-    "no shard": (lambda folder: (folder / "dev.bin").unlink(), "cannot read shard .*dev.bin: No such file.*prepare"),
-    "truncated": (edit(lambda raw: raw[:-1]), "val.bin is truncated"),
-    "header cut": (edit(lambda raw: raw[:500]), "val.bin is not a token shard"),
-    "empty": (edit(lambda raw: b""), "val.bin is not a token shard"),
-    "bit flipped": (edit(flip), "val.bin is corrupted.*sha256"),
-    "magic": (edit(lambda raw: b"\0" * 4 + raw[4:]), "val.bin is not a token shard.*20240520"),
-    "version": (edit(lambda raw: raw[:4] + b"\2" + raw[5:]), "not a token shard: magic and version are 20240520, 2"),
-    "token beyond vocabulary": (beyond, "val.bin holds token 300, beyond the vocabulary of 300"),
-    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json: No such file.*data/prepare.py"),
-    "half a manifest": (edit(lambda raw: raw[:-9], "manifest.json"), "manifest.json is damaged"),
-    "manifest not text": (edit(lambda raw: b"\xff" + raw, "manifest.json"), "manifest.json is damaged"),
-    "manifest a list": (edit(lambda raw: b"[]", "manifest.json"), "manifest.json is damaged"),
-    "no vocab_size": (manifest(None, "vocab_size"), "manifest.json is damaged.*vocab_size"),
-    "vocab_size a word": (manifest("many", "vocab_size"), "manifest.json is damaged"),
-    "no heldout": (manifest(None, "splits", "heldout"), "manifest.json is damaged.*heldout"),
-    "files a number": (manifest(5, "splits", "train", "files"), "manifest.json is damaged"),
-    "no files": (manifest([], "splits", "train", "files"), "manifest.json.*train must list"),
-    "parent folder": (manifest("../val.bin", "splits", "val", "files", 0, "name"), "val must list plain file names"),
-    "absolute path": (manifest("/etc/hosts", "splits", "val", "files", 0, "name"), "val must list plain file names"),
+    "no shard": (lambda folder: (folder / "dev.bin").unlink(), "shard .*dev.bin is missing or damaged: No such file.*prepare"),
+    "truncated": (edit(lambda raw: raw[:-1]), "val.bin is .*damaged.*bytes are too many or too few"),
+    "header cut": (edit(lambda raw: raw[:500]), "val.bin is .*not a token shard"),
+    "empty": (edit(lambda raw: b""), "val.bin is .*not a token shard"),
+    "bit flipped": (edit(flip), "val.bin is .*damaged.*sha256"),
+    "magic": (edit(lambda raw: b"\0" * 4 + raw[4:]), "val.bin is .*not a token shard.*20240520"),
+    "version": (edit(lambda raw: raw[:4] + b"\2" + raw[5:]), r"not a token shard: its first numbers are \[20240520, 2\]"),
+    "token beyond vocabulary": (beyond, "val.bin is .*holds token 300, beyond the vocabulary of 300"),
+    "no manifest": (lambda folder: (folder / "manifest.json").unlink(), "manifest.json is missing.*No such file.*data/prepare.py"),
+    "half a manifest": (edit(lambda raw: raw[:-9], "manifest.json"), "manifest.json is .*damaged"),
+    "manifest not text": (edit(lambda raw: b"\xff" + raw, "manifest.json"), "manifest.json is .*damaged"),
+    "manifest a list": (edit(lambda raw: b"[]", "manifest.json"), "manifest.json is .*damaged"),
+    "no vocab_size": (manifest(None, "vocab_size"), "manifest.json is .*damaged.*vocab_size"),
+    "vocab_size a word": (manifest("many", "vocab_size"), "manifest.json is .*damaged"),
+    "no heldout": (manifest(None, "splits", "heldout"), "manifest.json is .*damaged.*heldout"),
+    "files a number": (manifest(5, "splits", "train", "files"), "manifest.json is .*damaged"),
+    "no files": (manifest([], "splits", "train", "files"), "manifest.json is .*damaged.*every split must list"),
+    "parent folder": (manifest("../val.bin", "splits", "val", "files", 0, "name"), "every split must list plain file names"),
+    "absolute path": (manifest("/etc/hosts", "splits", "val", "files", 0, "name"), "every split must list plain file names"),
     "name a number": (manifest(5, "splits", "val", "files", 0, "name"), "shards/(manifest.json|5)"),
-    "no hash": (manifest(None, "splits", "val", "files", 0, "sha256"), "manifest.json is damaged.*sha256"),
-    "hash empty": (manifest("", "splits", "val", "files", 0, "sha256"), "manifest.json|val.bin is corrupted"),
+    "no hash": (manifest(None, "splits", "val", "files", 0, "sha256"), "manifest.json is .*damaged.*sha256"),
+    "hash empty": (manifest("", "splits", "val", "files", 0, "sha256"), "manifest.json|val.bin is .*damaged"),
 }
 
 
@@ -540,7 +540,7 @@ BAD_PREDICTIONS = {
     "other split": (edit(lambda raw: raw.replace(b'"val"', b'"vla"'), SECOND), "1.safetensors"),
     "NaN": (edit(lambda raw: raw[:-4] + NAN, SECOND), "1.safetensors"),
     "missing member": (lambda run: (run / "predictions/3.safetensors").unlink(), "3 members, its result has 4"),
-    "damaged result": (lambda run: (run / "result.json").write_text("[]"), "result.json is damaged"),
+    "damaged result": (lambda run: (run / "result.json").write_text("[]"), "result.json is .*damaged"),
     "foreign file": (lambda run: (run / "predictions/notes.safetensors").write_text("x"), "notes.safetensors"),
 }
 
