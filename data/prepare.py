@@ -124,13 +124,20 @@ def load_bpe(ranks, name="bpe"):
     return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=table, special_tokens={EOT: len(table)})
 
 
-def load_gpt2():
-    """tiktoken's GPT-2 encoding, from its cache or the network. Fail: neither has it."""
+def gpt2_ranks():
+    """GPT-2's ranks as the bytes of a file, from tiktoken's cache or the network. Fail: neither has it."""
     try:
-        return tiktoken.get_encoding("gpt2")
+        encoding = tiktoken.get_encoding("gpt2")
+        return format_ranks(encoding.decode_single_token_bytes(i) for i in range(GPT2_EOT))
     except (OSError, ValueError) as error:
         raise Fail(f"GPT-2's tokenizer can't be loaded ({brief(error)}): connect once, or set TIKTOKEN_CACHE_DIR to a "
                    "folder that has it") from error
+
+
+def describe_bpe(kind, ranks):
+    """A tokenizer's entry in the manifest: with tokenizer.tiktoken, all that is needed to load it."""
+    return {"kind": kind, "file": "tokenizer.tiktoken", "sha256": hashlib.sha256(ranks).hexdigest(),
+            "pattern": PATTERN, "eot": load_bpe(ranks).eot_token}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -319,14 +326,8 @@ def prepare_text(args, name, source, documents, tokenizer="wiki", vocab=2048, se
         return
     texts, dropped = drop_near_duplicates(documents())
     splits = split_documents(texts, seed, targets)
-    ranks = None
-    if tokenizer == "gpt2":
-        encoding, entry = load_gpt2(), {"kind": "gpt2", "eot": GPT2_EOT}
-    else:
-        ranks = committed or format_ranks(train_bpe(splits["train"], vocab))
-        encoding = load_bpe(ranks)
-        entry = {"kind": "bpe", "file": "tokenizer.tiktoken", "sha256": hashlib.sha256(ranks).hexdigest(),
-                 "pattern": PATTERN, "eot": encoding.eot_token}
+    ranks = gpt2_ranks() if tokenizer == "gpt2" else committed or format_ranks(train_bpe(splits["train"], vocab))
+    encoding, entry = load_bpe(ranks), describe_bpe("gpt2" if tokenizer == "gpt2" else "bpe", ranks)
     manifest = {**head, "tokenizer": entry, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
                 "near_duplicates_removed": dropped}
     encoded = {}
@@ -479,13 +480,15 @@ def document_from(starts, position):
 
 def write_tokens(out, head, pieces):
     """Write a dataset of GPT-2 tokens; `pieces` maps a split to (tokens, document starts, first, last + 1).
-    Bytes of text are counted where GPT-2's tokenizer can be loaded, else null. Fail: an empty split."""
+    Bytes of text are counted where GPT-2's tokenizer can be loaded, else null; only then is it written too. Fail: an
+    empty split."""
+    entry, ranks, lengths = {"kind": "gpt2", "eot": GPT2_EOT}, None, None
     try:
-        encoding = load_gpt2()
+        ranks = gpt2_ranks()
+        entry, encoding = describe_bpe("gpt2", ranks), load_bpe(ranks)
         lengths = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(GPT2_EOT)] + [0], dtype=np.uint8)
     except Fail as error:
         print(f"bytes of text are not counted: {error}")
-        lengths = None
     splits = {}
     for name, (tokens, starts, first, last) in pieces.items():
         if first >= last:
@@ -493,8 +496,8 @@ def write_tokens(out, head, pieces):
         part = tokens[first:last]
         splits[name] = (part, None if lengths is None else int(lengths[part].sum(dtype=np.int64)),
                         int(np.diff(np.searchsorted(starts, (first, last)))[0]))
-    write_dataset(out, {**head, "tokenizer": {"kind": "gpt2", "eot": GPT2_EOT}, "vocab_size": GPT2_EOT + 1,
-                        "eot": GPT2_EOT, "near_duplicates_removed": None}, splits)
+    write_dataset(out, {**head, "tokenizer": entry, "vocab_size": GPT2_EOT + 1, "eot": GPT2_EOT,
+                        "near_duplicates_removed": None}, splits, ranks)
 
 
 class Parser(argparse.ArgumentParser):

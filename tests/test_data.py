@@ -438,11 +438,14 @@ def test_gpt2_text(tmp_path, capsys, corpus, gpt2_cache, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
     run_ok(capsys, "text", "--input", corpus, "--out", tmp_path / "out", "--tokenizer", "gpt2")
     manifest = check_manifest(tmp_path / "out")
-    assert manifest["tokenizer"] == {"kind": "gpt2", "eot": 50256} and manifest["vocab_size"] == 50257
+    assert manifest["tokenizer"]["kind"] == "gpt2" and manifest["tokenizer"]["eot"] == 50256
+    assert manifest["vocab_size"] == 50257
     encoding = tiktoken.get_encoding("gpt2")
+    ours = prepare.load_bpe((tmp_path / "out/tokenizer.tiktoken").read_bytes())
+    text = "Hello world's 1,234 caf\u00e9 \u4e2d  <|endoftext|>\n\n x"
+    assert ours.encode_ordinary(text) == encoding.encode_ordinary(text) and ours.eot_token == encoding.eot_token
     documents = [d for split in prepare.SPLITS for d in read_documents(tmp_path / "out", split, encoding)]
     assert len(documents) == 301 and sum("<|endoftext|>" in d for d in documents) == 1
-    assert not (tmp_path / "out" / "tokenizer.tiktoken").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
