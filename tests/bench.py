@@ -233,7 +233,7 @@ def update_loop(stacks, update, number):
             x.copy_(update(x, grad, first, second, lr, wd, clip, torch.tensor(True), steps, rule))
     return step
 
-@section(120)
+@section(200)
 def optimizer():
     """Optimizer: stacks of matrices against loops over single ones"""
     yield "### orthogonalize, bfloat16: a call a matrix against a call a stack"
@@ -289,7 +289,7 @@ def attention_rows(names, cases, **machine):
                 if isinstance(item, str):  # once is enough
                     kernels.pop(item.split()[0])
 
-@section(120)
+@section(200)
 def attention():
     """Attention: plain against sdpa and, where it runs, FlexAttention"""
     yield from attention_rows(("plain", "sdpa", *pick(("flex",), ())),
@@ -335,7 +335,7 @@ class Training:
             self.micro()
         self.update()
 
-@section(200)
+@section(300)
 def compiled():
     """Whole step of tiny: eager against torch.compile, from a cold cache"""
     with (tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=cache),
@@ -367,7 +367,7 @@ def group_of(event):
         return "attention"
     return "model: products" if product else "model: norms, rotary, other pointwise"
 
-@section(120)
+@section(200)
 def step():
     """Where a step of tiny spends its time"""
     cfg, rng = tiny(), np.random.default_rng(0)
@@ -411,7 +411,7 @@ def tokens_per_second(changes):
         if world.rank == 0:
             print(json.dumps({"tokens/s": cfg.batch_tokens / s}), flush=True)
 
-@section(200)
+@section(300)
 def scaling(grid=None):
     """Scaling of tiny's step: width, sequence, threads, processes; eager, 2 micro-batches, no teacher"""
     shapes = [(128, 256), (256, 256), (512, 256), (128, 512), (128, 1024)]
@@ -472,7 +472,7 @@ def adamw_on_logits(P, steps):
         adamw.step()
     return logits.detach().softmax(0), steps
 
-@section(200)
+@section(300)
 def prior():
     """Prior: fit_prior against EM and AdamW on softmax logits"""
     (M, N), cap, best, threads = pick((480, 131_072), (12, 2048)), pick(30, 1), None, torch.get_num_threads()
