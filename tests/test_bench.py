@@ -1,0 +1,133 @@
+"""bench.py in miniature: every section runs, its tables have their rows and its numbers are plausible."""
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import bench
+
+
+@pytest.fixture(autouse=True)
+def miniature(monkeypatch):
+    monkeypatch.setattr(bench, "SMALL", True)
+
+
+def rows_of(items):
+    rows = [x for x in items if isinstance(x, dict)]
+    assert all(math.isfinite(x) for row in rows for x in row.values() if isinstance(x, float))
+    assert all(x > 0 for row in rows for name, x in row.items() if name.endswith(("ms", "tokens/s")) or " / " in name)
+    assert not [x for x in items if isinstance(x, str) and "does not run" in x]
+    return rows
+
+
+def run(name):
+    return rows_of(list(bench.items(bench.CPU[name][0])))
+
+
+def test_loss_and_a_process_of_its_own():
+    items = []
+    assert not bench.run_section(["loss", "--small"], 100, items.append)
+    whole, *sizes = rows_of(items)
+    assert whole["hidden"] == "torch.float32" and whole["teacher"] and len(sizes) == 2
+    if sys.platform == "linux":
+        assert 0 < whole["chunked / plain memory"] < 1
+        # at least the logits and their gradient
+        assert whole["plain extra MB"] > 2 * 4 * 1024 * 8000 / 1e6
+
+
+def test_optimizer():
+    orthogonal, *versions = run("optimizer")
+    assert orthogonal["G"] == "(3, 32, 16)" and [v["version"] for v in versions][0] == "Optimizer.step"
+    assert len(versions) == 4 and versions[0]["it / Optimizer.step"] == 1
+
+
+def test_the_guard_costs_no_accuracy():
+    """The version without a guard computes what the guarded one does."""
+    results = []
+    for update, number in ((bench.q.updated, lambda x: x), (bench.unguarded, float)):
+        for shape in ((2, 8, 4), (1, 4, 8), (50,)):
+            torch.manual_seed(0)
+            weight, grad = torch.randn(2, *shape)
+            second = torch.zeros_like(weight) if weight.ndim < 3 else weight.new_zeros(
+                (2, 8, 1) if shape[1] == 8 else (1, 1, 8))
+            rule = ("muon", 0.95, torch.float32) if weight.ndim == 3 else ("adamw", (0.8, 0.95))
+            lr, wd, clip, steps = (number(torch.tensor(x)) for x in (0.01, 0.8, 0.5, 3.0))
+            results.append(update(weight, grad, torch.zeros_like(weight), second, lr, wd, clip, torch.tensor(True),
+                                  steps, rule))
+    for a, b in zip(results[:3], results[3:]):
+        torch.testing.assert_close(a, b)
+
+
+def test_attention():
+    assert [row["window"] for row in run("attention")] == [16, 32]
+
+
+def test_compiled():
+    assert [row["teacher"] for row in run("compiled")] == [False, True]
+
+
+def test_step():
+    rows = run("step")
+    groups = {row["operation"]: row for row in rows if "operation" in row}
+    assert {"attention", "batch preparation", "loss: products", "model: products", "optimizer: products",
+            "Python between operations"} <= set(groups)
+    for taught in ("teacher: False", "teacher: True"):
+        shares = [float(row[taught].rstrip("%")) for row in groups.values()]
+        assert sum(shares) == pytest.approx(100, abs=0.6)  # each is rounded to 0.1
+
+
+def test_scaling():
+    (row,) = rows_of(list(bench.scaling([(64, 32, 1, 1)])))
+    assert row["it / first row"] == 1
+
+
+@pytest.mark.slow
+def test_scaling_over_processes():
+    (row,) = rows_of(list(bench.scaling([(64, 32, 2, 1)])))
+    assert row["processes x threads"] == "2 x 1"
+
+
+def test_prior():
+    fit, em, adamw = run("prior")
+    assert fit["certified gap"] <= 1.1e-7 and em["certified gap"] < 2e-4
+    for other in (em, adamw):  # within its own gap of the optimum
+        assert -1e-6 < other["loss - fit_prior's"] <= other["certified gap"]
+
+
+def test_output(tmp_path, capsys):
+    output = bench.Output(tmp_path / "b.md")
+    for item in ("# title", {"a": 1.23456, "b": math.nan}, {"a": 12345.6, "b": "x"}, "note", {"c": True}):
+        output.add(item)
+    text = (tmp_path / "b.md").read_text()
+    assert "| a | b |\n|---|---|\n| 1.23 | - |\n| 12,346 | x |\n\nnote\n\n| c |\n|---|\n| True |\n" in text
+    assert text == capsys.readouterr().out and (tmp_path / "b.json").exists()
+
+
+@pytest.mark.slow
+def test_a_section_that_fails():
+    assert "nothing is not one of" in bench.run_section(["nothing"], 100, print)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_gpu_without_one(monkeypatch, capsys):
+    monkeypatch.setattr(bench, "SMALL", False)
+    assert bench.main(["--gpu"]) == 2
+    said = capsys.readouterr()
+    assert not said.out and said.err == "bench.py: --gpu needs a GPU, and torch sees none here\n"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose run says more")
+@pytest.mark.parametrize("name", bench.GPU)
+def test_gpu_sections_under_the_interpreter(name):
+    if name in ("loss", "products", "evaluation"):  # the others would only be slow there
+        pytest.importorskip("triton")
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    if name in ("loss", "products", "evaluation"):
+        env["TRITON_INTERPRET"] = "1"
+    done = subprocess.run([sys.executable, bench.__file__, "--gpu", "--small", name], env=env, capture_output=True,
+                          text=True)
+    assert done.returncode == 0 and "does not run" not in done.stdout and "Error" not in done.stdout, done.stdout
