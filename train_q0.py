@@ -208,7 +208,7 @@ def resolve(cfg):
     J, C = (derive(name, bought if per and name == many else row[name](max(1, cfg.epochs // known)),
                    f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
             for name in ("trajectories", "cycles"))
-    if J * C > cfg.epochs or per and J * C * per > cfg.epochs:
+    if J * C * (per or 1) > cfg.epochs:
         raise UserError(f"--epochs {cfg.epochs} does not pay for {J} trajectories x {C} cycles x {per or 1} epochs: "
                         f"give --epochs {J * C * (per or 1)} or fewer cycles")
     if per and getattr(cfg, many) and cfg.epochs // (J * C) != per:
@@ -445,8 +445,7 @@ def set_up_world(cfg):
     watch = Watch(rank, size)
     try:
         joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
-        source = hashlib.sha256(SOURCE.encode()).hexdigest()
-        World(size=size, joined=joined).agree({**method_settings(cfg), "train_q0.py": source})
+        World(size=size, joined=joined).agree({**method_settings(cfg), "train_q0.py": digest(SOURCE)})
         groups, each = groups_of(size), size // groups_of(size)
         parts, hosts = ([dist.new_group(range(g * each, (g + 1) * each), backend=b) for g in range(groups)]
                         for b in (None, "gloo"))
@@ -580,7 +579,6 @@ def flex_attention(cfg, device):
     T, compiled = cfg.seq_len, torch.compile(flex_attention, dynamic=False)
     visible = lambda window: lambda b, h, q, k: (q >= k) & (q - k < window)
     masks = {w: create_block_mask(visible(w), None, None, T, T, device) for w in {T, *layer_windows(cfg)}}
-
     def attend(q, k, v, window, mask=None):
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[window]).transpose(1, 2)
     return attend
@@ -590,10 +588,8 @@ def flash3_attention(cfg, device):
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: training never downloads
     from kernels import get_kernel
     flash = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
-
     def attend(q, k, v, window, mask=None):
-        size = (-1, -1) if window >= q.size(1) else (window - 1, 0)
-        out = flash(q, k, v, causal=True, window_size=size)
+        out = flash(q, k, v, causal=True, window_size=(-1, -1) if window >= q.size(1) else (window - 1, 0))
         return out[0] if isinstance(out, tuple) else out
     return attend
 
@@ -643,9 +639,8 @@ def has_value_embed(cfg, i):
 
 def layer_order(cfg):
     """Indices of the blocks in the order they run, replays of looped layers included."""
-    order = list(range(cfg.layers))
-    loop = order[cfg.loop_first:cfg.loop_last + 1] * (cfg.loop_passes - 1)
-    return order[:cfg.loop_last + 1] + loop + order[cfg.loop_last + 1:]
+    order, end = list(range(cfg.layers)), cfg.loop_last + 1
+    return order[:end] + order[cfg.loop_first:end] * (cfg.loop_passes - 1) + order[end:]
 
 class Attention(nn.Module):
     def __init__(self, cfg, value_embed):
@@ -658,8 +653,7 @@ class Attention(nn.Module):
         self.value_gate = weight(H, VALUE_GATE_CHANNELS, when=value_embed)
 
     def forward(self, x, x0, cos, sin, attend):
-        B, T, D = x.shape
-        H, qkv = self.heads, self.qkv
+        (B, T, D), H, qkv = x.shape, self.heads, self.qkv
         if self.mixing is not None:  # mixing heads of the output = mixing rows of the projection
             qkv = torch.einsum("sgh,shkd->sgkd", self.mixing, qkv.view(3, H, D // H, D))
         q, k, v = linear(x, qkv.reshape(3 * D, D)).view(B, T, 3, H, D // H).unbind(2)
@@ -827,8 +821,7 @@ def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, tempera
     ce = F.cross_entropy(logits, targets, ignore_index=-1)
     if teacher is None:
         return ce, ce
-    log_p = torch.log_softmax(cap(*teacher) / temperature, dim=-1)
-    log_q = torch.log_softmax(logits / temperature, dim=-1)
+    log_p, log_q = (torch.log_softmax(z / temperature, dim=-1) for z in (cap(*teacher), logits))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
@@ -847,8 +840,7 @@ def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
     d.scatter_add_(1, target, torch.full_like(s, -1.0))
     if teacher_z is not None:
         log_p = torch.log_softmax(soft_capped(teacher_z, softcap).div_(temperature), dim=-1)
-        log_q = torch.log_softmax(z / temperature, dim=-1)
-        p = log_p.exp()
+        log_q, p = torch.log_softmax(z / temperature, dim=-1), log_p.exp()
         kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ scale
         loss = (1 - weight) * ce + weight * temperature ** 2 * kl
         d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
@@ -863,8 +855,7 @@ class ChunkedLoss(torch.autograd.Function):
         scale = valid / valid.sum()  # [N]: mean over the targets that count
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
         head = padded(head.to(hidden.dtype))  # once, not in every chunk
-        t_head = None if teacher_head is None else padded(teacher_head)
-        total = ce_total = 0.0
+        t_head, total, ce_total = None if teacher_head is None else padded(teacher_head), 0.0, 0.0
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
             loss, ce, d = rows_loss(  # which frees the logits: they have no name here
@@ -886,8 +877,7 @@ def training_loss(model, teacher, cfg, tokens):
     """tokens [B, T+1] -> (loss, cross-entropy) in nats per token: (1 - a)(CE + m MTP) + a T^2 KL."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     hidden, ahead = model(inputs, targets)
-    head = model.head[:model.vocab_size]
-    weight, t_hidden, t_head = 0.0, None, None
+    head, weight, t_hidden, t_head = model.head[:model.vocab_size], 0.0, None, None
     if teacher is not None:
         weight, t_head = cfg.distill_weight, teacher.head[:teacher.vocab_size]
         with torch.no_grad():
@@ -913,8 +903,7 @@ def rows_probs(z, V, target, softcap):
 def true_token_probs(model, sequences, batch, world):
     """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
     n, V, head = len(sequences), model.vocab_size, model.head[:model.vocab_size].float()
-    probs = torch.zeros(n, sequences.shape[1] - 1, device=world.device)
-    rows, head = chunk_rows(head), padded(head)
+    rows, head, probs = chunk_rows(head), padded(head), torch.zeros(n, sequences.shape[1] - 1, device=world.device)
     for i in range(batch * world.rank, n, batch * world.size):
         part = sequences[i:i + batch].astype(np.int64)  # a short last batch is filled up: one shape, compiled once
         tokens = torch.from_numpy(np.pad(part, ((0, batch - len(part)), (0, 0)))).to(world.device)
@@ -1370,13 +1359,11 @@ def fit_prior(P, tolerance=1e-7, max_passes=100):
 
     P [M, N] > 0. Returns (w float64 [M], gap): F(w) - min F <= gap = log(max_i g_i), g_i = (1/N) sum_n P_in / (w.P_n).
     F(c w) = F(w) - log c, so minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself; its conditions are
-    1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step towards w z = mu with mu ever smaller.
-    """
+    1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step towards w z = mu with mu ever smaller."""
     M, N = P.shape
     if not np.isfinite(P).all() or (P <= 0).any():
         raise ValueError("fit_prior: every probability must be positive and finite")
-    P = torch.from_numpy(np.ascontiguousarray(P))
-    w = torch.full((M,), 1 / M, dtype=torch.float64)
+    P, w = torch.from_numpy(np.ascontiguousarray(P)), torch.full((M,), 1 / M, dtype=torch.float64)
     z, best, best_gap = torch.full_like(w, 0.1), w, math.inf
     for _ in range(max_passes):
         g, hessian = torch.zeros_like(w), torch.zeros(M, M, dtype=torch.float64)
@@ -1411,12 +1398,10 @@ def table_sizes(M):
     return sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M})
 
 def population_table(heldout, scored):
-    """Rows for each K: the top K members under the prior; loss on `scored` of their uniform mixture, of the prior
-    renormalised (the paper's rule) and of a prior fitted again to those K. heldout [M, N]: all that a fit sees; scored
-    M rows."""
+    """Rows for each K: the top K members under the prior; loss on `scored` (M rows) of their uniform mixture, of the
+    prior renormalised (the paper's rule) and of one fitted again to those K. heldout [M, N] is all that a fit sees."""
     w, gap = fit_prior(heldout)
-    ranked = np.argsort(-w, kind="stable")
-    rows = []
+    ranked, rows = np.argsort(-w, kind="stable"), []
     for k in table_sizes(len(w)):
         top = ranked[:k]
         weights = {"uniform": np.full(k, 1 / k), "learned": w[top] / w[top].sum(),
@@ -1430,11 +1415,9 @@ def format_table(table, split):
     used = [f"{i}:{table['weights'][i]:.3f}" for i in table["ranked"] if table["weights"][i] >= 0.0005]
     return lines + [f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}"]
 
-DATA_EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))
-
 def data_efficiency(loss):
     """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text; no extrapolation."""
-    tokens, losses = zip(*DATA_EFFICIENCY)
+    tokens, losses = (200, 400, 600, 800, 1000, 2000), (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
     if losses[-1] <= loss <= losses[0]:
         return f"{np.interp(-loss, np.negative(losses), tokens) / 100:.2f}x"
     return ">20x" if loss < losses[-1] else "<2x"
@@ -1553,7 +1536,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
 
     def set_previous(member, sha256=None):
         if world.leader:
-            previous.load_state_dict(load_member(folder / "members" / str(member), sha256=sha256).state_dict())
+            previous.load_state_dict(load_member(folder / f"members/{member}", sha256=sha256).state_dict())
         world.same_(*previous.parameters())
 
     for trajectory in mine:
@@ -1616,12 +1599,12 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 if (before + at.step) % cfg.log_every == 0 or s == cycle.steps - 1:
                     world.sum_(loss_sum)
                     loss, now, step = float(loss_sum), time.perf_counter(), before + at.step
-                    left = (now - started) / ran * (total_steps - step)
-                    log.event(step=(step, total_steps), traj=j, cycle=(cycle.index + 1, cfg.cycles),
-                              epoch=cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps, loss=loss,
-                              lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
-                              **{"tok/s": round((at.step - marked) * cycle.rows * cfg.seq_len / (now - mark))},
-                              eta=str(datetime.timedelta(seconds=round(left))))
+                    eta = str(datetime.timedelta(seconds=round((now - started) / ran * (total_steps - step))))
+                    speed = round((at.step - marked) * cycle.rows * cfg.seq_len / (now - mark))
+                    epoch = cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps
+                    log.event(step=(step, total_steps), traj=j, cycle=(cycle.index + 1, cfg.cycles), epoch=epoch,
+                              loss=loss, lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
+                              **{"tok/s": speed}, eta=eta)
                     at.train_seconds, mark, marked = at.train_seconds + now - mark, now, at.step
                     check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_at[0], log)
                     trouble = never
@@ -1727,8 +1710,7 @@ def parse_config(argv, **extra):
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, vars(known)), 1)
         raise UserError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
-    given = {k: v for k, v in vars(known).items() if v is not None and k not in extra}
-    reason = "given"
+    given, reason = {k: v for k, v in vars(known).items() if v is not None and k not in extra}, "given"
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and getattr(known, "run", None):
         known.resume = known.resume or (known.run if (LOGS / known.run / "run.json").exists() else None)
     if getattr(known, "resume", None):
@@ -1767,7 +1749,9 @@ H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.24  # dense bf16; our count
 def describe(cfg, why, corpus_tokens, vocab_size):
     """Lines that say what a run will do and why."""
     cycles = sum(plan := plan_cycles(cfg, corpus_tokens), [])
-    params, (model, teacher) = memory_per_device(cfg, vocab_size)["weights"] // 4, flops_per_token(cfg, vocab_size)
+    with torch.device("meta"):
+        params = sum(p.numel() for p in GPT(cfg, vocab_size).parameters())
+    model, teacher = flops_per_token(cfg, vocab_size)
     lines = [f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()]
     lines.append(f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {len(cycles)} members, "
                  f"{cfg.epochs} epochs (first cycle {cycles[0].epochs}, last {cycles[-1].epochs}), "
@@ -1783,10 +1767,9 @@ def command_train(argv):
     cfg, why, args = parse_config(
         argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; under torchrun say --name"),
         resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"))
-    Stopped.signal, before = 0, {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs leave it
-            before[number] = signal.signal(number, Stopped.heard)
+    Stopped.signal = 0
+    before = {number: signal.signal(number, Stopped.heard) for number in (signal.SIGTERM, signal.SIGINT)
+              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup and background jobs leave it
     try:
         with set_up_world(cfg) as world:
             run(cfg, why, args, world)
@@ -1821,16 +1804,14 @@ def run(cfg, why, args, world):
         lines.append(f"processes: {world.groups} groups of {world.size}, " + (
             "one trajectory each" if world.groups > 1 else "all on one trajectory after the other"))
     about = {"command": " ".join(sys.argv), "time": datetime.datetime.now().isoformat(timespec="seconds"),
-             "machine": machine(world), "config": asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes}}
+             "machine": machine(world), "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes}}
     log, saved = Log(), {}
     if first or os.environ.get("LOCAL_RANK") == "0":  # a machine of its own may have a disk of its own
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "run.json").exists():
             save_json(folder / "run.json", about)
     if world.leader:
-        for part in ("members", "predictions", "state"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / "predictions").mkdir(parents=True, exist_ok=True)
         path = folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
         log.open(path, show=first)
         identity = {**method_settings(cfg), **corpus.hashes}
@@ -1846,8 +1827,7 @@ def run(cfg, why, args, world):
         print("\n".join(lines), flush=True)
     result = train(cfg, corpus, world, folder, log, saved)
     if first:
-        for line in format_table(result["table"], cfg.report):
-            log.line(line)
+        log.line("\n".join(format_table(result["table"], cfg.report)))
         key = f"final_{cfg.report}_loss"
         speed, gpu = sum(result["flops"].values()) / result["train_seconds"], about["machine"]["gpu"]
         mfu = {"mfu": speed / (H100_FLOPS * world.size * world.groups)} if "H100" in gpu or "H200" in gpu else {}
