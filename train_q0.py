@@ -547,7 +547,7 @@ def load_corpus(folder, seq_len, train_tokens):
 
 ATTN_GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32
 
-def weight(*shape, when=True):
+def param(*shape, when=True):
     """A parameter that `init_weights` fills, or None where its feature is off."""
     return nn.Parameter(torch.empty(shape)) if when else None
 
@@ -646,11 +646,11 @@ class Attention(nn.Module):
     def __init__(self, cfg, value_embed):
         super().__init__()
         D, H = cfg.width, cfg.width // cfg.head_dim
-        self.heads, self.qkv, self.out = H, weight(3, D, D), weight(D, D)
-        self.mixing = weight(3, H, H, when=cfg.head_mixing)
-        self.gate = weight(H, ATTN_GATE_CHANNELS, when=cfg.attn_gates)
-        self.value = weight(D, D, when=value_embed)
-        self.value_gate = weight(H, VALUE_GATE_CHANNELS, when=value_embed)
+        self.heads, self.qkv, self.out = H, param(3, D, D), param(D, D)
+        self.mixing = param(3, H, H, when=cfg.head_mixing)
+        self.gate = param(H, ATTN_GATE_CHANNELS, when=cfg.attn_gates)
+        self.value = param(D, D, when=value_embed)
+        self.value_gate = param(H, VALUE_GATE_CHANNELS, when=value_embed)
 
     def forward(self, x, x0, cos, sin, attend):
         (B, T, D), H, qkv = x.shape, self.heads, self.qkv
@@ -669,7 +669,7 @@ class Block(nn.Module):
     def __init__(self, cfg, value_embed=False):
         super().__init__()
         self.attn, self.dropout = Attention(cfg, value_embed), cfg.dropout
-        self.gate_up, self.down = weight(2, cfg.mlp_hidden, cfg.width), weight(cfg.width, cfg.mlp_hidden)
+        self.gate_up, self.down = param(2, cfg.mlp_hidden, cfg.width), param(cfg.width, cfg.mlp_hidden)
 
     def forward(self, x, x0, cos, sin, attend):
         x = x + F.dropout(self.attn(norm(x), x0, cos, sin, attend), self.dropout, self.training)
@@ -682,10 +682,10 @@ class GPT(nn.Module):
         super().__init__()
         n, D, padded = cfg.layers, cfg.width, 64 * math.ceil(vocab_size / 64)
         self.cfg, self.vocab_size = cfg, vocab_size
-        self.embed, self.head = weight(padded, D), weight(padded, D)
+        self.embed, self.head = param(padded, D), param(padded, D)
         self.blocks = nn.ModuleList(Block(cfg, has_value_embed(cfg, i)) for i in range(n))
-        self.resid_scale, self.x0_scale = weight(n, when=cfg.x0_mix), weight(n, when=cfg.x0_mix)
-        self.skip_scale, self.mtp_proj = weight(n // 2, when=cfg.unet and n > 1), weight(D, 2 * D, when=cfg.mtp_weight)
+        self.resid_scale, self.x0_scale = param(n, when=cfg.x0_mix), param(n, when=cfg.x0_mix)
+        self.skip_scale, self.mtp_proj = param(n // 2, when=cfg.unet and n > 1), param(D, 2 * D, when=cfg.mtp_weight)
         self.mtp_block = Block(cfg) if cfg.mtp_weight else None
         self.order, self.windows, self.dtype = layer_order(cfg), layer_windows(cfg), getattr(torch, cfg.precision)
         T = torch.arange(cfg.seq_len)
