@@ -565,8 +565,8 @@ def rotate(x, cos, sin):
 def plain_attention(q, k, v, window, mask=None):
     """Causal attention over the last `window` tokens as one reads it, [B, T, H, K] each; the kernels must agree."""
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.size(-1) ** -0.5
-    unseen = torch.ones_like(scores, dtype=torch.bool).tril().triu(1 - window).logical_not()
-    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(unseen, -math.inf).softmax(-1), v)
+    seen = torch.ones_like(scores, dtype=torch.bool).tril().triu(1 - window)
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
 
 def sdpa_attention(q, k, v, window, mask=None):
     """torch's scaled_dot_product_attention; `mask` bool [T, T] where the window is shorter than the sequence."""
