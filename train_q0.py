@@ -373,13 +373,17 @@ class Watch(threading.Thread):
         self.word = ""  # then "idle": waits for other trajectories, "done", "stopped", or what went wrong
         self.start()
 
+    def send(self, word, to):
+        text = np.frombuffer(word.encode()[-4096:].ljust(4096, b"\0"), dtype=np.uint8)
+        dist.send(torch.from_numpy(text.copy()), dst=to, group=self.group)
+
     def receive(self, rank):
-        box = [None]
+        text = torch.empty(4096, dtype=torch.uint8)
         try:
-            dist.recv_object_list(box, src=rank, group=self.group)
+            dist.recv(text, src=rank, group=self.group)
         except RuntimeError as e:
             return f"rank {rank} ended without a word, or its machine did ({' '.join(str(e).split())[:200]})"
-        return box[0]
+        return text.numpy().tobytes().rstrip(b"\0").decode(errors="replace")
 
     @staticmethod
     def verdict(words):
@@ -397,14 +401,14 @@ class Watch(threading.Thread):
             word = self.word or "stop" * bool(Stopped.signal)
             if self.rank:
                 with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and receive says so
-                    dist.send_object_list([word], dst=0, group=self.group)
+                    self.send(word, 0)
                 answer = self.receive(0)
             else:
                 time.sleep(1)
                 answer = self.verdict([word, *map(self.receive, self.others)])
                 for rank in self.others:
                     with contextlib.suppress(RuntimeError):  # of a rank that has ended
-                        dist.send_object_list([answer], dst=rank, group=self.group)
+                        self.send(answer, rank)
             if answer == "stop" and not Stopped.signal:
                 Stopped.signal = signal.SIGTERM
         if answer != "done" and self.word in ("", "idle", "done") or answer == "stopped" and self.word == "idle":
