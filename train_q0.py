@@ -10,8 +10,7 @@ next, and a prior fitted on held-out text mixes their predictions. Method: arXiv
     python train_q0.py plan --preset q0 --epochs 256      what a run would do, without running it
     python train_q0.py select RUN --k 4                   fit the prior again from a run's cached predictions
 
-The file reads top to bottom: config, processes, data, model, loss, optimizer, schedule, population, prior, training
-loop, commands.
+Top to bottom: config, processes, data, model, loss, optimizer, schedule, population, prior, training loop, commands.
 """
 from __future__ import annotations
 
@@ -22,7 +21,6 @@ SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold 
 import argparse
 import contextlib
 import ctypes
-import dataclasses
 import datetime
 import difflib
 import faulthandler
@@ -38,13 +36,15 @@ import subprocess
 import sys
 import threading
 import time
+import timeit
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing keeps two processes from one run
-    fcntl = None
+    import resource
+except ImportError:  # Windows: nothing keeps two processes from one run, and the peak of memory is not known
+    fcntl = resource = None
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -143,8 +143,7 @@ class Config:
     device: str = knob("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = knob("auto", "of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
     compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
-    attention: str = knob("auto", "attention kernel; auto: the fastest that works", choices=("auto", "flash3", "flex",
-                                                                                             "sdpa", "plain"))
+    attention: str = knob("auto", "auto: the fastest that works", choices=("auto", "flash3", "flex", "sdpa", "plain"))
     save_minutes: float = knob(10, "between saves of the state that --resume goes on from; also at cycle ends", low=0)
     keep_members: int | None = knob(None, "newest members of a trajectory whose weights are kept; None: all", low=1)
     hang_minutes: float = knob(15, "a step that takes longer ends the run and shows where it hangs; 0: never", low=0)
@@ -152,23 +151,22 @@ class Config:
     log_every: int = knob(10, "steps between logged lines (each one waits for the device)", low=1)
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             value, rule, name = getattr(self, f.name), f.metadata, flag(f.name)
             if value is None:
                 continue
-            if "choices" in rule and value not in rule["choices"]:
+            if value not in rule.get("choices", [value]):
                 raise UserError(f"{name} {value} is not one of: {', '.join(rule['choices'])}")
-            for bound, outside in (("low", lambda x: not value >= x), ("high", lambda x: not value <= x)):
-                if bound in rule and outside(rule[bound]):
-                    raise UserError(f"{name} {value} is out of range: "
-                                    f"{'at least' if bound == 'low' else 'at most'} {rule[bound]}")
+            for bound, word, ok in (("low", "least", lambda x: value >= x), ("high", "most", lambda x: value <= x)):
+                if bound in rule and not ok(rule[bound]):  # so is NaN
+                    raise UserError(f"{name} {value} is out of range: at {word} {rule[bound]}")
 
 # settings that may change when a run goes on: they touch rounding at most
 MACHINE = ("device", "compile", "attention", "log_every", "save_minutes", "keep_members", "hang_minutes",
            "skip_nonfinite")
 
 def method_settings(cfg):
-    return {k: v for k, v in dataclasses.asdict(cfg).items() if k not in MACHINE}
+    return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
 
 PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1)  # of the 1.87B run
 PRESETS = {
@@ -200,18 +198,17 @@ def resolve(cfg):
     row, why, new = POPULATIONS[cfg.population], {}, {}
 
     def derive(name, value, reason):
-        if getattr(cfg, name) is None:
+        if getattr(cfg, name) in (None, "auto") and name not in new:
             new[name], why[name] = value, reason
         return new.get(name, getattr(cfg, name))
 
     per, known = cfg.epochs_per_cycle, (cfg.trajectories or 1) * (cfg.cycles or 1)
     bought = max(1, cfg.epochs // (known * per)) if per else None
     many = "trajectories" if cfg.population == "ensemble" else "cycles"
-    for name in ("trajectories", "cycles"):
-        value = bought if per and name == many else row[name](max(1, cfg.epochs // known))
-        derive(name, value, f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
-    J, C = (new.get(n, getattr(cfg, n)) for n in ("trajectories", "cycles"))
-    if J * C > cfg.epochs or per and J * C * per > cfg.epochs:
+    J, C = (derive(name, bought if per and name == many else row[name](max(1, cfg.epochs // known)),
+                   f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
+            for name in ("trajectories", "cycles"))
+    if J * C * (per or 1) > cfg.epochs:
         raise UserError(f"--epochs {cfg.epochs} does not pay for {J} trajectories x {C} cycles x {per or 1} epochs: "
                         f"give --epochs {J * C * (per or 1)} or fewer cycles")
     if per and getattr(cfg, many) and cfg.epochs // (J * C) != per:
@@ -222,31 +219,27 @@ def resolve(cfg):
     weight = derive("distill_weight", row["distill_weight"], f"population {cfg.population}")
     if cfg.population == "chain":
         derive("distill_after", 1, "each member of a chain is taught by the one before")
-    elif cfg.preset == "q0":
+    if cfg.preset == "q0":
         derive("distill_after", 8, "as published")
-    else:
-        derive("distill_after", min(8, max(1, C // 4)), "min(8, max(1, cycles // 4))" if weight else "no distillation")
+    derive("distill_after", min(8, max(1, C // 4)), "min(8, max(1, cycles // 4))" if weight else "no distillation")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
     cuda = torch.cuda.is_available()
     if cfg.device == "cuda" and not cuda:
         raise UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or use --device cpu")
-    if cfg.device == "auto":
-        new["device"], why["device"] = ("cuda", "a GPU is present") if cuda else ("cpu", "no GPU")
-    if cfg.precision == "auto":
-        fast = new.get("device", cfg.device) == "cuda" or torch.cpu._is_avx512_bf16_supported()
-        new["precision"], why["precision"] = ("bfloat16", "supported here") if fast else (
-            "float32", "this CPU lacks bfloat16 instructions: slower")
-    derive("compile", new.get("device", cfg.device) == "cuda", "only a GPU gains enough from it")
-    cfg = dataclasses.replace(cfg, **new)
+    cuda = derive("device", *(("cuda", "a GPU is present") if cuda else ("cpu", "no GPU"))) == "cuda"
+    if cuda or torch.cpu._is_avx512_bf16_supported():
+        derive("precision", "bfloat16", "supported here")
+    derive("precision", "float32", "this CPU lacks bfloat16 instructions: slower")
+    derive("compile", cuda, "only a GPU gains enough from it")
+    cfg = replace(cfg, **new)
 
     if cfg.width % cfg.head_dim or cfg.head_dim % 2:
         raise UserError(f"--width {cfg.width} is not a multiple of --head-dim {cfg.head_dim} (which must be even)")
-    for name in ("batch_tokens", "edge_batch_tokens"):
-        if getattr(cfg, name) % (cfg.seq_len * cfg.micro_batch):
-            raise UserError(f"{flag(name)} {getattr(cfg, name)} is not a multiple of --seq-len x --micro-batch = "
-                            f"{cfg.seq_len * cfg.micro_batch}")
+    for name, tokens in (("--batch-tokens", cfg.batch_tokens), ("--edge-batch-tokens", cfg.edge_batch_tokens)):
+        if tokens % (unit := cfg.seq_len * cfg.micro_batch):
+            raise UserError(f"{name} {tokens} is not a multiple of --seq-len x --micro-batch = {unit}")
     if not cfg.windows or set(cfg.windows) - set("SL"):
         raise UserError(f"--windows {cfg.windows!r} must be a pattern of S and L, such as SSSL")
     if cfg.loop_passes > 1 and not cfg.loop_first <= cfg.loop_last < cfg.layers:
@@ -299,10 +292,9 @@ class World:
 
     def largest(self, value):
         """The largest `value` (an int) of the group's ranks; no device is waited for."""
-        if self.size == 1:
-            return value
         box = torch.tensor(value)
-        dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host)
+        if self.size > 1:
+            dist.all_reduce(box, op=dist.ReduceOp.MAX, group=self.host)
         return int(box)
 
     def shard(self, units):
@@ -328,17 +320,15 @@ class World:
 
     def same_(self, *tensors):
         """Overwrite `tensors` with the leader's, on every rank of the group."""
-        for tensor in tensors:
-            if self.size > 1:
-                dist.broadcast(tensor, src=self.index * self.size, group=self.group)
+        for tensor in tensors if self.size > 1 else ():
+            dist.broadcast(tensor, src=self.index * self.size, group=self.group)
 
     def collect(self, array, about):
         """On rank 0: the arrays of all groups' leaders joined, and every rank's `about` (a small object); elsewhere
         (None, None). Waits for the slowest trajectory."""
         if self.groups == 1:
             return (array, [about]) if self.leader else (None, None)
-        if self.watch:
-            self.watch.word = "idle"
+        self.watch.word = "idle"
         abouts = [None] * self.size * self.groups if not self.rank and not self.index else None
         dist.gather_object(about, abouts, dst=0, group=self.joined)
         if self.leader and self.index:
@@ -362,23 +352,19 @@ class World:
                                     f"{all_about[0].get(bad[0])}; start every process with the same flags and data")
 
 class Stopped(Exception):
-    """The run was asked to stop; it saved its state first."""
-
-class Stop:
-    """SIGTERM and Ctrl-C ask for a stop at the next step; a second one kills."""
-    signal = 0
+    """SIGTERM or Ctrl-C asked the run to stop at the next step, and its state is saved; a second signal kills."""
+    signal = 0  # that was heard
 
     @classmethod
     def heard(cls, number, frame):
         cls.signal = number
         signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+        print("stopping after this step; once more to stop at once", file=sys.stderr)
 
 class Watch(threading.Thread):
     """Ranks of different trajectories share no collective, so rank 0 hears each rank once a second and answers all: a
     rank that fails, or falls silent, ends every other within the minute, and its name and traceback are shown there;
     a rank that is asked to stop makes all stop."""
-
     def __init__(self, rank, size):
         super().__init__(daemon=True)
         # rank 0 gives up on a silent rank before the others give up on rank 0
@@ -412,7 +398,7 @@ class Watch(threading.Thread):
     def run(self):
         answer = ""
         while answer in ("", "stop"):
-            word = self.word or "stop" * bool(Stop.signal)
+            word = self.word or "stop" * bool(Stopped.signal)
             if self.rank:
                 with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and receive says so
                     self.send(word, 0)
@@ -423,10 +409,10 @@ class Watch(threading.Thread):
                 for rank in self.others:
                     with contextlib.suppress(RuntimeError):  # of a rank that has ended
                         self.send(answer, rank)
-            if answer == "stop" and not Stop.signal:
-                Stop.signal = signal.SIGTERM
+            if answer == "stop" and not Stopped.signal:
+                Stopped.signal = signal.SIGTERM
         if answer != "done" and self.word in ("", "idle", "done") or answer == "stopped" and self.word == "idle":
-            print(answer, file=sys.stderr, flush=True)
+            print(answer, file=sys.stderr)
             time.sleep(5)  # its own end comes first, so that torchrun names it as the root cause
             os._exit(1)  # the main thread may wait in a collective that will never end
 
@@ -463,19 +449,15 @@ def set_up_world(cfg):
     watch = Watch(rank, size)
     try:
         joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
-        source = hashlib.sha256(SOURCE.encode()).hexdigest()
-        World(size=size, joined=joined).agree({**method_settings(cfg), "train_q0.py": source})
+        World(size=size, joined=joined).agree({**method_settings(cfg), "train_q0.py": digest(SOURCE)})
         groups, each = groups_of(size), size // groups_of(size)
         parts, hosts = ([dist.new_group(range(g * each, (g + 1) * each), backend=b) for g in range(groups)]
                         for b in (None, "gloo"))
         index = rank // each
         yield World(rank % each, each, device, parts[index], groups, index, joined, hosts[index], watch)
-    except Stopped:
-        watch.finish("stopped")
-        raise
     except BaseException as e:
         told = str(e) if isinstance(e, UserError) else traceback.format_exc()
-        watch.finish(f"rank {rank} failed: {told}")
+        watch.finish("stopped" if isinstance(e, Stopped) else f"rank {rank} failed: {told}")
         raise
     watch.finish("done")
     dist.destroy_process_group()
@@ -542,7 +524,6 @@ class Corpus:
 
 def load_corpus(folder, seq_len, train_tokens):
     """Read and check a prepared corpus. Raises UserError for anything missing, damaged or too small."""
-    folder = Path(folder)
     with reading(folder / "manifest.json", "; prepare the data first (python data/prepare.py wiki, or fineweb)"):
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         vocab_size, eot, name = int(manifest["vocab_size"]), int(manifest["eot"]), str(manifest["name"])
@@ -552,26 +533,27 @@ def load_corpus(folder, seq_len, train_tokens):
             raise ValueError("every split must list plain file names in its own folder, with hashes")
     splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in listed])
               for s, listed in files.items()}
-    if train_tokens > len(splits["train"]):
-        raise UserError(f"--train-tokens {train_tokens} is more than the {len(splits['train'])} training tokens of "
-                        f"{folder}")
-    starts = np.flatnonzero(splits["train"] == eot)
-    starts = starts if len(starts) and starts[0] == 0 else np.concatenate([[0], starts])
+    train = splits["train"]
+    if train_tokens > len(train):
+        raise UserError(f"--train-tokens {train_tokens} is more than the {len(train)} training tokens of {folder}")
+    documents = [d for d in np.split(train, np.flatnonzero(train == eot)) if len(d)]
     if train_tokens:  # whole documents, up to and including the one that reaches the target
-        ends = np.append(starts[1:], len(splits["train"]))
-        keep = int(np.searchsorted(ends, train_tokens)) + 1
-        splits["train"], starts = splits["train"][:ends[keep - 1]], starts[:keep]
+        documents = documents[:np.searchsorted(np.cumsum([len(d) for d in documents]), train_tokens) + 1]
+        splits["train"] = train[:sum(map(len, documents))]
     for s, tokens in splits.items():
         if len(tokens) < seq_len + 1:
             raise UserError(f"split {s} of {folder} has {len(tokens)} tokens, fewer than one sequence of {seq_len + 1}:"
                             " more text or a smaller --seq-len is needed")
-    return Corpus(name, vocab_size, splits, {f: h for listed in files.values() for f, h in listed},
-                  tuple(np.split(splits["train"], starts[1:])), seq_len)
+    return Corpus(name, vocab_size, splits, dict(sum(files.values(), [])), tuple(documents), seq_len)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Model: shapes are B batch, T sequence, H heads, K head channels, D width, V vocabulary
 
 ATTN_GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32
+
+def param(*shape, when=True):
+    """A parameter that `init_weights` fills, or None where its feature is off."""
+    return nn.Parameter(torch.empty(shape)) if when else None
 
 def norm(x):
     return F.rms_norm(x, (x.size(-1),), eps=1e-6)
@@ -586,11 +568,9 @@ def rotate(x, cos, sin):
 
 def plain_attention(q, k, v, window, mask=None):
     """Causal attention over the last `window` tokens as one reads it, [B, T, H, K] each; the kernels must agree."""
-    back = torch.arange(q.size(1), device=q.device)
-    back = back[:, None] - back
     scores = torch.einsum("bthk,bshk->bhts", q, k) * q.size(-1) ** -0.5
-    scores = scores.masked_fill((back < 0) | (back >= window), -math.inf).softmax(-1)
-    return torch.einsum("bhts,bshk->bthk", scores, v)
+    seen = torch.ones_like(scores, dtype=torch.bool).tril().triu(1 - window)
+    return torch.einsum("bhts,bshk->bthk", scores.masked_fill(~seen, -math.inf).softmax(-1), v)
 
 def sdpa_attention(q, k, v, window, mask=None):
     """torch's scaled_dot_product_attention; `mask` bool [T, T] where the window is shorter than the sequence."""
@@ -603,7 +583,6 @@ def flex_attention(cfg, device):
     T, compiled = cfg.seq_len, torch.compile(flex_attention, dynamic=False)
     visible = lambda window: lambda b, h, q, k: (q >= k) & (q - k < window)
     masks = {w: create_block_mask(visible(w), None, None, T, T, device) for w in {T, *layer_windows(cfg)}}
-
     def attend(q, k, v, window, mask=None):
         return compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=masks[window]).transpose(1, 2)
     return attend
@@ -613,10 +592,8 @@ def flash3_attention(cfg, device):
     os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: training never downloads
     from kernels import get_kernel
     flash = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
-
     def attend(q, k, v, window, mask=None):
-        size = (-1, -1) if window >= q.size(1) else (window - 1, 0)
-        out = flash(q, k, v, causal=True, window_size=size)
+        out = flash(q, k, v, causal=True, window_size=(-1, -1) if window >= q.size(1) else (window - 1, 0))
         return out[0] if isinstance(out, tuple) else out
     return attend
 
@@ -648,14 +625,12 @@ def choose_attention(cfg, device):
             return name, attend
         except Exception as e:  # a kernel that does not fit the machine may fail in any way
             problem = f"attention kernel {name} does not work: {type(e).__name__}: {' '.join(str(e).split())[:150]}"
-            print(f"notice: {problem}; trying the next", file=sys.stderr, flush=True)
+            print(f"notice: {problem}; trying the next", file=sys.stderr)
     raise UserError(f"{problem}; give another --attention")
 
 def window_mask(T, window, device=None):
     """[T, T], True where a query sees a key; None where all earlier tokens are seen."""
-    back = torch.arange(T, device=device)
-    back = back[:, None] - back
-    return (back >= 0) & (back < window) if window < T else None
+    return torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - window) if window < T else None
 
 def layer_windows(cfg):
     """Attention window of each layer in tokens, the own one included."""
@@ -668,25 +643,21 @@ def has_value_embed(cfg, i):
 
 def layer_order(cfg):
     """Indices of the blocks in the order they run, replays of looped layers included."""
-    order = list(range(cfg.layers))
-    loop = order[cfg.loop_first:cfg.loop_last + 1] * (cfg.loop_passes - 1)
-    return order[:cfg.loop_last + 1] + loop + order[cfg.loop_last + 1:]
+    order, end = list(range(cfg.layers)), cfg.loop_last + 1
+    return order[:end] + order[cfg.loop_first:end] * (cfg.loop_passes - 1) + order[end:]
 
 class Attention(nn.Module):
     def __init__(self, cfg, value_embed):
         super().__init__()
         D, H = cfg.width, cfg.width // cfg.head_dim
-        self.heads = H
-        self.qkv = nn.Parameter(torch.empty(3, D, D))
-        self.out = nn.Parameter(torch.empty(D, D))
-        self.mixing = nn.Parameter(torch.empty(3, H, H)) if cfg.head_mixing else None
-        self.gate = nn.Parameter(torch.empty(H, ATTN_GATE_CHANNELS)) if cfg.attn_gates else None
-        self.value = nn.Parameter(torch.empty(D, D)) if value_embed else None
-        self.value_gate = nn.Parameter(torch.empty(H, VALUE_GATE_CHANNELS)) if value_embed else None
+        self.heads, self.qkv, self.out = H, param(3, D, D), param(D, D)
+        self.mixing = param(3, H, H, when=cfg.head_mixing)
+        self.gate = param(H, ATTN_GATE_CHANNELS, when=cfg.attn_gates)
+        self.value = param(D, D, when=value_embed)
+        self.value_gate = param(H, VALUE_GATE_CHANNELS, when=value_embed)
 
     def forward(self, x, x0, cos, sin, attend):
-        B, T, D = x.shape
-        H, qkv = self.heads, self.qkv
+        (B, T, D), H, qkv = x.shape, self.heads, self.qkv
         if self.mixing is not None:  # mixing heads of the output = mixing rows of the projection
             qkv = torch.einsum("sgh,shkd->sgkd", self.mixing, qkv.view(3, H, D // H, D))
         q, k, v = linear(x, qkv.reshape(3 * D, D)).view(B, T, 3, H, D // H).unbind(2)
@@ -701,10 +672,8 @@ class Attention(nn.Module):
 class Block(nn.Module):
     def __init__(self, cfg, value_embed=False):
         super().__init__()
-        self.attn = Attention(cfg, value_embed)
-        self.gate_up = nn.Parameter(torch.empty(2, cfg.mlp_hidden, cfg.width))
-        self.down = nn.Parameter(torch.empty(cfg.width, cfg.mlp_hidden))
-        self.dropout = cfg.dropout
+        self.attn, self.dropout = Attention(cfg, value_embed), cfg.dropout
+        self.gate_up, self.down = param(2, cfg.mlp_hidden, cfg.width), param(cfg.width, cfg.mlp_hidden)
 
     def forward(self, x, x0, cos, sin, attend):
         x = x + F.dropout(self.attn(norm(x), x0, cos, sin, attend), self.dropout, self.training)
@@ -713,21 +682,16 @@ class Block(nn.Module):
 
 class GPT(nn.Module):
     """Maps tokens to normed hidden states; the head is applied inside the loss, in chunks."""
-
     def __init__(self, cfg, vocab_size):
         super().__init__()
         n, D, padded = cfg.layers, cfg.width, 64 * math.ceil(vocab_size / 64)
         self.cfg, self.vocab_size = cfg, vocab_size
-        self.embed = nn.Parameter(torch.empty(padded, D))
-        self.head = nn.Parameter(torch.empty(padded, D))
+        self.embed, self.head = param(padded, D), param(padded, D)
         self.blocks = nn.ModuleList(Block(cfg, has_value_embed(cfg, i)) for i in range(n))
-        self.resid_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
-        self.x0_scale = nn.Parameter(torch.empty(n)) if cfg.x0_mix else None
-        self.skip_scale = nn.Parameter(torch.empty(n // 2)) if cfg.unet and n > 1 else None
-        self.mtp_proj = nn.Parameter(torch.empty(D, 2 * D)) if cfg.mtp_weight else None
+        self.resid_scale, self.x0_scale = param(n, when=cfg.x0_mix), param(n, when=cfg.x0_mix)
+        self.skip_scale, self.mtp_proj = param(n // 2, when=cfg.unet and n > 1), param(D, 2 * D, when=cfg.mtp_weight)
         self.mtp_block = Block(cfg) if cfg.mtp_weight else None
-        self.order, self.windows = layer_order(cfg), layer_windows(cfg)
-        self.dtype = getattr(torch, cfg.precision)
+        self.order, self.windows, self.dtype = layer_order(cfg), layer_windows(cfg), getattr(torch, cfg.precision)
         T = torch.arange(cfg.seq_len)
         angle = T[:, None, None] / cfg.rotary_base ** (torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
@@ -738,14 +702,13 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self, *key):
         """Fill every parameter; a pure function of `key` and the parameter's name, on any device."""
-        bound = math.sqrt(3 / self.cfg.width)
+        bound, small = math.sqrt(3 / self.cfg.width), self.cfg.width ** -0.5
+        normal = {"embed": 1.0, "head": 0.001, "out": small, "down": small}
         for name, p in self.named_parameters():
             kind, draw = name.rsplit(".", 1)[-1], torch.empty(p.shape)
             g = torch.Generator().manual_seed(seed_of("init", *key, name))
-            if kind in ("embed", "head"):
-                draw.normal_(0, {"embed": 1.0, "head": 0.001}[kind], generator=g)
-            elif kind in ("out", "down"):
-                draw.normal_(0, self.cfg.width ** -0.5, generator=g)
+            if kind in normal:
+                draw.normal_(0, normal[kind], generator=g)
             elif kind in ("qkv", "gate_up", "value", "mtp_proj"):
                 draw.uniform_(-bound, bound, generator=g)
             elif kind == "mixing":
@@ -758,12 +721,11 @@ class GPT(nn.Module):
     def forward(self, tokens, targets=None):
         """tokens [B, T] -> hidden [B, T, D]; with targets (the next tokens) also the multi-token block's, or None."""
         T, n = tokens.size(1), self.cfg.layers
-        cos, sin = self.cos[:T], self.sin[:T]
+        cos, sin, outputs = self.cos[:T], self.sin[:T], {}
         short = None if self.short_mask is None else self.short_mask[:T, :T]
         attend = {w: functools.partial(self.attend, window=w, mask=None if w == self.cfg.seq_len else short)
                   for w in {self.cfg.seq_len, *self.windows}}
         x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
-        outputs = {}
         for i in self.order:
             if self.skip_scale is not None and i >= n - n // 2:
                 x = x + self.skip_scale[i - (n - n // 2)].to(x.dtype) * outputs[n - 1 - i]
@@ -788,8 +750,7 @@ LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads, so bf16 is load
 def use_triton(device_type):
     """Whether tensors there go through the Triton kernels: on a GPU, or on a CPU under Triton's interpreter (tests)."""
     if triton is None and device_type == "cuda":  # never silently
-        print("notice: triton is not installed: loss and Muon run without their kernels, slower; pip install triton",
-              file=sys.stderr, flush=True)
+        print("notice: triton is not installed, so loss and Muon are slower: pip install triton", file=sys.stderr)
     return triton is not None and (device_type == "cuda" or triton.knobs.runtime.interpret)
 
 if triton is not None:
@@ -864,31 +825,26 @@ def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, tempera
     ce = F.cross_entropy(logits, targets, ignore_index=-1)
     if teacher is None:
         return ce, ce
-    log_p = torch.log_softmax(cap(*teacher) / temperature, dim=-1)
-    log_q = torch.log_softmax(logits / temperature, dim=-1)
+    log_p, log_q = (torch.log_softmax(z / temperature, dim=-1) for z in (cap(*teacher), logits))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
 def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
     """(loss, cross-entropy, gradient by z in its dtype) from raw logits z [R, >= V] and a teacher's or None, target [R]
-    (-1: ignored), scale [R] float32 (a row's share of the mean; 0: ignored). z is overwritten; columns V.. are padding.
-    """
+    (-1: ignored), scale [R] float32 (share of the mean; 0: ignored). z is overwritten; columns V.. are padding."""
     if use_triton(z.device.type):
-        out = torch.empty(len(z), 2, device=z.device)
-        taught = teacher_z is not None
+        out, taught = torch.empty(len(z), 2, device=z.device), teacher_z is not None
         loss_kernel[len(z),](z, teacher_z if taught else z, target, scale, out, V, z.size(1), softcap, weight,
                              temperature, TEACHER=taught, GRAD=True, BLOCK=LOSS_BLOCK, num_warps=8)
         return *out.mul_(scale[:, None]).sum(0), z
-    dtype, s, target = z.dtype, scale[:, None], target[:, None].clamp_min(0)
-    z = soft_capped(z, softcap)
+    dtype, z, s, target = z.dtype, soft_capped(z, softcap), scale[:, None], target[:, None].clamp_min(0)
     log_q = torch.log_softmax(z, dim=-1)
     ce = loss = -(log_q.gather(1, target) * s).sum()
     d = log_q.exp_()  # gradient by the capped logits: q - onehot, then mixed with q^(T) - p^(T)
     d.scatter_add_(1, target, torch.full_like(s, -1.0))
     if teacher_z is not None:
         log_p = torch.log_softmax(soft_capped(teacher_z, softcap).div_(temperature), dim=-1)
-        log_q = torch.log_softmax(z / temperature, dim=-1)
-        p = log_p.exp()
+        log_q, p = torch.log_softmax(z / temperature, dim=-1), log_p.exp()
         kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ scale
         loss = (1 - weight) * ce + weight * temperature ** 2 * kl
         d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
@@ -897,15 +853,13 @@ def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
 
 class ChunkedLoss(torch.autograd.Function):
     """plain_loss in chunks of rows. Gradients are formed in the forward pass, while a chunk's logits are at hand."""
-
     @staticmethod
     def forward(ctx, hidden, head, targets, softcap, teacher_hidden, teacher_head, weight, temperature):
         rows, V, valid = chunk_rows(head), len(head), targets >= 0
         scale = valid / valid.sum()  # [N]: mean over the targets that count
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
         head = padded(head.to(hidden.dtype))  # once, not in every chunk
-        t_head = None if teacher_head is None else padded(teacher_head)
-        total = ce_total = 0.0
+        t_head, total, ce_total = None if teacher_head is None else padded(teacher_head), 0.0, 0.0
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
             loss, ce, d = rows_loss(  # which frees the logits: they have no name here
@@ -927,8 +881,7 @@ def training_loss(model, teacher, cfg, tokens):
     """tokens [B, T+1] -> (loss, cross-entropy) in nats per token: (1 - a)(CE + m MTP) + a T^2 KL."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     hidden, ahead = model(inputs, targets)
-    head = model.head[:model.vocab_size]
-    weight, t_hidden, t_head = 0.0, None, None
+    head, weight, t_hidden, t_head = model.head[:model.vocab_size], 0.0, None, None
     if teacher is not None:
         weight, t_head = cfg.distill_weight, teacher.head[:teacher.vocab_size]
         with torch.no_grad():
@@ -953,10 +906,8 @@ def rows_probs(z, V, target, softcap):
 @torch.no_grad()
 def true_token_probs(model, sequences, batch, world):
     """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
-    n, T = sequences.shape[0], sequences.shape[1] - 1
-    probs = torch.zeros(n, T, device=world.device)
-    head = model.head[:model.vocab_size].float()
-    rows, V, head = chunk_rows(head), len(head), padded(head)
+    n, V, head = len(sequences), model.vocab_size, model.head[:model.vocab_size].float()
+    rows, head, probs = chunk_rows(head), padded(head), torch.zeros(n, sequences.shape[1] - 1, device=world.device)
     for i in range(batch * world.rank, n, batch * world.size):
         part = sequences[i:i + batch].astype(np.int64)  # a short last batch is filled up: one shape, compiled once
         tokens = torch.from_numpy(np.pad(part, ((0, batch - len(part)), (0, 0)))).to(world.device)
@@ -1045,23 +996,19 @@ def muon_update(grad, first, second, ok, momentum, dtype):
     before, after = (x.norm(dim=(-2, -1), keepdim=True) for x in (update, scaled))
     return scaled * (before / after.clamp_min(1e-10))
 
-def adamw_update(grad, first, second, ok, steps, betas):
-    """Direction of one AdamW step; moments of the shape of `grad` that move where `ok` is 1; `steps` counts (0-D)."""
-    b1, b2 = betas
-    first.lerp_(grad, ok * (1 - b1))
-    second.lerp_(grad.square(), ok * (1 - b2))
-    return first / (1 - b1 ** steps) / (second / (1 - b2 ** steps)).sqrt_().add_(1e-10)
-
 def updated(weight, grad, first, second, lr, wd, clip, ok, steps, rule):
-    """New weights [n, *unit] of one group. lr, wd, clip, ok and steps are 0-D tensors, so that a compiled version
-    serves every step; rule is ("muon", momentum, dtype) or ("adamw", betas)."""
+    """New weights [n, *unit] of one group; the moments move where `ok` is 1. lr, wd, clip, ok and steps are 0-D
+    tensors, so that a compiled version serves every step; rule is ("muon", momentum, dtype) or ("adamw", betas)."""
     grad = torch.where(ok, grad * clip, 0.0)
     if rule[0] == "muon":
         update = muon_update(grad, first, second, ok, *rule[1:])
         lr = lr * math.sqrt(max(1, weight.size(-2) / weight.size(-1)))
         decay = weight * (update * weight > 0)  # cautious
     else:
-        update, decay = adamw_update(grad, first, second, ok, steps, rule[1]), weight
+        b1, b2 = rule[1]
+        first.lerp_(grad, ok * (1 - b1))
+        second.lerp_(grad.square(), ok * (1 - b2))
+        update, decay = first / (1 - b1 ** steps) / (second / (1 - b2 ** steps)).sqrt_().add_(1e-10), weight
     return weight - ok * lr * (wd * decay + update)
 
 class Optimizer:
@@ -1070,15 +1017,14 @@ class Optimizer:
     The tensors of a group are stacked into equal units (matrices for Muon, single weights for AdamW); a rank receives
     the summed gradient of its own units, keeps their state, updates them, and the new weights are gathered. Where a
     gradient is not finite the step changes nothing, which the device finds without the host."""
-
     def __init__(self, model, cfg, world=World()):
         self.cfg, self.world = cfg, world
-        wd, betas, muon = cfg.weight_decay, (0.8, 0.95), ("muon", cfg.momentum, getattr(torch, cfg.precision))
+        muon, adamw = ("muon", cfg.momentum, getattr(torch, cfg.precision)), ("adamw", (0.8, 0.95))
+        wd = cfg.weight_decay
         table = {  # label: (rule, lr, weight decay)
-            "matrix": (muon, cfg.lr_matrix, wd), "embed": (("adamw", betas), cfg.lr_embed, wd),
-            "head": (("adamw", betas), cfg.lr_head, wd), "resid_scale": (("adamw", betas), cfg.lr_resid, 0.0),
-            "skip_scale": (("adamw", betas), cfg.lr_resid, 0.0), "x0_scale": (("adamw", (0.96, 0.95)), cfg.lr_x0, 0.0),
-            "mixing": (("adamw", betas), cfg.lr_mixing, 0.0)}
+            "matrix": (muon, cfg.lr_matrix, wd), "embed": (adamw, cfg.lr_embed, wd), "head": (adamw, cfg.lr_head, wd),
+            "resid_scale": (adamw, cfg.lr_resid, 0.0), "skip_scale": (adamw, cfg.lr_resid, 0.0),
+            "x0_scale": (("adamw", (0.96, 0.95)), cfg.lr_x0, 0.0), "mixing": (adamw, cfg.lr_mixing, 0.0)}
         stacks = {}
         for name, p in model.named_parameters():
             kind = name.rsplit(".", 1)[-1]
@@ -1089,13 +1035,9 @@ class Optimizer:
         self.groups = []  # names, parameters, unit, the table's row, {"first": moment, "second": moment}
         for (label, *unit), named in stacks.items():
             n = -(-sum(p.numel() for _, p in named) // math.prod(unit) // world.size)  # units of this rank
-            first = torch.zeros(n, *unit, device=device)
-            if label == "matrix":
-                second = first.new_zeros(n, unit[0], 1) if unit[0] >= unit[1] else first.new_zeros(n, 1, unit[1])
-            else:
-                second = torch.zeros_like(first)
-            self.groups.append(([n for n, _ in named], [p for _, p in named], unit, *table[label],
-                                {"first": first, "second": second}))
+            second = unit if label != "matrix" else (unit[0], 1) if unit[0] >= unit[1] else (1, unit[1])
+            moments = {k: torch.zeros(n, *shape, device=device) for k, shape in (("first", unit), ("second", second))}
+            self.groups.append((*map(list, zip(*named)), unit, *table[label], moments))
         self.updated = torch.compile(updated, dynamic=False) if cfg.compile else updated
 
     def stack(self, tensors, unit):
@@ -1231,8 +1173,8 @@ def run_flops(cfg, plan, vocab_size):
     """FLOPs of all training steps by part, {"model": n, "teacher": n}."""
     model, teacher = flops_per_token(cfg, vocab_size)
     tokens = lambda cycles: sum(c.steps * c.rows * cfg.seq_len for c in cycles)
-    cycles = [c for trajectory in plan for c in trajectory]
-    return {"model": model * tokens(cycles), "teacher": teacher * tokens([c for c in cycles if c.distilled])}
+    cycles = sum(plan, [])
+    return {"model": model * tokens(cycles), "teacher": teacher * tokens(c for c in cycles if c.distilled)}
 
 def memory_per_device(cfg, vocab_size, ranks=1):
     """Bytes by part at the peak of a step, {part: bytes}; `ranks` share a trajectory and its optimizer. Activations
@@ -1241,11 +1183,8 @@ def memory_per_device(cfg, vocab_size, ranks=1):
     D, h, H = cfg.width, cfg.mlp_hidden, cfg.width // cfg.head_dim
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
-    count = sum(p.numel() for p in model.parameters())
-    shapes = {}
-    for names, params, _, rule, *_ in Optimizer(model, cfg).groups:
-        shapes[names[0]] = (rule[0], sum(p.numel() for p in params))
-    muon = sum(n for rule, n in shapes.values() if rule == "muon")
+    count, groups = sum(p.numel() for p in model.parameters()), Optimizer(model, cfg).groups
+    muon = [sum(p.numel() for p in params) for _, params, _, rule, *_ in groups if rule[0] == "muon"]
     act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
     value = sum(has_value_embed(cfg, i) for i in layer_order(cfg)) / len(layer_order(cfg))
     wide = 16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates)
@@ -1253,14 +1192,12 @@ def memory_per_device(cfg, vocab_size, ranks=1):
     passes, cast = len(layer_order(cfg)) + bool(cfg.mtp_weight), act * ((4 + value) * D * D + 3 * D * h)
     rows = cfg.micro_batch * cfg.seq_len
     return {"weights": 4 * count, "gradients": 4 * count,
-            "optimizer": (4 * muon + 8 * (count - muon)) // ranks,
-            "teacher": 2 * count if cfg.distill_weight else 0,
+            "optimizer": (8 * count - 4 * sum(muon)) // ranks, "teacher": 2 * count if cfg.distill_weight else 0,
             "activations": round(passes * (rows * token + (act == 2) * cast) + rows * D * 6 + 8 * D * vocab_size),
-            "update": (8 + 12 // ranks) * max(n for rule, n in shapes.values() if rule == "muon")}
+            "update": (8 + 12 // ranks) * max(muon)}
 
 def peak_memory(parts):
-    either = parts["activations"], parts["update"]
-    return sum(parts.values()) - sum(either) + max(either)
+    return sum(parts.values()) - min(parts["activations"], parts["update"])
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Population: members on disk (bf16 weights + configuration) and their cached p(true token)
@@ -1292,7 +1229,7 @@ def save_member(folder, model, position):
     weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
     write_atomically(folder / "model.safetensors", lambda tmp: save_tensors(weights, tmp))
     save_json(folder / "config.json", {"vocab_size": model.vocab_size, **position, "sha256": sha256_of(
-        folder / "model.safetensors"), "config": dataclasses.asdict(model.cfg)})
+        folder / "model.safetensors"), "config": asdict(model.cfg)})
 
 def empty_member(cfg, vocab_size):
     """A frozen GPT in evaluation mode, its weights in the precision of `cfg` and yet to be filled."""
@@ -1307,11 +1244,9 @@ def load_member(folder, precision=None, sha256=None):
         if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
             raise ValueError("the sha256 of model.safetensors is not the recorded one")
         weights = load_tensor_file(folder / "model.safetensors")
-        cfg = dataclasses.replace(Config(**about["config"]), **({"precision": precision} if precision else {}))
-        with torch.device("meta"):  # a hostile configuration may ask for any size
-            if {n: p.shape for n, p in GPT(cfg, about["vocab_size"]).named_parameters()} != {
-                    n: w.shape for n, w in weights.items()}:
-                raise ValueError("its weights do not fit its config.json")
+        cfg = replace(Config(**about["config"]), **({"precision": precision} if precision else {}))
+        with torch.device("meta"):  # raises if they do not fit: a hostile configuration may ask for any size
+            empty_member(cfg, about["vocab_size"]).load_state_dict(weights, assign=True)
         model = empty_member(cfg, about["vocab_size"])
         model.load_state_dict(weights)
     return model
@@ -1344,7 +1279,7 @@ def save_state(folder, at, identity, tensors):
     folder.mkdir(exist_ok=True)
     path = folder / f"{at.trajectory}-{at.step:09}{'-done' * at.done}.json"
     write_atomically(path.with_suffix(".safetensors"), lambda tmp: save_tensors(tensors, tmp))
-    body = {"at": dataclasses.asdict(at), "identity": identity, "tensors": sha256_of(path.with_suffix(".safetensors"))}
+    body = {"at": asdict(at), "identity": identity, "tensors": sha256_of(path.with_suffix(".safetensors"))}
     save_json(path, {"body": body, "sha256": digest(body)})
     for old in generations(folder, at.trajectory)[2:]:
         old.unlink()
@@ -1365,7 +1300,7 @@ def load_state(folder, trajectory, identity):
                     raise ValueError("it is of another run or trajectory")
                 return Progress(**body["at"]), tensors
         except UserError as e:
-            print(f"notice: {e}" + ": going back to the one before" * (path != files[-1]), file=sys.stderr, flush=True)
+            print(f"notice: {e}" + ": going back to the one before" * (path != files[-1]), file=sys.stderr)
     if files:
         raise UserError(f"no state of trajectory {trajectory} in {folder} is whole: start a new run, or delete "
                         f"{folder / str(trajectory)}-* to train this trajectory again")
@@ -1395,15 +1330,14 @@ def read_predictions(path, sha256=None):
 
 def load_predictions(run):
     """Cached p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError where files are missing."""
-    files = list((run / "predictions").glob("*.safetensors"))
-    for file in files:
-        if not file.stem.isdigit():
-            raise UserError(f"{file} is not a member's predictions: move it elsewhere")
-    files.sort(key=lambda f: int(f.stem))
+    files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
     if not files:
         raise UserError(f"{run} has no cached predictions: it is not a run, or it ended before its first member")
-    if [int(f.stem) for f in files] != list(range(len(files))):
-        raise UserError(f"{run} lacks the predictions of a member below {files[-1].stem}: the run is not complete")
+    for i, file in enumerate(files):
+        if not file.stem.isdecimal():
+            raise UserError(f"{file} is not a member's predictions: move it elsewhere")
+        if file.stem != str(i):
+            raise UserError(f"{run} lacks the predictions of member {i}: the run is not complete")
     recorded = [None] * len(files)
     if (run / "result.json").exists():  # of trajectories on machines that share no disk, each holds its own
         with reading(run / "result.json"):
@@ -1429,13 +1363,11 @@ def fit_prior(P, tolerance=1e-7, max_passes=100):
 
     P [M, N] > 0. Returns (w float64 [M], gap): F(w) - min F <= gap = log(max_i g_i), g_i = (1/N) sum_n P_in / (w.P_n).
     F(c w) = F(w) - log c, so minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself; its conditions are
-    1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step towards w z = mu with mu ever smaller.
-    """
+    1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step towards w z = mu with mu ever smaller."""
     M, N = P.shape
     if not np.isfinite(P).all() or (P <= 0).any():
         raise ValueError("fit_prior: every probability must be positive and finite")
-    P = torch.from_numpy(np.ascontiguousarray(P))
-    w = torch.full((M,), 1 / M, dtype=torch.float64)
+    P, w = torch.from_numpy(np.ascontiguousarray(P)), torch.full((M,), 1 / M, dtype=torch.float64)
     z, best, best_gap = torch.full_like(w, 0.1), w, math.inf
     for _ in range(max_passes):
         g, hessian = torch.zeros_like(w), torch.zeros(M, M, dtype=torch.float64)
@@ -1470,12 +1402,10 @@ def table_sizes(M):
     return sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M})
 
 def population_table(heldout, scored):
-    """Rows for each K: the top K members under the prior; loss on `scored` of their uniform mixture, of the prior
-    renormalised (the paper's rule) and of a prior fitted again to those K. heldout [M, N]: all that a fit sees; scored
-    M rows."""
+    """Rows for each K: the top K members under the prior; loss on `scored` (M rows) of their uniform mixture, of the
+    prior renormalised (the paper's rule) and of one fitted again to those K. heldout [M, N] is all that a fit sees."""
     w, gap = fit_prior(heldout)
-    ranked = np.argsort(-w, kind="stable")
-    rows = []
+    ranked, rows = np.argsort(-w, kind="stable"), []
     for k in table_sizes(len(w)):
         top = ranked[:k]
         weights = {"uniform": np.full(k, 1 / k), "learned": w[top] / w[top].sum(),
@@ -1489,23 +1419,18 @@ def format_table(table, split):
     used = [f"{i}:{table['weights'][i]:.3f}" for i in table["ranked"] if table["weights"][i] >= 0.0005]
     return lines + [f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}"]
 
-DATA_EFFICIENCY = ((200, 3.703), (400, 3.370), (600, 3.200), (800, 3.123), (1000, 3.046), (2000, 2.892))
-
 def data_efficiency(loss):
     """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text; no extrapolation."""
-    if not loss <= DATA_EFFICIENCY[0][1]:
-        return "<2x"
-    for (t0, l0), (t1, l1) in zip(DATA_EFFICIENCY, DATA_EFFICIENCY[1:]):
-        if loss >= l1:
-            return f"{(t0 + (t1 - t0) * (l0 - loss) / (l0 - l1)) / 100:.2f}x"
-    return ">20x"
+    tokens, losses = (200, 400, 600, 800, 1000, 2000), (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
+    if losses[-1] <= loss <= losses[0]:
+        return f"{np.interp(-loss, np.negative(losses), tokens) / 100:.2f}x"
+    return ">20x" if loss < losses[-1] else "<2x"
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Training loop
 
 class Log:
     """log.txt and metrics.jsonl of a run, and the terminal. Each group's leader writes its own."""
-
     text = metrics = None  # until it is opened, nothing is written
 
     def open(self, path, show=True):
@@ -1541,15 +1466,14 @@ class Log:
 
     def event(self, *flags, **pairs):
         """A line of key:value pairs, in the metrics too; a pair of numbers is shown as a/b."""
-        if self.text is None:
-            return
-        def text(k, v):
+        def shown(k, v):
             if isinstance(v, float):
                 return f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}"
             return f"{v[0]}/{v[1]}" if isinstance(v, tuple) else v
 
-        self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
-        self.line(" ".join((*flags, *(f"{k}:{text(k, v)}" for k, v in pairs.items()))), passing="step" in pairs)
+        if self.metrics is not None:
+            self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
+            self.line(" ".join((*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items()))), passing="step" in pairs)
 
 def machine(world):
     """Versions and hardware, for the log."""
@@ -1601,7 +1525,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
     `saved` {trajectory: (Progress, file of tensors)} is where a resumed run goes on. Raises Stopped after a signal."""
     plan = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     mine = plan if world.groups == 1 else [plan[world.index]]
-    total_steps, begun, started, ran = sum(c.steps for t in mine for c in t), [], time.perf_counter(), 0
+    total_steps, begun, started, ran = sum(c.steps for c in sum(mine, [])), [], time.perf_counter(), 0
     splits, key = {s: corpus.eval_sequences(s) for s in ("heldout", cfg.report)}, f"{cfg.report}_loss"
     cached, identity = {s: [] for s in splits}, {**method_settings(cfg), **corpus.hashes}
     raw, previous = GPT(cfg, corpus.vocab_size).to(world.device), empty_member(cfg, corpus.vocab_size).to(world.device)
@@ -1616,7 +1540,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
 
     def set_previous(member, sha256=None):
         if world.leader:
-            previous.load_state_dict(load_member(folder / "members" / str(member), sha256=sha256).state_dict())
+            previous.load_state_dict(load_member(folder / f"members/{member}", sha256=sha256).state_dict())
         world.same_(*previous.parameters())
 
     for trajectory in mine:
@@ -1627,8 +1551,8 @@ def train(cfg, corpus, world, folder, log, saved=None):
         if resume and at.kernels != kernels:
             print(f"notice: the kernels were {at.kernels}, now {kernels}: numbers may differ by rounding", flush=True)
         for entry in at.curve:
-            probs = read_predictions(folder / "predictions" / f"{entry['member']}.safetensors", entry["predictions"])
-            for split, p in probs.items():
+            path = folder / f"predictions/{entry['member']}.safetensors"
+            for split, p in read_predictions(path, entry["predictions"]).items():
                 cached[split].append(p)
 
         def save():
@@ -1640,7 +1564,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 if world.leader:
                     save_state(folder / "state", at, identity, tensors)
 
-        for cycle in [] if at.done else trajectory[at.cycle:]:
+        for cycle in trajectory[at.cycle:]:
             if resume:
                 tensors, optimizer = load_tensor_file(file) if world.leader else None, Optimizer(raw, cfg, world)
                 if world.leader:
@@ -1648,7 +1572,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 world.same_(*(p.data for p in raw.parameters()))
                 optimizer.load(tensors)
                 if cycle.index:
-                    set_previous(cycle.member - 1, at.curve[-1]["weights"] if world.leader else None)
+                    set_previous(cycle.member - 1, at.curve[-1]["weights"])
                 resume = False
             elif cycle.index == 0 or cfg.boundary == "fresh":
                 raw.init_weights(cfg.seed, j, cycle.index)
@@ -1656,8 +1580,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
             elif cfg.boundary == "perturb":
                 noise = noise_scale(cycle.index, cfg.cycles, cfg.noise_first, cfg.noise_last)
                 perturb(raw, noise, cfg.seed, j, cycle.index)
-            teacher = taught_by if cycle.distilled else None
-            micro_batches = cycle.rows // cfg.micro_batch
+            teacher, micro_batches = taught_by if cycle.distilled else None, cycle.rows // cfg.micro_batch
             model.train()
             mark = last_save = time.perf_counter()
             marked, never = at.step, torch.full((), 2 ** 62, device=world.device)
@@ -1680,16 +1603,17 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 if (before + at.step) % cfg.log_every == 0 or s == cycle.steps - 1:
                     world.sum_(loss_sum)
                     loss, now, step = float(loss_sum), time.perf_counter(), before + at.step
-                    left = (now - started) / ran * (total_steps - step)
-                    log.event(step=(step, total_steps), traj=j, cycle=(cycle.index + 1, cfg.cycles),
-                              epoch=cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps, loss=loss,
-                              lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
-                              **{"tok/s": round((at.step - marked) * cycle.rows * cfg.seq_len / (now - mark))},
-                              eta=str(datetime.timedelta(seconds=round(left))))
+                    eta = str(datetime.timedelta(seconds=round((now - started) / ran * (total_steps - step))))
+                    speed = round((at.step - marked) * cycle.rows * cfg.seq_len / (now - mark))
+                    epoch = cycle.epochs_before + cycle.epochs * (s + 1) / cycle.steps
+                    log.event(step=(step, total_steps), traj=j, cycle=(cycle.index + 1, cfg.cycles), epoch=epoch,
+                              loss=loss, lr=cfg.lr_matrix * lr_mult, wd=cfg.weight_decay * wd_mult,
+                              **{"tok/s": speed}, eta=eta)
                     at.train_seconds, mark, marked = at.train_seconds + now - mark, now, at.step
                     check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_at[0], log)
                     trouble = never
-                asked = world.largest(2 * bool(Stop.signal) + (time.perf_counter() - last_save > 60 * cfg.save_minutes))
+                late = time.perf_counter() - last_save > 60 * cfg.save_minutes
+                asked = world.largest(2 * bool(Stopped.signal) + late)
                 if asked:
                     last_save = time.perf_counter()
                     save()
@@ -1698,8 +1622,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                     raise Stopped
             save()  # before the evaluation, which takes long enough to be interrupted
             mark = time.perf_counter()
-            member, path = (folder / kind / str(cycle.member) for kind in ("members", "predictions"))
-            path = path.with_suffix(".safetensors")
+            member, path = folder / f"members/{cycle.member}", folder / f"predictions/{cycle.member}.safetensors"
             if world.leader:
                 save_member(member, raw, cycle.place)
             set_previous(cycle.member)
@@ -1721,8 +1644,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 at.curve.append({**cycle.place, **mixed, "of": n, "weights": sha256_of(member / "model.safetensors"),
                                  "predictions": sha256_of(path)})
                 if cfg.keep_members and cycle.index >= cfg.keep_members:
-                    old = member.with_name(str(cycle.member - cfg.keep_members))
-                    (old / "model.safetensors").unlink(missing_ok=True)
+                    (folder / f"members/{cycle.member - cfg.keep_members}/model.safetensors").unlink(missing_ok=True)
             at.cycle, at.in_cycle = cycle.index + 1, 0
             at.eval_seconds += time.perf_counter() - mark
         at.done = True
@@ -1733,11 +1655,11 @@ def train(cfg, corpus, world, folder, log, saved=None):
     if heldout is None:
         return None
     curve = {entry["member"]: entry for group in curves for trajectory in group for entry in trajectory}
-    for n, cycle in enumerate((c for trajectory in plan for c in trajectory), 1):
+    for n, cycle in enumerate(sum(plan, []), 1):
         if curve[cycle.member]["of"] != n:  # fitted before the other trajectories' members were there
             curve[cycle.member].update(mixtures(heldout[:n], scored[:n]), of=n)
     curve, seconds = [curve[i] for i in sorted(curve)], sum(p.train_seconds for p in begun)
-    tokens = sum(c.steps * c.rows for trajectory in mine for c in trajectory) * cfg.seq_len
+    tokens = sum(c.steps * c.rows for c in sum(mine, [])) * cfg.seq_len
     return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
             f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs, "curve": curve,
             "table": population_table(heldout, scored), "flops": run_flops(cfg, plan, corpus.vocab_size),
@@ -1750,23 +1672,18 @@ def peak_memory_mb(device):
     """Of the GPU's allocator, or of this process; None where the system does not tell."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 20
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 1024)
+    unit = 2 ** 20 if sys.platform == "darwin" else 1024
+    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 def draw_curve(path, result, split):
     """curve.png: loss against epochs for single members, their uniform mixture and the learned prior."""
     try:
-        import matplotlib
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
+        from matplotlib.figure import Figure
     except ImportError:
         print("curve.png is not drawn: pip install matplotlib")
         return
-    figure, axis = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    epochs = [p["epochs"] for p in result["curve"]]
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis, epochs = figure.subplots(), [p["epochs"] for p in result["curve"]]
     for name, style, label in (("loss", "o:", "newest member alone"), ("uniform", "s--", "all so far, uniform"),
                                ("learned", "D-", "all so far, learned prior")):
         axis.plot(epochs, [p[name] for p in result["curve"]], style, markersize=4, label=label)
@@ -1774,7 +1691,6 @@ def draw_curve(path, result, split):
     axis.legend()
     axis.grid(alpha=0.3)
     write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
-    pyplot.close(figure)
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Commands
@@ -1789,50 +1705,37 @@ def parse_config(argv, **extra):
                allow_abbrev=False)
     for name, options in extra.items():
         p.add_argument(flag(name), *["--name"] * (name == "run"), **options)
-    for f in dataclasses.fields(Config):
-        kind = f.type.split(" ")[0]
+    kinds = {"bool": dict(action=argparse.BooleanOptionalAction),
+             **{of.__name__: dict(type=of, metavar=of.__name__.upper()) for of in (int, float, str)}}
+    for f in fields(Config):
         shown = "derived" if f.default is None else f.default
-        options = dict(dest=f.name, default=None, help=f"{f.metadata['why']} [{shown}]")
-        if kind == "bool":
-            p.add_argument(flag(f.name), action=argparse.BooleanOptionalAction, **options)
-        else:
-            of = {"int": int, "float": float, "str": str}[kind]
-            p.add_argument(flag(f.name), type=of, metavar=kind.upper(), **options)
+        p.add_argument(flag(f.name), help=f"{f.metadata['why']} [{shown}]", **kinds[f.type.split(" ")[0]])
     known, unknown = p.parse_known_args(argv)
     if unknown:
-        flags = [flag(name) for name in (*extra, *(f.name for f in dataclasses.fields(Config)))]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], flags, 1)
+        near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, vars(known)), 1)
         raise UserError(f"unknown argument {unknown[0]}" + (f": did you mean {near[0]}?" if near else " (see --help)"))
-    given = {f.name: getattr(known, f.name) for f in dataclasses.fields(Config) if getattr(known, f.name) is not None}
-    reason, base = "given", {}
+    given, reason = {k: v for k, v in vars(known).items() if v is not None and k not in extra}, "given"
     if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and getattr(known, "run", None):
         known.resume = known.resume or (known.run if (LOGS / known.run / "run.json").exists() else None)
     if getattr(known, "resume", None):
-        base = saved_settings(find_run(known.resume))
+        path = find_run(known.resume) / "run.json"
+        with reading(path, ": the run cannot go on"):
+            saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+            base = asdict(Config(**{**saved, "device": "auto", "compile": None, "attention": "auto"}))
+            resolve(Config(**base))  # values of another kind raise here
         differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items() if k not in MACHINE and v != base[k]]
         if differ:
             raise UserError(f"--resume {known.resume} has settings of its own: leave out {', '.join(differ)}")
-        given = {**base, "device": "auto", "compile": None, "attention": "auto", **given}
+        given = {**base, **given}
     elif "preset" not in given:
         if not torch.cuda.is_available() or given.get("device") == "cpu":
             given["preset"], reason = "tiny", "no GPU in use"
         elif (ROOT / PRESETS["q0"]["data"] / "manifest.json").exists():
             given["preset"], reason = "q0", "a GPU and FineWeb shards are present"
         else:
-            raise UserError("a GPU is present but no FineWeb shards: run python data/prepare.py fineweb, or give "
-                            "--preset tiny")
-    elif given["preset"] not in PRESETS:
-        raise UserError(f"--preset {given['preset']} is not one of: {', '.join(PRESETS)}")
-    try:
-        cfg, why = resolve(Config(**{**PRESETS[given["preset"]], **given}))
-    except TypeError as e:  # only where run.json is damaged
-        raise UserError(f"{known.resume} cannot go on: {e}") from None
+            raise UserError("a GPU but no FineWeb shards: run python data/prepare.py fineweb, or give --preset tiny")
+    cfg, why = resolve(Config(**{**PRESETS.get(given["preset"], {}), **given}))
     return cfg, {"preset": reason, **why}, known
-
-def saved_settings(run):
-    """The configuration of a run, from its run.json. Raises UserError where that is missing or damaged."""
-    with reading(run / "run.json", ": the run cannot go on"):
-        return dict(json.loads((run / "run.json").read_text(encoding="utf-8"))["config"])
 
 def find_data(cfg):
     folder = Path(cfg.data)
@@ -1847,19 +1750,9 @@ def find_run(name):
 
 H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.24  # dense bf16; our count for the published run; tiny, measured
 
-def matmul_speed(dtype):
-    """FLOP/s of a square matrix product on the CPU, best of five."""
-    a, best = torch.randn(1024, 1024).to(dtype), math.inf
-    for _ in range(5):
-        mark = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - mark)
-    return 2 * 1024 ** 3 / best
-
 def describe(cfg, why, corpus_tokens, vocab_size):
     """Lines that say what a run will do and why."""
-    plan = plan_cycles(cfg, corpus_tokens)
-    cycles = [c for trajectory in plan for c in trajectory]
+    cycles = sum(plan := plan_cycles(cfg, corpus_tokens), [])
     with torch.device("meta"):
         params = sum(p.numel() for p in GPT(cfg, vocab_size).parameters())
     model, teacher = flops_per_token(cfg, vocab_size)
@@ -1867,9 +1760,9 @@ def describe(cfg, why, corpus_tokens, vocab_size):
     lines.append(f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {len(cycles)} members, "
                  f"{cfg.epochs} epochs (first cycle {cycles[0].epochs}, last {cycles[-1].epochs}), "
                  f"{sum(c.distilled for c in cycles)} members distilled")
+    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
     lines.append(f"steps: {sum(c.steps for c in cycles)} of {cfg.batch_tokens} tokens ({cfg.edge_batch_tokens} at the "
-                 f"edges), {sum(c.steps * c.rows for c in cycles) * cfg.seq_len} tokens in all, {corpus_tokens} an "
-                 "epoch")
+                 f"edges), {tokens} tokens in all, {corpus_tokens} an epoch")
     lines.append(f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher")
     return lines, sum(run_flops(cfg, plan, vocab_size).values())
 
@@ -1878,10 +1771,9 @@ def command_train(argv):
     cfg, why, args = parse_config(
         argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; under torchrun say --name"),
         resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"))
-    Stop.signal, before = 0, {}
-    for number in (signal.SIGTERM, signal.SIGINT):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup and background jobs leave it
-            before[number] = signal.signal(number, Stop.heard)
+    Stopped.signal = 0
+    before = {number: signal.signal(number, Stopped.heard) for number in (signal.SIGTERM, signal.SIGINT)
+              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup and background jobs leave it
     try:
         with set_up_world(cfg) as world:
             run(cfg, why, args, world)
@@ -1916,16 +1808,14 @@ def run(cfg, why, args, world):
         lines.append(f"processes: {world.groups} groups of {world.size}, " + (
             "one trajectory each" if world.groups > 1 else "all on one trajectory after the other"))
     about = {"command": " ".join(sys.argv), "time": datetime.datetime.now().isoformat(timespec="seconds"),
-             "machine": machine(world), "config": dataclasses.asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes}}
+             "machine": machine(world), "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes}}
     log, saved = Log(), {}
     if first or os.environ.get("LOCAL_RANK") == "0":  # a machine of its own may have a disk of its own
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "run.json").exists():
             save_json(folder / "run.json", about)
     if world.leader:
-        for part in ("members", "predictions", "state"):
-            (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / "predictions").mkdir(parents=True, exist_ok=True)
         path = folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
         log.open(path, show=first)
         identity = {**method_settings(cfg), **corpus.hashes}
@@ -1934,15 +1824,14 @@ def run(cfg, why, args, world):
         kept = [at.log[1:] for at, _ in filter(None, saved.values()) if at.log[0] == path.name]
         log.start(json.dumps(about, indent=1) + "\n" + "\n".join(lines), max(kept, default=None))
     saved = world.from_leader({j: state for j, state in saved.items() if state})
-    if first and saved:
-        print(f"resuming {name}: " + ", ".join(f"trajectory {j} " + ("is done" if at.done else f"at step {at.step}")
-                                               for j, (at, _) in saved.items()), flush=True)
-    elif first:
+    if saved:
+        where = {j: "is done" if at.done else f"at step {at.step}" for j, (at, _) in saved.items()}
+        lines = [f"resuming {name}: " + ", ".join(f"trajectory {j} {at}" for j, at in where.items())]
+    if first:
         print("\n".join(lines), flush=True)
     result = train(cfg, corpus, world, folder, log, saved)
     if first:
-        for line in format_table(result["table"], cfg.report):
-            log.line(line)
+        log.line("\n".join(format_table(result["table"], cfg.report)))
         key = f"final_{cfg.report}_loss"
         speed, gpu = sum(result["flops"].values()) / result["train_seconds"], about["machine"]["gpu"]
         mfu = {"mfu": speed / (H100_FLOPS * world.size * world.groups)} if "H100" in gpu or "H200" in gpu else {}
@@ -1961,36 +1850,34 @@ def command_plan(argv):
         argv, gpus=dict(type=int, help="estimate for this many H100s [the device at hand]"),
         mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
         memory=dict(type=float, help="GB per device, to check against [80 with --gpus, else this machine's]"))
-    args.memory = args.memory or (80 if args.gpus or cfg.device == "cuda" else None)
-    data = find_data(cfg)
+    data, on_gpus = find_data(cfg), args.gpus or cfg.device == "cuda"
     if (data / "manifest.json").exists():
         corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
         tokens, vocab_size = corpus.train_sequences * cfg.seq_len, corpus.vocab_size
         eval_tokens = sum(corpus.eval_sequences(s).size for s in ("heldout", cfg.report))
     else:
-        default = cfg.data == Config.data
-        tokens, vocab_size = cfg.train_tokens or 100_000_000, 2048 if default else 50257
-        eval_tokens = 130_000 if default else 10_132_000
+        vocab_size, eval_tokens = (2048, 130_000) if cfg.data == Config.data else (50257, 10_132_000)
+        tokens = cfg.train_tokens or 100_000_000
         print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
     lines, flops = describe(cfg, why, tokens, vocab_size)
     gpus, members = args.gpus or 1, cfg.trajectories * cfg.cycles
     ranks = gpus // cfg.trajectories if gpus % cfg.trajectories == 0 else gpus  # that share a trajectory
     gb = lambda n: f"{n / 1e9:.3g} GB"
-    parts = memory_per_device(cfg, vocab_size, ranks)
-    total = peak_memory(parts)
-    weights = parts["weights"] // 2
+    parts, here = memory_per_device(cfg, vocab_size, ranks), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    total, room = peak_memory(parts), 1e9 * args.memory if args.memory else 80e9 if on_gpus else here
     lines.append(f"memory per device: {', '.join(f'{k} {gb(v)}' for k, v in parts.items())}; peak {gb(total)}")
-    room = args.memory * 1e9 if args.memory else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if total > 0.95 * room:
-        needs = lambda m: peak_memory(memory_per_device(dataclasses.replace(cfg, micro_batch=m), vocab_size, ranks))
+        needs = lambda m: peak_memory(memory_per_device(replace(cfg, micro_batch=m), vocab_size, ranks))
         fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and needs(m) <= 0.95 * room]
         lines.append(f"warning: that does not fit in {gb(room)}: "
                      + (f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"))
-    lines.append(f"disk: members {gb(members * weights)}, predictions {gb(members * 4 * eval_tokens)}")
-    if args.gpus or cfg.device == "cuda":
+    lines.append(f"disk: members {gb(members * parts['weights'] // 2)}, predictions {gb(members * 4 * eval_tokens)}")
+    if on_gpus:
         speed, mfu, of = gpus * H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{gpus} x H100"
-    else:
-        speed, mfu, of = matmul_speed(getattr(torch, cfg.precision)), args.mfu or CPU_MFU, "this CPU, measured"
+    else:  # the best of five square matrix products
+        a = torch.randn(1024, 1024).to(getattr(torch, cfg.precision))
+        speed = 2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
+        mfu, of = args.mfu or CPU_MFU, "this CPU, measured"
     forward = flops_per_token(cfg, vocab_size)[1] * members * eval_tokens
     lines.append(f"estimated time: {datetime.timedelta(seconds=round((flops + forward) / (speed * mfu)))} for "
                  f"{flops + forward:.3g} FLOPs at {mfu:.0%} of {speed / 1e12:.3g} TFLOP/s ({of})")
@@ -2008,8 +1895,7 @@ def command_select(argv):
     table = population_table(predictions["heldout"], predictions[split])
     print("\n".join(format_table(table, split)))
     if args.k is not None:
-        M = len(table["weights"])
-        if args.k > M:
+        if args.k > (M := len(table["weights"])):
             print(f"notice: --k {args.k} is larger than the population: using all {M} members")
         top = table["ranked"][:args.k]
         w = fit_prior(predictions["heldout"][top])[0]
@@ -2020,30 +1906,27 @@ COMMANDS = {"train": command_train, "plan": command_plan, "select": command_sele
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = argv.pop(0) if argv and argv[0] in COMMANDS else "train"
+    command = COMMANDS[argv.pop(0) if argv and argv[0] in COMMANDS else "train"]
     rank = int(os.environ.get("RANK", 0))
     try:
-        COMMANDS[command](argv)
+        command(argv)
     except (UserError, OSError) as e:
         time.sleep(2 * (rank > 0))  # a mistake that all ranks see is told by rank 0, whose end stops the others
-        print(f"train_q0.py: error: {'' if not rank else f'rank {rank}: '}{e}", file=sys.stderr, flush=True)
+        print(f"train_q0.py: error: {'' if not rank else f'rank {rank}: '}{e}", file=sys.stderr)
         return 2
     except Stopped:
         print("stopped; its state is saved: go on with --resume and the run's name", file=sys.stderr)
-        return 128 + Stop.signal
+        return 128 + Stopped.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except (MemoryError, RuntimeError) as e:
+    except Exception as e:
         if not isinstance(e, (MemoryError, torch.OutOfMemoryError)) and "allocate memory" not in str(e):
-            print(f"rank {rank} failed:", file=sys.stderr)
+            print(f"rank {rank} failed:", file=sys.stderr)  # a bug: say whose it is and let the traceback through
             raise
         print(f"train_q0.py: error: rank {rank} is out of memory: halve --micro-batch (plan shows what a run needs): "
-              f"{' '.join(str(e).split())[:150]}", file=sys.stderr, flush=True)
+              f"{' '.join(str(e).split())[:150]}", file=sys.stderr)
         return 2
-    except Exception:  # a bug: say whose it is and let the traceback through
-        print(f"rank {rank} failed:", file=sys.stderr)
-        raise
     return 0
 
 if __name__ == "__main__":
