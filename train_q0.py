@@ -1550,7 +1550,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
         begun.append(at)
         if resume and at.kernels != kernels:
             print(f"notice: the kernels were {at.kernels}, now {kernels}: numbers may differ by rounding", flush=True)
-        for entry in at.curve:
+        for entry in at.curve if world.leader else ():
             path = folder / f"predictions/{entry['member']}.safetensors"
             for split, p in read_predictions(path, entry["predictions"]).items():
                 cached[split].append(p)
