@@ -1281,9 +1281,10 @@ def save_state(folder, at, identity, tensors):
     write_atomically(path.with_suffix(".safetensors"), lambda tmp: save_tensors(tensors, tmp))
     body = {"at": asdict(at), "identity": identity, "tensors": sha256_of(path.with_suffix(".safetensors"))}
     save_json(path, {"body": body, "sha256": digest(body)})
-    for old in generations(folder, at.trajectory)[2:]:
+    newest = generations(folder, at.trajectory)[:2]
+    keep = {*newest, *(f.with_suffix(".safetensors") for f in newest)}
+    for old in set(folder.glob(f"{at.trajectory}-*")) - keep:  # what a killed process left half-written, too
         old.unlink()
-        old.with_suffix(".safetensors").unlink(missing_ok=True)
 
 def load_state(folder, trajectory, identity):
     """(Progress, file of its tensors) of the newest whole state of a trajectory, or None where it has none; `identity`
@@ -1447,13 +1448,16 @@ class Log:
     def start(self, header, sizes=None):
         """Begin anew with `header`, or go on where log and metrics had `sizes` bytes: what followed comes again."""
         for file, size in zip((self.text, self.metrics), sizes or (0, 0)):
-            file.truncate(size)
+            file.truncate(min(size, os.fstat(file.fileno()).st_size))
         if not sizes:
             self.text.write(SOURCE + "=" * 100 + "\n" + header + "\n" + "=" * 100 + "\n")
 
     def position(self):
-        """[name, bytes of the log, bytes of the metrics] written so far."""
-        return [self.name, *(os.fstat(f.fileno()).st_size for f in (self.text, self.metrics))] if self.text else []
+        """[name, bytes of the log, bytes of the metrics] written so far, on the disk as the state that holds them."""
+        files = [f.fileno() for f in (self.text, self.metrics) if f]
+        for file in files:
+            os.fsync(file)
+        return [self.name, *(os.fstat(f).st_size for f in files)] if files else []
 
     def line(self, text, passing=False):
         """A line of text; on a terminal the next line overwrites a passing one."""
@@ -1532,7 +1536,8 @@ def train(cfg, corpus, world, folder, log, saved=None):
     name, raw.attend = choose_attention(cfg, world.device)
     previous.attend = raw.attend
     model, taught_by = (torch.compile(m, dynamic=False) if cfg.compile else m for m in (raw, previous))
-    kernels = {"attention": name, "triton": use_triton(world.device.type), "compiled": cfg.compile}
+    kernels = {"attention": name, "triton": use_triton(world.device.type), "compiled": cfg.compile,
+               "processes": world.size * world.groups}
     if cfg.compile:
         warm_up(cfg, raw, model, taught_by, world)
     if not saved:
@@ -1549,7 +1554,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
         before, saved_at, resume = sum(p.step for p in begun), (at.step, at.done), file is not None
         begun.append(at)
         if resume and at.kernels != kernels:
-            print(f"notice: the kernels were {at.kernels}, now {kernels}: numbers may differ by rounding", flush=True)
+            log.line(f"notice: step {at.step} was reached with {at.kernels}, now {kernels}: rounding may differ")
         for entry in at.curve if world.leader else ():
             path = folder / f"predictions/{entry['member']}.safetensors"
             for split, p in read_predictions(path, entry["predictions"]).items():
@@ -1563,6 +1568,10 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 at.log, at.kernels, saved_at = log.position(), kernels, (at.step, at.done)
                 if world.leader:
                     save_state(folder / "state", at, identity, tensors)
+                    # a state inside a cycle is taught by the newest member, the state before it by the one before
+                    for old in at.curve[:-(cfg.keep_members if at.done else max(2, cfg.keep_members))
+                                        ] if cfg.keep_members else ():
+                        (folder / f"members/{old['member']}/model.safetensors").unlink(missing_ok=True)
 
         for cycle in trajectory[at.cycle:]:
             if resume:
@@ -1571,7 +1580,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                     raw.load_state_dict({n: tensors[f"model.{n}"] for n, _ in raw.named_parameters()})
                 world.same_(*(p.data for p in raw.parameters()))
                 optimizer.load(tensors)
-                if cycle.index:
+                if cycle.distilled and at.in_cycle < cycle.steps:
                     set_previous(cycle.member - 1, at.curve[-1]["weights"])
                 resume = False
             elif cycle.index == 0 or cfg.boundary == "fresh":
@@ -1643,8 +1652,6 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 log.event("ensemble", members=n, k=n, prior="learned", **{key: mixed["learned"]}, gap=mixed["gap"])
                 at.curve.append({**cycle.place, **mixed, "of": n, "weights": sha256_of(member / "model.safetensors"),
                                  "predictions": sha256_of(path)})
-                if cfg.keep_members and cycle.index >= cfg.keep_members:
-                    (folder / f"members/{cycle.member - cfg.keep_members}/model.safetensors").unlink(missing_ok=True)
             at.cycle, at.in_cycle = cycle.index + 1, 0
             at.eval_seconds += time.perf_counter() - mark
         at.done = True
@@ -1819,10 +1826,14 @@ def run(cfg, why, args, world):
         path = folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
         log.open(path, show=first)
         identity = {**method_settings(cfg), **corpus.hashes}
-        for j in range(cfg.trajectories) if world.groups == 1 else [world.index]:
-            saved[j] = load_state(folder / "state", j, identity)
-        kept = [at.log[1:] for at, _ in filter(None, saved.values()) if at.log[0] == path.name]
-        log.start(json.dumps(about, indent=1) + "\n" + "\n".join(lines), max(kept, default=None))
+        saved, ends = {j: load_state(folder / "state", j, identity) for j in range(cfg.trajectories)}, {}
+        for at, _ in filter(None, saved.values()):
+            ends[at.log[0]] = max(ends.get(at.log[0], []), at.log[1:])
+        log.start(json.dumps(about, indent=1) + "\n" + "\n".join(lines), ends.pop(path.name, None))
+        for other, sizes in ends.items() if world.groups == 1 else ():  # of trajectories that had a group of their own
+            moved = Log()
+            moved.open(folder / other)
+            moved.start("", sizes)
     saved = world.from_leader({j: state for j, state in saved.items() if state})
     if saved:
         where = {j: "is done" if at.done else f"at step {at.step}" for j, (at, _) in saved.items()}
