@@ -3,7 +3,6 @@ import ast
 import contextlib
 import errno
 import functools
-import hashlib
 import json
 import os
 import re
@@ -12,9 +11,7 @@ import shutil
 import signal
 import socket
 import struct
-import sys
 import time
-import types
 from pathlib import Path
 
 import numpy as np
@@ -24,8 +21,8 @@ from hypothesis import HealthCheck, assume, given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import train_q0 as q0
-from test_resume import (CYCLE_ENDS, EVERY_STEP, ROOT, RUN, Fork, at_call, compare, die, finish, good, make_shards,
-                         metrics_of, planted, ranks, reference, result_of, states_of, weights_of)
+from test_resume import (CYCLE_ENDS, EVERY_STEP, RUN, Fork, at_call, compare, make_shards, metrics_of, planted, ranks,
+                         reference, result_of, weights_of)
 
 
 @pytest.fixture(scope="session")
@@ -86,8 +83,9 @@ DISK = {
     "state, synced": (planted(os, "fsync", 30, act=no_space), "No space left on device"),
     "state, renamed": (planted(os, "replace", 15, act=denied, where="/state/"), "Permission denied"),
     "member": (planted(q0, "save_member", 2, act=lambda: limit_files(20_000)), "File too large|No space"),
-    "member, synced": (planted(q0, "save_member", 2, act=lambda: at_call(os, "fsync", 1, act=no_space)), "No space left"),
-    "predictions": (planted(q0, "true_token_probs", 4, after=True, act=lambda: limit_files(4_000)), "File too large|No sp"),
+    "member, synced": (planted(q0, "save_member", 2, act=lambda: at_call(os, "fsync", 1, act=no_space)), "No space"),
+    "predictions": (planted(q0, "true_token_probs", 4, after=True, act=lambda: limit_files(4_000)),
+                    "File too large|No space"),
     "log": (planted(q0.Optimizer, "step", 12, after=True, act=lambda: limit_files(50_000)), "File too large|No space"),
     "result": (planted(os, "replace", 1, act=no_space, where=r"result\.json$"), "No space left on device"),
 }
@@ -155,7 +153,7 @@ def swap(one, two):
 
 
 def state_with(path, **changes):
-    """Edit the body of a state's JSON and seal it again, as a program would."""
+    """A kind of damage: edit the body of a state's JSON and seal it again, as a program would."""
     def damage(run):
         file = run / path
         body = json.loads(file.read_text())["body"]
@@ -169,7 +167,8 @@ cut = lambda raw: raw[:len(raw) // 2]
 JSON, TENSORS = f"state/{NEWEST}.json", f"state/{NEWEST}.safetensors"
 DAMAGED_STATES = {  # name: what is done to the newest state
     "JSON truncated": edit(JSON, cut), "JSON empty": edit(JSON, lambda raw: b""), "JSON flipped": edit(JSON, flip),
-    "JSON a list": edit(JSON, lambda raw: b"[]"), "position edited": edit(JSON, lambda raw: raw.replace(b'"step": 18', b'"step": 17')),
+    "JSON a list": edit(JSON, lambda raw: b"[]"),
+    "position edited": edit(JSON, lambda raw: raw.replace(b'"step": 18', b'"step": 17')),
     "tensors truncated": edit(TENSORS, cut), "tensors flipped": edit(TENSORS, flip),
     "tensors empty": edit(TENSORS, lambda raw: b""), "tensors missing": lambda run: (run / TENSORS).unlink(),
     "tensors of another step": lambda run: shutil.copy(run / f"state/{BEFORE}.safetensors", run / TENSORS),
@@ -189,7 +188,8 @@ def test_damaged_state(case, base, run, logs):
         return
     fork = goes_on(logs, base)
     assert fork.from_step == {0: 17}
-    assert len(re.findall(rf"^notice: state .*{NEWEST}.*: going back to the one before$", fork.err, re.M)) == 1, fork.err
+    notices = re.findall(rf"^notice: state .*{NEWEST}.*: going back to the one before$", fork.err, re.M)
+    assert len(notices) == 1, fork.err
 
 
 def test_older_state_under_a_newer_name(base, run, logs):
@@ -223,10 +223,10 @@ DAMAGED_FILES = {  # name: (what is done, what the line says); the run was taugh
     "member swapped whole": (lambda run: [swap(f"members/0/{f}", f"members/1/{f}")(run) for f in (
         "model.safetensors", "config.json")], "member .*members/1 is missing or damaged.*sha256"),
     "member's configuration cut": (edit("members/1/config.json", cut), "member .*members/1 is missing or damaged"),
-    "predictions truncated": (edit("predictions/0.safetensors", cut), "predictions .*/0.safetensors is missing or dam"),
-    "predictions flipped": (edit("predictions/1.safetensors", flip), "predictions .*/1.safetensors is missing or damag"),
+    "predictions truncated": (edit("predictions/0.safetensors", cut), "predictions .*/0.safetensors is missing"),
+    "predictions flipped": (edit("predictions/1.safetensors", flip), "predictions .*/1.safetensors is missing"),
     "predictions swapped": (swap("predictions/0.safetensors", "predictions/1.safetensors"), "predictions/0.*sha256"),
-    "predictions missing": (lambda run: (run / "predictions/0.safetensors").unlink(), "predictions .*/0.safetensors is"),
+    "predictions missing": (lambda run: (run / "predictions/0.safetensors").unlink(), "/0.safetensors is missing"),
     "shard truncated": (edit("../../shards/train.bin", cut), "shard .*train.bin is missing or damaged.*too many or"),
     "shard flipped": (edit("../../shards/heldout.bin", flip), "shard .*heldout.bin is missing or damaged.*sha256"),
     "shards swapped": (swap("../../shards/dev.bin", "../../shards/val.bin"), "shard .*dev.bin is missing or damaged"),
@@ -525,7 +525,7 @@ CLAIMS = {  # what a member's config.json claims: why load_member does not stand
     "width": (2 ** 20, None), "vocab_size": (2 ** 31 - 1, None), "mlp_hidden": (2 ** 40, None), "head_dim": (64, None),
     "layers": (10 ** 6, TOO_LARGE + "the number of layers (minutes and gigabytes of Python objects)"),
     "seq_len": (2 ** 16, TOO_LARGE + "the sequence: masks of seq_len^2 entries, which no weight's shape shows"),
-    "loop_passes": (10 ** 9, TOO_LARGE + "the passes: layer_order makes a list of them (and MemoryError is not caught)"),
+    "loop_passes": (10 ** 9, TOO_LARGE + "the passes: layer_order makes a list of them (nor is MemoryError caught)"),
 }
 
 
@@ -542,7 +542,6 @@ def test_a_member_that_claims_too_much(key, member, logs, tmp_path):
 def test_the_guard_sees_an_allocation_and_a_hang(logs):
     for name, read in (("memory", lambda: torch.zeros(2 ** 26)), ("hang", lambda: time.sleep(5)),
                        ("told", lambda: (_ for _ in ()).throw(q0.UserError("RuntimeError: can't allocate memory")))):
-        fork = Fork(logs, call=lambda: None)
         with pytest.raises(AssertionError):
             guarded(logs, lambda: check(read, 0.3))
 
@@ -575,13 +574,14 @@ def unless(bad, reason, cases):
     return [pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=reason)) if c in bad else c for c in cases]
 
 
-STATES = {"no log": {"log": []}, "log a word": {"log": "x"}, "step a word": {"step": "x"}, "curve a word": {"curve": "ab"},
+STATES = {"no log": {"log": []}, "log a word": {"log": "x"}, "step a word": {"step": "x"},
+          "curve a word": {"curve": "ab"},
           "an entry without predictions": {"curve": [{"member": 0}]}, "cycle beyond the last": {"cycle": 99},
           "log sizes negative": {"log": ["log.txt", -1, -1]}, "step negative": {"step": -5}}
 
 
-@pytest.mark.parametrize("case", unless(STATES.keys() - {"log sizes negative"}, "load_state checks hashes, not types or "
-                                        "ranges of what it hands on", STATES))
+@pytest.mark.parametrize("case", unless(STATES.keys() - {"log sizes negative"}, "load_state checks hashes, neither types "
+                                        "nor ranges of what it hands on", STATES))
 def test_a_sealed_state_that_makes_no_sense(case, run, logs):
     for name in (NEWEST, BEFORE):
         state_with(f"state/{name}.json", at=STATES[case])(run)
@@ -589,8 +589,8 @@ def test_a_sealed_state_that_makes_no_sense(case, run, logs):
     assert fork.wait(20) == 2 and "Traceback" not in fork.err, fork.err[-300:]
 
 
-SETTINGS = {"a word": {"layers": "x"}, "a fraction": {"layers": 1.5}, "missing": {"lr_matrix": None}, "unknown": {"q": 1},
-            "too many": {"epochs": 0}}
+SETTINGS = {"a word": {"layers": "x"}, "a fraction": {"layers": 1.5}, "missing": {"lr_matrix": None},
+            "unknown": {"q": 1}, "too many": {"epochs": 0}}
 
 
 @pytest.mark.parametrize("case", unless({"a fraction", "missing"}, "saved_settings checks neither types nor names",
@@ -606,9 +606,11 @@ def test_settings_of_a_run_that_make_no_sense(case, run, logs):
 # ----------------------------------------------------------------------------------------------------------------------
 # Hypothesis: files made from good ones by any change
 
-numbers = st.one_of(st.integers(-2, 70), st.sampled_from([2 ** 16, 2 ** 20, 10 ** 6, 2 ** 31 - 1, 2 ** 31, 2 ** 63, 10 ** 30,
-                                                          -2 ** 31, 0.5, -1.0, 1e308, float("inf"), float("nan")]))
-words = st.one_of(st.text(max_size=8), st.sampled_from(["", ".", "..", "../x", "/etc/hosts", "val.bin", "\0", "0" * 64]))
+numbers = st.one_of(st.integers(-2, 70), st.sampled_from([
+    2 ** 16, 2 ** 20, 10 ** 6, 2 ** 31 - 1, 2 ** 31, 2 ** 63, 10 ** 30, -2 ** 31, 0.5, -1.0, 1e308, float("inf"),
+    float("nan")]))
+words = st.one_of(st.text(max_size=8), st.sampled_from([
+    "", ".", "..", "../x", "/etc/hosts", "val.bin", "\0", "0" * 64]))
 values = st.recursive(st.one_of(st.none(), st.booleans(), numbers, words), lambda inner: st.one_of(
     st.lists(inner, max_size=3), st.dictionaries(words, inner, max_size=3)), max_leaves=6)
 
@@ -651,7 +653,8 @@ def bytes_of(raw):
     """Changes of a file's bytes: cut, longer, some bytes other."""
     other = st.lists(st.tuples(st.integers(0, len(raw) - 1), st.integers(0, 255)), max_size=4).map(
         lambda changes: functools.reduce(lambda r, c: r[:c[0]] + bytes([c[1]]) + r[c[0] + 1:], changes, raw))
-    return st.one_of(other, st.integers(0, len(raw)).map(lambda n: raw[:n]), st.binary(max_size=40).map(lambda b: raw + b))
+    shorter, longer = st.integers(0, len(raw)).map(lambda n: raw[:n]), st.binary(max_size=40).map(lambda b: raw + b)
+    return st.one_of(other, shorter, longer)
 
 
 def dump(value):
@@ -692,7 +695,7 @@ def manifest_target(tmp, shards):
     def infinite(raw):  # int(Infinity) is an OverflowError, which `reading` does not turn into a UserError
         with contextlib.suppress(ValueError, TypeError, KeyError):
             manifest = json.loads(raw)
-            return any(isinstance(manifest[k], float) and abs(manifest[k]) == float("inf") for k in ("vocab_size", "eot"))
+            return any(manifest[k] in (float("inf"), -float("inf")) for k in ("vocab_size", "eot"))
         return False
     return Target(tmp / "shards/manifest.json", st.one_of(edits(good).map(dump), bytes_of(dump(good))), read, infinite)
 
@@ -700,8 +703,8 @@ def manifest_target(tmp, shards):
 def member_target(tmp, member):
     shutil.copytree(member, tmp / "m")
     good = json.loads((tmp / "m/config.json").read_text())
-    config = st.builds(lambda key, value: changed(good, ("config", key), value), st.sampled_from(sorted(good["config"])),
-                       st.one_of(numbers, values))
+    config = st.builds(lambda key, value: changed(good, ("config", key), value),
+                       st.sampled_from(sorted(good["config"])), st.one_of(numbers, values))
 
     def read():
         model = q0.load_member(tmp / "m")
@@ -713,8 +716,9 @@ def member_target(tmp, member):
         with contextlib.suppress(ValueError, TypeError, KeyError):
             about = json.loads(raw)
             cfg, wild = about["config"], lambda x: isinstance(x, float) and not np.isfinite(x)
-            odd = [about["vocab_size"], *(cfg.get(k) for k in ("layers", "seq_len", "loop_passes", "width", "head_dim",
-                                                               "short_window", "loop_first", "loop_last", "mlp_hidden"))]
+            odd = [about["vocab_size"], *(cfg.get(k) for k in (
+                "layers", "seq_len", "loop_passes", "width", "head_dim", "short_window", "loop_first", "loop_last",
+                "mlp_hidden"))]
             return any(isinstance(x, (int, float)) and abs(x) > 1000 for x in odd) or any(map(wild, odd))
         return False
     made = st.one_of(config.map(dump), edits(good).map(dump), bytes_of(dump(good)))
@@ -765,7 +769,8 @@ def predictions_target(tmp):
     return Target(folder / "1.safetensors", made, read)
 
 
-TARGETS = {"shard": lambda tmp, base, run: shard_target(tmp), "predictions": lambda tmp, base, run: predictions_target(tmp),
+TARGETS = {"shard": lambda tmp, base, run: shard_target(tmp),
+           "predictions": lambda tmp, base, run: predictions_target(tmp),
            "manifest": lambda tmp, base, run: manifest_target(tmp, make_shards(base)),
            "member": lambda tmp, base, run: member_target(tmp, run / "members/1"),
            "state": lambda tmp, base, run: state_target(tmp, run)}

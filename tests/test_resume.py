@@ -4,7 +4,6 @@ Runs are forks of the process that runs the tests, which has imported torch: a r
 plant something first, such as its own SIGKILL at the n-th call of a function. One thread throughout, so that sums have
 one order. `pytest -s` shows the table of kills; --slow kills more often.
 """
-import contextlib
 import functools
 import json
 import os
@@ -431,7 +430,7 @@ def test_killed_at_random_moments(base, argv, tmp_path, request):
     raise AssertionError(f"only {done} of {kills} kills came in time")
 
 
-@pytest.mark.xfail(strict=True, reason="write_atomically's temporary files and tensors without their JSON stay for ever")
+@pytest.mark.xfail(strict=True, reason="temporary files and tensors without their JSON stay for ever")
 def test_a_kill_leaves_no_rubbish(base, argv, logs):
     """Each is as large as a state: at full scale 20 GB a kill."""
     for n, where in enumerate((r"state/.*\.safetensors$", r"state/.*\.json$", "members/0")):
@@ -755,9 +754,10 @@ def test_torchrun_restarts(processes, resumed, base, stopped, tmp_path):
         shutil.copytree(stopped, logs / "x")
         argv = ["--resume", "x"]
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
-                           "--max-restarts=1", __file__, *map(str, argv)], capture_output=True, text=True, timeout=120,
-                          env={**env, "PYTHONPATH": str(ROOT), "TEST_LOGS": str(logs), "OMP_NUM_THREADS": "1"})
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
+                "--max-restarts=1", __file__]
+    done = subprocess.run([*torchrun, *map(str, argv)], capture_output=True, text=True, timeout=180, env={
+        **env, "PYTHONPATH": str(ROOT), "TEST_LOGS": str(logs), "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0 and "resuming x: trajectory 0 at step" in done.stdout, done.stderr
     assert (logs / "died").exists()
     if processes == 1:
