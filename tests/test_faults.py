@@ -329,6 +329,16 @@ def test_skip_not_finite(base, argv, logs):
     assert all(np.isfinite(p).all() for f in (logs / "x/predictions").iterdir() for p in load_file(f).values())
 
 
+def test_not_finite_and_saved_before_it_is_noticed(argv, logs):
+    """The state of a step between the fault and the logged line knows of it: the run that goes on counts it."""
+    fork = Fork(logs, *argv, *EVERY_STEP, "--log-every", "5", plant=poison(12, "nan loss"))
+    assert "step 12 of trajectory 0, micro-batch 1; 1 updates were left out; the last saved state is of step 14" in (
+        fork.fails("skip-nonfinite"))
+    Fork(logs, "--resume", "x").fails("1 updates were left out; the last saved state is of step 14")
+    assert Fork(logs, "--resume", "x", "--skip-nonfinite").good().from_step == {0: 14}
+    assert result_of(logs / "x")["skipped_updates"] == 1
+
+
 def test_not_finite_in_every_step(argv, logs):
     """With --skip-nonfinite too, every update is left out: the weights stay those of the start."""
     def plant():
@@ -580,8 +590,8 @@ STATES = {"no log": {"log": []}, "log a word": {"log": "x"}, "step a word": {"st
           "log sizes negative": {"log": ["log.txt", -1, -1]}, "step negative": {"step": -5}}
 
 
-@pytest.mark.parametrize("case", unless(STATES.keys() - {"log sizes negative"}, "load_state checks hashes, neither types "
-                                        "nor ranges of what it hands on", STATES))
+@pytest.mark.parametrize("case", unless(STATES.keys() - {"log sizes negative"}, "load_state checks hashes, neither "
+                                        "types nor ranges of what it hands on", STATES))
 def test_a_sealed_state_that_makes_no_sense(case, run, logs):
     for name in (NEWEST, BEFORE):
         state_with(f"state/{name}.json", at=STATES[case])(run)
