@@ -445,7 +445,9 @@ def set_up_world(cfg):
     if size == 1:
         yield World(device=device)
         return
-    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo")
+    # a store that torchrun keeps over a restart still holds the addresses of the processes before
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), next(dist.rendezvous("env://"))[0])
+    dist.init_process_group("nccl" if cfg.device == "cuda" else "gloo", store=store, rank=rank, world_size=size)
     watch = Watch(rank, size)
     try:
         joined = dist.new_group(backend="gloo", timeout=datetime.timedelta(days=365))  # trajectories may end far apart
