@@ -760,8 +760,9 @@ def test_torchrun_restarts(processes, resumed, base, stopped, tmp_path):
     env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}",
                 "--max-restarts=1", __file__]
-    run = subprocess.Popen([*torchrun, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={
-        **env, "PYTHONPATH": str(ROOT), "TEST_LOGS": str(logs), "OMP_NUM_THREADS": "1"})
+    env.update(PYTHONPATH=str(ROOT), TEST_LOGS=str(logs), OMP_NUM_THREADS="1")
+    run = subprocess.Popen([*torchrun, *map(str, argv)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                           env=env)
     try:
         out, error = run.communicate(timeout=90)
     finally:
