@@ -72,8 +72,9 @@ def reading(what, advice=""):
     """Turn all that a missing, damaged or hostile file may raise into one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, RuntimeError, SafetensorError) as e:
-        reason = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__}: {e}"
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, UserError,
+            SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or f"{type(e).__name__}: " * (not isinstance(e, UserError)) + str(e)
         raise UserError(f"{what} is missing or damaged: {' '.join(reason.split())[:200]}{advice}") from None
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -103,13 +104,13 @@ class Config:
     # data
     data: str = knob("data/wiki", "folder of token shards with a manifest.json")
     train_tokens: int = knob(150_000, "whole training documents up to about this many tokens; 0: all of them", low=0)
-    seq_len: int = knob(256, "tokens predicted per sequence", low=8)
+    seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
     batch_tokens: int = knob(2048, "tokens per optimizer step in the middle half of the cycles", low=1)
     edge_batch_tokens: int | None = knob(None, "tokens per step in the first and last quarter of the cycles", low=1)
     micro_batch: int = knob(8, "sequences per forward pass", low=1)
     report: str = knob("val", "split to report on; choices between settings are made on dev", choices=("val", "dev"))
     # model
-    layers: int = knob(4, "transformer blocks", low=1)
+    layers: int = knob(4, "transformer blocks", low=1, high=1000)
     width: int = knob(128, "channels of the residual stream", low=32)
     head_dim: int = knob(64, "channels per attention head", low=16)
     mlp_hidden: int | None = knob(384, "channels inside the SwiGLU", low=1)
@@ -125,7 +126,7 @@ class Config:
     head_mixing: bool = knob(False, "learned mixing of the heads of q, k and v")
     loop_first: int = knob(0, "first looped layer", low=0)
     loop_last: int = knob(0, "last looped layer", low=0)
-    loop_passes: int = knob(1, "how often the looped layers run in all", low=1)
+    loop_passes: int = knob(1, "how often the looped layers run in all", low=1, high=100)
     mtp_weight: float = knob(0.0, "weight of the loss on the token after next; 0 builds no block for it", low=0)
     # optimizer
     lr_matrix: float = knob(0.02, "peak lr of Muon: every matrix inside the blocks", low=0, high=1e37)
@@ -155,6 +156,9 @@ class Config:
             value, rule, name = getattr(self, f.name), f.metadata, flag(f.name)
             if value is None:
                 continue
+            kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[f.type.split(" ")[0]]
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise UserError(f"{name} {value!r} is not of type {f.type}")
             if value not in rule.get("choices", [value]):
                 raise UserError(f"{name} {value} is not one of: {', '.join(rule['choices'])}")
             for bound, word, ok in (("low", "least", lambda x: value >= x), ("high", "most", lambda x: value <= x)):
@@ -1301,7 +1305,15 @@ def load_state(folder, trajectory, identity):
                     raise ValueError("a sha256 does not match")
                 if body["identity"] != identity or body["at"]["trajectory"] != trajectory:
                     raise ValueError("it is of another run or trajectory")
-                return Progress(**body["at"]), tensors
+                at, first = Progress(**body["at"]), trajectory * identity["cycles"]
+                name, text, metrics = at.log
+                whole = at.cycle, at.in_cycle, at.step, at.sequences, text, metrics
+                if not (all(type(n) is int and n >= 0 for n in whole) and at.cycle <= identity["cycles"]
+                        and type(at.done) is bool and Path(name).name == name
+                        and [e["member"] for e in at.curve] == list(range(first, first + at.cycle))
+                        and all({"of", "weights", "predictions"} <= e.keys() for e in at.curve)):
+                    raise ValueError("it does not say where the trajectory stands")
+                return at, tensors
         except UserError as e:
             print(f"notice: {e}" + ": going back to the one before" * (path != files[-1]), file=sys.stderr)
     if files:
@@ -1538,8 +1550,8 @@ def train(cfg, corpus, world, folder, log, saved=None):
     name, raw.attend = choose_attention(cfg, world.device)
     previous.attend = raw.attend
     model, taught_by = (torch.compile(m, dynamic=False) if cfg.compile else m for m in (raw, previous))
-    kernels = {"attention": name, "triton": use_triton(world.device.type), "compiled": cfg.compile,
-               "processes": world.size * world.groups}
+    kernels = {"attention": name, "triton": use_triton(world.device.type), "compiled": cfg.compile}
+    ranks = {"device": world.device.type, "processes": world.size * world.groups}
     if cfg.compile:
         warm_up(cfg, raw, model, taught_by, world)
     if not saved:
@@ -1555,8 +1567,8 @@ def train(cfg, corpus, world, folder, log, saved=None):
         at, file = (saved or {}).get(j) or (Progress(j), None)
         before, saved_at, resume = sum(p.step for p in begun), (at.step, at.done), file is not None
         begun.append(at)
-        if resume and at.kernels != kernels:
-            log.line(f"notice: step {at.step} was reached with {at.kernels}, now {kernels}: rounding may differ")
+        if resume and at.kernels != kernels | ranks:
+            log.line(f"notice: step {at.step} was reached with {at.kernels}, now {kernels | ranks}: rounding differs")
         for entry in at.curve if world.leader else ():
             path = folder / f"predictions/{entry['member']}.safetensors"
             for split, p in read_predictions(path, entry["predictions"]).items():
@@ -1567,7 +1579,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
             if (at.step, at.done) != saved_at:
                 tensors = {} if at.done else {**{f"model.{n}": p.detach().cpu() for n, p in raw.named_parameters()},
                                               **optimizer.state()}
-                at.log, at.kernels, saved_at = log.position(), kernels, (at.step, at.done)
+                at.log, at.kernels, saved_at = log.position(), kernels | ranks, (at.step, at.done)
                 if world.leader:
                     save_state(folder / "state", at, identity, tensors)
                     # a state inside a cycle is taught by the newest member, the state before it by the one before
@@ -1730,6 +1742,8 @@ def parse_config(argv, **extra):
         path = find_run(known.resume) / "run.json"
         with reading(path, ": the run cannot go on"):
             saved = json.loads(path.read_text(encoding="utf-8"))["config"]
+            if saved.keys() != {f.name for f in fields(Config)}:
+                raise ValueError("settings are missing or unknown")
             base = asdict(Config(**{**saved, "device": "auto", "compile": None, "attention": "auto"}))
             resolve(Config(**base))  # values of another kind raise here
         differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items() if k not in MACHINE and v != base[k]]
@@ -1801,7 +1815,7 @@ def run(cfg, why, args, world):
     if args.resume and (folder / "result.json").exists():
         print(f"{name} is complete: {folder}")
         return
-    if first and folder.exists() and not args.resume:
+    if first and not args.resume and folder.exists() and any(f.suffix != ".tmp" for f in folder.iterdir()):
         raise UserError(f"run directory {folder} exists: give another --run name, or --resume {name} to go on with it")
     if first and not (data / "manifest.json").exists() and cfg.data == Config.data:
         print(f"{data} is missing: preparing the default corpus (python data/prepare.py wiki)", flush=True)
@@ -1827,6 +1841,10 @@ def run(cfg, why, args, world):
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
         path = folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
         log.open(path, show=first)
+    for half_written in folder.rglob("*.tmp") if first else ():  # by a process that was killed
+        half_written.unlink()
+    world.from_first(None)  # from here on all write
+    if world.leader:
         identity = {**method_settings(cfg), **corpus.hashes}
         saved, ends = {j: load_state(folder / "state", j, identity) for j in range(cfg.trajectories)}, {}
         for at, _ in filter(None, saved.values()):

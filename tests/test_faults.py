@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import HealthCheck, assume, given, settings, strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import train_q0 as q0
@@ -530,19 +530,14 @@ def reconfigured(member, to, **changes):
     return to
 
 
-TOO_LARGE = "load_member builds the model on the meta device, and its buffers on the CPU, before it bounds "
-CLAIMS = {  # what a member's config.json claims: why load_member does not stand it yet, or None
-    "width": (2 ** 20, None), "vocab_size": (2 ** 31 - 1, None), "mlp_hidden": (2 ** 40, None), "head_dim": (64, None),
-    "layers": (10 ** 6, TOO_LARGE + "the number of layers (minutes and gigabytes of Python objects)"),
-    "seq_len": (2 ** 16, TOO_LARGE + "the sequence: masks of seq_len^2 entries, which no weight's shape shows"),
-    "loop_passes": (10 ** 9, TOO_LARGE + "the passes: layer_order makes a list of them (nor is MemoryError caught)"),
-}
+CLAIMS = {  # of a member's config.json
+    "width": 2 ** 20, "vocab_size": 2 ** 31 - 1, "mlp_hidden": 2 ** 40, "head_dim": 64, "layers": 10 ** 6,
+    "seq_len": 2 ** 16, "loop_passes": 10 ** 9}
 
 
-@pytest.mark.parametrize("key", [k if why is None else pytest.param(k, marks=pytest.mark.xfail(strict=True, reason=why))
-                                 for k, (_, why) in CLAIMS.items()])
+@pytest.mark.parametrize("key", CLAIMS)
 def test_a_member_that_claims_too_much(key, member, logs, tmp_path):
-    folder = reconfigured(member, tmp_path / "m", **{key: CLAIMS[key][0]})
+    folder = reconfigured(member, tmp_path / "m", **{key: CLAIMS[key]})
 
     def act():
         assert "is missing or damaged" in check(lambda: q0.load_member(folder))
@@ -570,18 +565,13 @@ def test_paths_of_a_manifest_stay_in_their_folder(name, base, tmp_path):
         q0.load_corpus(folder, 32, 2000)
 
 
-@pytest.mark.xfail(strict=True, reason="a state's curve may name any file as a member's predictions")
 def test_paths_of_a_state_stay_in_their_folder(run, logs, tmp_path):
     curve = json.loads((run / JSON).read_text())["body"]["at"]["curve"]
-    shutil.move(run / "predictions/0.safetensors", tmp_path / "7.safetensors")
+    shutil.copy(run / "predictions/0.safetensors", tmp_path / "7.safetensors")
     curve[0]["member"] = "../../../7"
     state_with(JSON, at={"curve": curve})(run)
-    Fork(logs, "--resume", "x").fails("state .* is missing or damaged")
-
-
-def unless(bad, reason, cases):
-    """`cases`, of which the `bad` ones must fail until train_q0.py changes."""
-    return [pytest.param(c, marks=pytest.mark.xfail(strict=True, reason=reason)) if c in bad else c for c in cases]
+    fork = Fork(logs, "--resume", "x")
+    assert fork.wait(60) == 0 and re.search("notice: state .* is missing or damaged.*going back", fork.err)
 
 
 STATES = {"no log": {"log": []}, "log a word": {"log": "x"}, "step a word": {"step": "x"},
@@ -590,8 +580,7 @@ STATES = {"no log": {"log": []}, "log a word": {"log": "x"}, "step a word": {"st
           "log sizes negative": {"log": ["log.txt", -1, -1]}, "step negative": {"step": -5}}
 
 
-@pytest.mark.parametrize("case", unless(STATES.keys() - {"log sizes negative"}, "load_state checks hashes, neither "
-                                        "types nor ranges of what it hands on", STATES))
+@pytest.mark.parametrize("case", STATES)
 def test_a_sealed_state_that_makes_no_sense(case, run, logs):
     for name in (NEWEST, BEFORE):
         state_with(f"state/{name}.json", at=STATES[case])(run)
@@ -603,8 +592,7 @@ SETTINGS = {"a word": {"layers": "x"}, "a fraction": {"layers": 1.5}, "missing":
             "unknown": {"q": 1}, "too many": {"epochs": 0}}
 
 
-@pytest.mark.parametrize("case", unless({"a fraction", "missing"}, "saved_settings checks neither types nor names",
-                                        SETTINGS))
+@pytest.mark.parametrize("case", SETTINGS)
 def test_settings_of_a_run_that_make_no_sense(case, run, logs):
     about = json.loads((run / "run.json").read_text())
     for key, value in SETTINGS[case].items():
@@ -674,8 +662,8 @@ def dump(value):
 class Target:
     """A kind of file: where it lies, files made from a good one, and what reads it."""
 
-    def __init__(self, file, made, read, known=lambda raw: False):
-        self.file, self.made, self.read, self.known = file, made, read, known
+    def __init__(self, file, made, read):
+        self.file, self.made, self.read = file, made, read
 
 
 def shard_target(tmp):
@@ -721,18 +709,8 @@ def member_target(tmp, member):
         saved = q0.load_tensor_file(tmp / "m/model.safetensors")
         assert all(torch.equal(p, saved[n].to(p.dtype)) for n, p in model.named_parameters())
 
-    def known(raw):
-        """What test_a_member_that_claims_too_much marks as not yet refused, or cannot be run."""
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            about = json.loads(raw)
-            cfg, wild = about["config"], lambda x: isinstance(x, float) and not np.isfinite(x)
-            odd = [about["vocab_size"], *(cfg.get(k) for k in (
-                "layers", "seq_len", "loop_passes", "width", "head_dim", "short_window", "loop_first", "loop_last",
-                "mlp_hidden"))]
-            return any(isinstance(x, (int, float)) and abs(x) > 1000 for x in odd) or any(map(wild, odd))
-        return False
     made = st.one_of(config.map(dump), edits(good).map(dump), bytes_of(dump(good)))
-    return Target(tmp / "m/config.json", made, read, known)
+    return Target(tmp / "m/config.json", made, read)
 
 
 def state_target(tmp, run):
@@ -796,7 +774,6 @@ def test_fuzz(kind, base, stopped, logs, tmp_path, request):
               suppress_health_check=list(HealthCheck))
     @given(target.made)
     def fuzz(raw):
-        assume(not target.known(raw))
         target.file.write_bytes(raw)
         told.append(check(target.read) is not None)
 
@@ -807,7 +784,6 @@ def test_fuzz(kind, base, stopped, logs, tmp_path, request):
     print(guarded(logs, act, 300).out, end="")
 
 
-@pytest.mark.xfail(strict=True, reason="`reading` does not catch OverflowError (an ArithmeticError)")
 @pytest.mark.parametrize("kind, key", [("manifest", "vocab_size"), ("member", "vocab_size")])
 def test_infinite_numbers(kind, key, base, stopped, logs, tmp_path):
     target = TARGETS[kind](tmp_path, base, stopped)

@@ -430,7 +430,6 @@ def test_killed_at_random_moments(base, argv, tmp_path, request):
     raise AssertionError(f"only {done} of {kills} kills came in time")
 
 
-@pytest.mark.xfail(strict=True, reason="temporary files and tensors without their JSON stay for ever")
 def test_a_kill_leaves_no_rubbish(base, argv, logs):
     """Each is as large as a state: at full scale 20 GB a kill."""
     for n, where in enumerate((r"state/.*\.safetensors$", r"state/.*\.json$", "members/0")):
@@ -522,6 +521,7 @@ def test_resume_by_path_and_of_nothing(base, argv, logs, tmp_path):
     Fork(logs, "--resume", "x").fails("no run x under")
     (logs / "y").mkdir()
     Fork(logs, "--resume", "y").fails(r"y/run\.json is missing or damaged.*cannot go on")
+    (logs / "y/mine").write_text("")
     Fork(logs, *argv[:-1], "y").fails("run directory .*y exists: give another --run name, or --resume y")
 
 
@@ -550,8 +550,8 @@ def test_changed_settings(base, stopped, logs):
     again = Fork(logs, "--resume", "x", "--save-minutes", "1000", "--hang-minutes", "1", "--keep-members", "9",
                  "--lr-matrix", "0.04", "--attention", "plain").good()
     assert again.from_step == {0: 18}
-    assert "notice: the kernels were " in again.out and "'attention': 'plain'" in again.out
-    assert "numbers may differ by rounding" in again.out
+    assert "notice: step 18 was reached with {'attention': 'sdpa'" in again.out
+    assert "now {'attention': 'plain'" in again.out and "rounding differs" in again.out
     losses = lambda run: [e["loss"] for e in metrics_of(run) if e["event"] == "step"]
     # attention computed in another order: float32 rounding, grown over six steps
     assert losses(logs / "x") == pytest.approx(losses(reference(base)), abs=1e-3)
@@ -568,7 +568,6 @@ def test_log_every_may_change(base, stopped, logs):
     assert "half a li" not in log_of(logs / "x") and weights_of(logs / "x") == weights_of(reference(base))
 
 
-@pytest.mark.xfail(strict=True, reason="Log.start extends a log that is shorter than the state says with zero bytes")
 def test_a_log_shorter_than_the_state_says(stopped, logs):
     """After a power loss: states are synced, the log is not. The numbers are fine, and no zero bytes are wanted."""
     shutil.copytree(stopped, logs / "x")
@@ -588,14 +587,8 @@ def test_keep_members(base, argv, logs):
     assert shown[0] == shown[1] and "k:2 val_loss:" in shown[0]
 
 
-def needs_pruned(keep, damage):
-    reason = ("train prunes members after the evaluation, before a state that no longer needs them is saved: the state "
-              f"at the cycle's end is taught by member c-1, the one before it by c-2 (keep {keep})")
-    return pytest.param(keep, damage, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 @pytest.mark.parametrize("keep, damage", [
-    needs_pruned(1, False), needs_pruned(1, True), (2, False), needs_pruned(2, True), (3, True)])
+    (1, False), (1, True), (2, False), (2, True), (3, True)])
 def test_keep_members_and_resume(keep, damage, base, argv, logs):
     """Killed after the last evaluation: the newest state is that of the last cycle's end, or of the one before where
     that is damaged."""
@@ -677,12 +670,11 @@ def test_from_one_rank_to_two(base, stopped, logs):
     close_to(reference(base), logs / "x")
 
 
-@pytest.mark.xfail(strict=True, reason="only kernels are compared: no line says that the processes changed")
 def test_changed_processes_are_stated(stopped, shared, logs, tmp_path):
     shutil.copytree(shared, logs / "x")
     fork = Fork(logs, "--resume", "x").good()
     log = (logs / "x/log.txt").read_text().removeprefix(q0.SOURCE)
-    assert re.search("notice: .*2 processes.*now 1", fork.out + log)
+    assert re.search(r"notice: step \d+ was .*'processes': 2}, now .*'processes': 1}", log) and "'processes'" in fork.out
 
 
 def test_two_trajectories_on_two_ranks(base, apart, logs):
@@ -732,8 +724,6 @@ def test_trajectories_move_to_other_processes(how, base, request):
 
 
 @pytest.mark.parametrize("how", ["apart_then_one", "one_then_apart"])
-@pytest.mark.xfail(strict=True, reason="run truncates its own log to states written with it; other files stay, and "
-                                       "what a state of another trajectory recorded in this one is cut off")
 def test_logs_of_trajectories_that_move(how, request):
     once_each(request.getfixturevalue(how))
 
@@ -743,12 +733,8 @@ def test_restart_before_anything_is_written(base, argv, logs):
     assert compare(reference(base), logs / "x") == []
 
 
-STALE = ("torchrun's store outlives a restart, and init_process_group uses the same keys again: ranks may read the "
-         "addresses of dead ones, and fail or wait for ever")
-
-
-@pytest.mark.parametrize("processes, resumed", [(1, False)] + [pytest.param(2, resumed, marks=(
-    pytest.mark.slow, pytest.mark.xfail(strict=True, reason=STALE))) for resumed in (False, True)])
+@pytest.mark.parametrize("processes, resumed", [
+    (1, False), *(pytest.param(2, resumed, marks=pytest.mark.slow) for resumed in (False, True))])
 def test_torchrun_restarts(processes, resumed, base, stopped, tmp_path):
     """torchrun itself: a rank dies once, and the same command goes on by itself."""
     logs = tmp_path / "logs"

@@ -513,8 +513,9 @@ def test_bad_data(case, corpus, logs, tmp_path, capsys):
 
 def test_run_directory_exists(corpus, logs, capsys):
     (logs / "taken").mkdir(parents=True)
+    (logs / "taken/mine").write_text("")
     fails(capsys, [*MINI, "--data", corpus, "--run", "taken"], "taken exists: give another --run name")
-    assert not list((logs / "taken").iterdir())
+    assert len(list((logs / "taken").iterdir())) == 1
 
 
 def test_logs_is_a_file(corpus, logs, capsys):
