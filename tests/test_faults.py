@@ -690,12 +690,7 @@ def manifest_target(tmp, shards):
             whole = b"".join((tmp / "shards" / f"{s}.bin").read_bytes()[1024:] for s in q0.SPLITS)
             assert tokens[-20:].tobytes() in whole and (tokens < corpus.vocab_size).all()
 
-    def infinite(raw):  # int(Infinity) is an OverflowError, which `reading` does not turn into a UserError
-        with contextlib.suppress(ValueError, TypeError, KeyError):
-            manifest = json.loads(raw)
-            return any(manifest[k] in (float("inf"), -float("inf")) for k in ("vocab_size", "eot"))
-        return False
-    return Target(tmp / "shards/manifest.json", st.one_of(edits(good).map(dump), bytes_of(dump(good))), read, infinite)
+    return Target(tmp / "shards/manifest.json", st.one_of(edits(good).map(dump), bytes_of(dump(good))), read)
 
 
 def member_target(tmp, member):
@@ -727,9 +722,8 @@ def state_target(tmp, run):
             at, tensors = q0.load_state(tmp / "state", 0, identity)
         saved = json.loads(file.read_text())["body"]
         assert saved["identity"] == identity and at.trajectory == 0 and tensors.exists()
-        assert {k: v for k, v in vars(at).items() if k in saved["at"]} == saved["at"]
-    return Target(file, st.one_of(edits(good).map(dump), sealed.map(dump), bytes_of(dump(good))), read,
-                  lambda raw: b"NaN" in raw)  # it equals nothing, so `read` could not compare it
+        assert dump({k: vars(at)[k] for k in saved["at"]}) == dump(saved["at"])  # as text: NaN does not equal itself
+    return Target(file, st.one_of(edits(good).map(dump), sealed.map(dump), bytes_of(dump(good))), read)
 
 
 def predictions_target(tmp):
