@@ -144,7 +144,8 @@ class Config:
     device: str = knob("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = knob("auto", "of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
     compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
-    attention: str = knob("auto", "auto: the fastest that works", choices=("auto", "flash3", "flex", "sdpa", "plain"))
+    attention: str = knob("auto", "auto: the fastest that works", choices=("auto", "flash3", "flex", "matmul",
+                                                                              "sdpa", "plain"))
     save_minutes: float = knob(10, "between saves of the state that --resume goes on from; also at cycle ends", low=0)
     keep_members: int | None = knob(None, "newest members of a trajectory whose weights are kept; None: all", low=1)
     hang_minutes: float = knob(15, "a step that takes longer ends the run and shows where it hangs; 0: never", low=0)
@@ -583,6 +584,19 @@ def sdpa_attention(q, k, v, window, mask=None):
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None).transpose(1, 2)
 
+def matmul_attention(cfg, device):
+    """Two batched products and a softmax: on a CPU faster than SDPA up to 1,024 tokens, beyond which [T, T] grows."""
+    T, dtype = cfg.seq_len, getattr(torch, cfg.precision)  # the masks are made once
+    seen = {w: torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - w) for w in {T, *layer_windows(cfg)}}
+    biases = {w: torch.zeros(T, T, dtype=dtype, device=device).masked_fill_(~x, -math.inf) for w, x in seen.items()}
+
+    def attend(q, k, v, window, mask=None):
+        B, T, H, K = q.shape
+        q, k, v = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q, k, v))
+        p = torch.baddbmm(biases[window][:T, :T].to(q.dtype), q, k.mT, alpha=K ** -0.5).softmax(-1)
+        return (p @ v).view(B, H, T, K).transpose(1, 2)
+    return attend
+
 def flex_attention(cfg, device):
     """torch's FlexAttention, which skips the blocks outside a window."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -603,8 +617,8 @@ def flash3_attention(cfg, device):
         return out[0] if isinstance(out, tuple) else out
     return attend
 
-ATTENTION = {"flash3": flash3_attention, "flex": flex_attention, "sdpa": lambda cfg, device: sdpa_attention,
-             "plain": lambda cfg, device: plain_attention}  # fastest first, on a GPU
+ATTENTION = {"flash3": flash3_attention, "flex": flex_attention, "matmul": matmul_attention,
+             "sdpa": lambda cfg, device: sdpa_attention, "plain": lambda cfg, device: plain_attention}
 
 def check_attention(attend, cfg, device):
     """Compare one forward and backward pass with plain_attention. Raises ArithmeticError where they differ."""
@@ -623,7 +637,8 @@ def check_attention(attend, cfg, device):
 def choose_attention(cfg, device):
     """(name, function) of --attention, or of the fastest kernel that is installed and agrees with plain_attention on a
     small forward and backward pass. Says loudly what it falls back from."""
-    names = {"cpu": ["sdpa"], "cuda": list(ATTENTION)}[device.type] if cfg.attention == "auto" else [cfg.attention]
+    by_speed = {"cuda": ["flash3", "flex", "sdpa"], "cpu": ["matmul"] * (cfg.seq_len <= 1024) + ["sdpa"]}  # measured on
+    names = by_speed[device.type] if cfg.attention == "auto" else [cfg.attention]  # a CPU: records/tuning
     for name in names:
         try:
             attend = ATTENTION[name](cfg, device)
@@ -748,7 +763,8 @@ class GPT(nn.Module):
 # ----------------------------------------------------------------------------------------------------------------------
 # Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, from hidden states, never all logits at once
 
-CHUNK_LOGITS = 2 ** 22  # logits held at a time: on a CPU, where a chunk should stay near its caches
+CHUNK_LOGITS = 2 ** 24  # logits of a matrix product: each adds once to the gradient of the whole head
+PIECE_LOGITS = 2 ** 20  # of these in float32 at a time, near the caches, where there is no kernel
 GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher; large products are fast
 LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads, so bf16 is loaded 16 bytes at once; no spills
 
@@ -843,19 +859,22 @@ def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
         loss_kernel[len(z),](z, teacher_z if taught else z, target, scale, out, V, z.size(1), softcap, weight,
                              temperature, TEACHER=taught, GRAD=True, BLOCK=LOSS_BLOCK, num_warps=8)
         return *out.mul_(scale[:, None]).sum(0), z
-    dtype, z, s, target = z.dtype, soft_capped(z, softcap), scale[:, None], target[:, None].clamp_min(0)
-    log_q = torch.log_softmax(z, dim=-1)
-    ce = loss = -(log_q.gather(1, target) * s).sum()
-    d = log_q.exp_()  # gradient by the capped logits: q - onehot, then mixed with q^(T) - p^(T)
-    d.scatter_add_(1, target, torch.full_like(s, -1.0))
-    if teacher_z is not None:
-        log_p = torch.log_softmax(soft_capped(teacher_z, softcap).div_(temperature), dim=-1)
-        log_q, p = torch.log_softmax(z / temperature, dim=-1), log_p.exp()
-        kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ scale
-        loss = (1 - weight) * ce + weight * temperature ** 2 * kl
-        d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
-    d.mul_(z.div_(softcap).square_().neg_().add_(1)).mul_(s)  # slope of the soft-cap, mean over targets
-    return loss, ce, d.to(dtype)
+    total, ce_total, rows = 0.0, 0.0, max(1, PIECE_LOGITS // z.size(1))
+    for part in (slice(i, i + rows) for i in range(0, len(z), rows)):
+        x, s, at = soft_capped(z[part], softcap), scale[part, None], target[part, None].clamp_min(0)
+        log_q = torch.log_softmax(x, dim=-1)
+        ce = loss = -(log_q.gather(1, at) * s).sum()
+        d = log_q.exp_()  # gradient by the capped logits: q - onehot, then mixed with q^(T) - p^(T)
+        d.scatter_add_(1, at, torch.full_like(s, -1.0))
+        if teacher_z is not None:
+            log_p = torch.log_softmax(soft_capped(teacher_z[part], softcap).div_(temperature), dim=-1)
+            log_q, p = torch.log_softmax(x / temperature, dim=-1), log_p.exp()
+            kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ s[:, 0]
+            loss = (1 - weight) * ce + weight * temperature ** 2 * kl
+            d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
+        z[part] = d.mul_(x.div_(softcap).square_().neg_().add_(1)).mul_(s)  # slope of the soft-cap, mean over targets
+        total, ce_total = total + loss, ce_total + ce
+    return total, ce_total, z
 
 class ChunkedLoss(torch.autograd.Function):
     """plain_loss in chunks of rows. Gradients are formed in the forward pass, while a chunk's logits are at hand."""

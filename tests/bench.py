@@ -27,6 +27,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 from pathlib import Path
 from unittest import mock
 
@@ -363,7 +364,8 @@ def group_of(event):
         return "optimizer: products" if product else "optimizer: the rest"
     if any("ChunkedLoss" in name for name in names):
         return "loss: products" if product else "loss: softmax and other pointwise"
-    if any("scaled_dot_product" in name for name in names):
+    if any("scaled_dot_product" in name for name in names) or event.name in (
+            "aten::bmm", "aten::baddbmm", "aten::_softmax", "aten::_softmax_backward_data"):
         return "attention"
     return "model: products" if product else "model: norms, rotary, other pointwise"
 
@@ -373,7 +375,8 @@ def step():
     cfg, rng = tiny(), np.random.default_rng(0)
     documents = tuple(rng.integers(2048, size=n, dtype=np.uint16) for n in rng.integers(50, 500, pick(600, 20)))
     corpus, rows, shares = q.Corpus("random", 2048, {}, {}, documents, cfg.seq_len), cfg.batch_tokens // cfg.seq_len, []
-    peak = q.matmul_speed(getattr(torch, cfg.precision))
+    a = torch.randn(1024, 1024).to(getattr(torch, cfg.precision))
+    peak = 2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=10))
     yield f"### {cfg.batch_tokens:,} tokens, {cfg.precision}; a product of 1024 x 1024 reaches {peak / 1e9:.0f} GFLOP/s"
     with q.set_up_world(cfg) as world:
         for taught in (False, True):

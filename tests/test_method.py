@@ -348,14 +348,14 @@ def test_optimizer_state_goes_by_parameter_name():
 # Attention kernels
 
 @pytest.mark.parametrize("T, window", [(16, 16), (16, 8), (16, 1), (1, 1), (7, 3)])
-@pytest.mark.parametrize("name", ["sdpa", "plain", "flex"])
+@pytest.mark.parametrize("name", ["sdpa", "plain", "matmul", "flex"])
 def test_attention_kernels(name, T, window):
     """Against plain loops over queries in float64, forward; backward by the chain rule of plain_attention, which the
     first case of every kernel shares."""
     if name == "flex":
         pytest.importorskip("torch.nn.attention.flex_attention")
     cfg = resolved("tiny", seq_len=max(8, T), short_window=window, windows="SL", layers=2, width=64, head_dim=32,
-                   batch_tokens=max(8, T), micro_batch=1)
+                   batch_tokens=max(8, T), micro_batch=1, precision="float32")
     g = seeded(0)
     x = torch.randn(3, 2, T, 2, 32, generator=g, dtype=torch.float64)
     expected = torch.zeros(2, T, 2, 32, dtype=torch.float64)
@@ -390,19 +390,19 @@ def test_choice_of_an_attention_kernel(monkeypatch, capsys):
     def broken(cfg, device):
         raise OSError("undefined symbol")
 
-    assert q.choose_attention(cfg, cpu) == ("sdpa", q.sdpa_attention) and capsys.readouterr().err == ""
-    made = {"broken": broken, "wrong": lambda *a: wrong, "no-backward": lambda *a: no_backward,
+    assert q.choose_attention(cfg, cpu)[0] == "matmul" and capsys.readouterr().err == ""
+    assert q.choose_attention(resolved("tiny", seq_len=2048, micro_batch=1), cpu) == ("sdpa", q.sdpa_attention)
+    made = {"flash3": broken, "flex": lambda *a: wrong, "matmul": lambda *a: no_backward,
             "sdpa": lambda *a: q.sdpa_attention}
     monkeypatch.setattr(q, "ATTENTION", made)
     gpu = SimpleNamespace(type="cuda")
     monkeypatch.setattr(q, "check_attention", lambda attend, cfg, device, f=q.check_attention: f(attend, cfg, cpu))
-    assert q.choose_attention(cfg, gpu)[0] == "sdpa"
+    assert q.choose_attention(cfg, gpu)[0] == "sdpa" and q.choose_attention(cfg, cpu)[0] == "sdpa"
     lines = capsys.readouterr().err.splitlines()
-    assert [re.match("notice: attention kernel ([a-z-]+) does not work", x)[1] for x in lines] == [
-        "broken", "wrong", "no-backward"]
+    assert [re.match("notice: attention kernel (\\w+) does not work", x)[1] for x in lines] == ["flash3", "flex", "matmul"]
     assert "undefined symbol" in lines[0] and "disagrees with plain attention, window 128" in lines[1]
     del made["sdpa"]
-    with pytest.raises(q.UserError, match="no-backward does not work"):
+    with pytest.raises(q.UserError, match="sdpa does not work"):
         q.choose_attention(cfg, gpu)
 
 
