@@ -593,7 +593,7 @@ def matmul_attention(cfg, device):
     def attend(q, k, v, window, mask=None):
         B, T, H, K = q.shape
         q, k, v = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q, k, v))
-        p = torch.baddbmm(biases[window][:T, :T].to(q.dtype), q, k.mT, alpha=K ** -0.5).softmax(-1)
+        p = torch.baddbmm(biases[window][:T, :T].to(q), q, k.mT, alpha=K ** -0.5).softmax(-1)
         return (p @ v).view(B, H, T, K).transpose(1, 2)
     return attend
 
@@ -634,12 +634,15 @@ def check_attention(attend, cfg, device):
             if not (x.float() - y).norm() <= 0.05 * y.norm():
                 raise ArithmeticError(f"it disagrees with plain attention, window {window}")
 
+def attention_names(cfg, device_type):
+    """Kernels to try, the fastest first: on a CPU as measured (records/tuning), on a GPU as expected."""
+    by_speed = {"cuda": ["flash3", "flex", "sdpa"], "cpu": ["matmul"] * (cfg.seq_len <= 1024) + ["sdpa"]}
+    return by_speed[device_type] if cfg.attention == "auto" else [cfg.attention]
+
 def choose_attention(cfg, device):
     """(name, function) of --attention, or of the fastest kernel that is installed and agrees with plain_attention on a
     small forward and backward pass. Says loudly what it falls back from."""
-    by_speed = {"cuda": ["flash3", "flex", "sdpa"], "cpu": ["matmul"] * (cfg.seq_len <= 1024) + ["sdpa"]}  # measured on
-    names = by_speed[device.type] if cfg.attention == "auto" else [cfg.attention]  # a CPU: records/tuning
-    for name in names:
+    for name in attention_names(cfg, device.type):
         try:
             attend = ATTENTION[name](cfg, device)
             check_attention(attend, cfg, device)
@@ -1274,6 +1277,8 @@ def load_member(folder, precision=None, sha256=None):
             empty_member(cfg, about["vocab_size"]).load_state_dict(weights, assign=True)
         model = empty_member(cfg, about["vocab_size"])
         model.load_state_dict(weights)
+        on_cpu = cfg if cfg.attention in ("matmul", "plain", "sdpa") else replace(cfg, attention="auto")
+        model.attend = ATTENTION[attention_names(on_cpu, "cpu")[0]](cfg, torch.device("cpu"))  # as it was evaluated
     return model
 
 @dataclass
