@@ -1926,7 +1926,9 @@ def command_plan(argv):
         fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and needs(m) <= 0.95 * room]
         lines.append(f"warning: that does not fit in {gb(room)}: "
                      + (f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"))
-    lines.append(f"disk: members {gb(members * parts['weights'] // 2)}, predictions {gb(members * 4 * eval_tokens)}")
+    state = parts["weights"] + memory_per_device(cfg, vocab_size)["optimizer"]
+    lines.append(f"disk: members {gb(members * parts['weights'] // 2)}, predictions {gb(members * 4 * eval_tokens)}, "
+                 f"resume state 2 x {gb(state)} a trajectory ({state / 1e9:.1f} s a save at 1 GB/s)")
     if on_gpus:
         speed, mfu, of = gpus * H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{gpus} x H100"
     else:  # the best of five square matrix products

@@ -1,5 +1,6 @@
 """`plan`: its memory formula against tensors that are really kept, its estimates against what a step really does."""
 import dataclasses
+import re
 
 import pytest
 import torch
@@ -65,6 +66,18 @@ def test_plan_names_a_micro_batch_that_fits(capsys):
     assert "does not fit in 80 GB: use --micro-batch 2" in capsys.readouterr().out
     assert q.main(["plan", "--preset", "q0", "--gpus", "8"]) == 0
     assert "does not fit" not in capsys.readouterr().out
+
+
+def test_plan_states_the_resume_state(capsys, tmp_path):
+    """As large as what save_state writes, but for Muon's second moments of rows."""
+    cfg, model = build()
+    assert q.main(["plan", "--preset", "q0", "--gpus", "8"]) == 0
+    shown = float(re.search(r"resume state 2 x ([\d.]+) GB a trajectory", capsys.readouterr().out)[1])
+    optimizer = q.Optimizer(model, cfg)
+    size = sum(t.numel() * 4 for t in [*model.parameters(), *optimizer.state().values()])
+    parts = q.memory_per_device(cfg, VOCAB)
+    assert parts["weights"] + parts["optimizer"] == pytest.approx(size, rel=0.02)
+    assert 1.87 * 8 < shown < 1.87 * 12  # weights and one or two moments in float32
 
 
 def test_plan_time_is_flops_over_speed(capsys):
