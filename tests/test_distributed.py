@@ -318,29 +318,36 @@ def environment(**more):
     return {**keep, "OMP_NUM_THREADS": "1", **more}
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A folder with train_q0.py as imported here; its disk0 has a corpus of ~8,000 tokens that data/prepare.py made,
-    disk1 another one of that name, disk2 none."""
-    place, rng = tmp_path_factory.mktemp("place"), np.random.default_rng(0)
-    (place / "train_q0.py").write_text(q0.SOURCE, encoding="utf-8")
+@functools.cache
+def make_shards(folder, skip=0):
+    """A corpus of ~8,000 tokens that data/prepare.py made, without its first `skip` documents."""
+    rng, lines = np.random.default_rng(0), []
     words = ["".join(rng.choice(list("abdeiklmnorstu"), 4)) for _ in range(40)]
-    lines = []
     for _ in range(120):
         at, text = rng.integers(40), []
         for _ in range(30):
             text.append(words[at])
             at = (3 * at + rng.integers(3)) % 40
         lines.append(json.dumps({"text": " ".join(text)}))
+    folder.mkdir(exist_ok=True)
+    (folder / "made-up.jsonl").write_text("\n".join(lines[skip:]) + "\n")
+    argv = ["text", "--input", "made-up.jsonl", "--out", "shards", "--tokenizer", "train", "--vocab", "300",
+            "--val-bytes", "3000", "--dev-bytes", "1000", "--heldout-bytes", "1000"]
+    made = subprocess.run([sys.executable, ROOT / "data/prepare.py", *argv], cwd=folder, capture_output=True,
+                          text=True, env=environment())
+    assert made.returncode == 0, made.stderr
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with train_q0.py as imported here; its disk0 has a corpus of ~8,000 tokens that data/prepare.py made,
+    disk1 another one of that name, disk2 none."""
+    place = tmp_path_factory.mktemp("place")
+    (place / "train_q0.py").write_text(q0.SOURCE, encoding="utf-8")
     (place / "disk2").mkdir()
-    for folder, kept in ((place / "disk0", lines), (place / "disk1", lines[1:])):
-        folder.mkdir()
-        (folder / "made-up.jsonl").write_text("\n".join(kept) + "\n")
-        argv = ["text", "--input", "made-up.jsonl", "--out", "shards", "--tokenizer", "train", "--vocab", "300",
-                "--val-bytes", "3000", "--dev-bytes", "1000", "--heldout-bytes", "1000"]
-        made = subprocess.run([sys.executable, ROOT / "data/prepare.py", *argv], cwd=folder, capture_output=True,
-                              text=True, env=environment())
-        assert made.returncode == 0, made.stderr
+    make_shards(place / "disk0")
+    make_shards(place / "disk1", 1)
     return place
 
 

@@ -21,23 +21,10 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import train_q0 as q0
-from test_resume import (CYCLE_ENDS, EVERY_STEP, RUN, Fork, at_call, compare, make_shards, metrics_of, planted, ranks,
-                         reference, result_of, weights_of)
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    return tmp_path_factory.getbasetemp() / "resume"
-
-
-@pytest.fixture(scope="session")
-def argv(base):
-    return [*RUN, "--data", make_shards(base), "--run", "x"]
-
-
-@pytest.fixture
-def logs(tmp_path):
-    return tmp_path / "logs"
+from test_distributed import make_shards
+from test_resume import (CYCLE_ENDS, EVERY_STEP, RUN, Fork, at_call, compare, metrics_of, planted, ranks, reference,
+                         result_of, weights_of)
+from test_resume import argv, base, logs  # noqa: F401 (fixtures)
 
 
 @pytest.fixture(scope="module")

@@ -24,6 +24,7 @@ import torch
 from safetensors.numpy import load_file
 
 import train_q0 as q0
+from test_distributed import make_shards
 
 ROOT = Path(q0.__file__).resolve().parent
 # three cycles of eight steps, two micro-batches each; dropout, a teacher from the second cycle, noise at boundaries
@@ -193,26 +194,6 @@ def half_written(where, n):
             real(source, target)
         os.replace = replace
     return plant
-
-
-@functools.cache
-def make_shards(folder, skip=0):
-    """A corpus of ~8,000 tokens that data/prepare.py made."""
-    rng, lines = np.random.default_rng(0), []
-    words = ["".join(rng.choice(list("abdeiklmnorstu"), 4)) for _ in range(40)]
-    for _ in range(120):
-        at, text = rng.integers(40), []
-        for _ in range(30):
-            text.append(words[at])
-            at = (3 * at + rng.integers(3)) % 40
-        lines.append(json.dumps({"text": " ".join(text)}))
-    folder.mkdir(exist_ok=True)
-    (folder / "made-up.jsonl").write_text("\n".join(lines[skip:]) + "\n")
-    argv = ["text", "--input", "made-up.jsonl", "--out", "shards", "--tokenizer", "train", "--vocab", "300",
-            "--val-bytes", "3000", "--dev-bytes", "1000", "--heldout-bytes", "1000"]
-    made = subprocess.run([sys.executable, ROOT / "data/prepare.py", *argv], cwd=folder, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    return folder / "shards"
 
 
 @functools.cache
