@@ -10,40 +10,22 @@ next, and a prior fitted on held-out text mixes their predictions. Method: arXiv
     python train_q0.py --resume RUN                       go on with a run that was stopped
     python train_q0.py plan --preset q0 --epochs 256      what a run would do, without running it
     python train_q0.py select RUN --k 4                   fit the prior again from a run's cached predictions
+    python train_q0.py evaluate RUN --data SHARD          score a run's members and mixtures on other text, or --tasks
+    python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
 
 Top to bottom: config, processes, data, model, loss, optimizer, schedule, population, prior, training loop, commands.
 """
 from __future__ import annotations
 
 from pathlib import Path
-
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran, not a later edit
 
-import argparse
-import contextlib
-import ctypes
-import datetime
-import difflib
-import faulthandler
-import functools
-import hashlib
-import json
-import math
-import os
-import platform
-import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-import timeit
-import traceback
+import argparse, base64, contextlib, ctypes, datetime, difflib, faulthandler, functools, hashlib, json, math
+import os, platform, shutil, signal, subprocess, sys, threading, time, timeit, traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 
 try:
-    import fcntl
-    import resource
+    import fcntl, resource
 except ImportError:  # Windows: nothing keeps two processes from one run, and the peak of memory is not known
     fcntl = resource = None
 import numpy as np
@@ -78,9 +60,7 @@ def reading(what, advice=""):
         reason = getattr(e, "strerror", None) or f"{type(e).__name__}: " * (not isinstance(e, UserError)) + str(e)
         raise UserError(f"{what} is missing or damaged: {' '.join(reason.split())[:200]}{advice}") from None
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Config: a knob is one line here; its flag, its check and its help text are made from that line
-
+# Config: a knob is one line here; its flag, its check and its help text are made from that line -----------------------
 def knob(default, why, **rule):
     """A Config field. `rule` may hold low, high (inclusive bounds) and choices."""
     return field(default=default, metadata={"why": why, **rule})
@@ -99,6 +79,8 @@ class Config:
     distill_weight: float | None = knob(None, "weight a of the teacher in the loss", low=0, high=1)
     distill_after: int | None = knob(None, "cycles of a trajectory before distillation starts", low=1)
     distill_temperature: float = knob(1.2, "temperature of teacher and student in the KL term", low=0.01)
+    teacher: str | None = knob(None, "a run whose whole population teaches, from the first cycle on, with its prior")
+    teacher_k: int | None = knob(None, "best members of --teacher that teach; None: all that have weight", low=1)
     noise_first: float = knob(0.25, "noise at the first boundary, in standard deviations of the tensor", low=0)
     noise_last: float = knob(0.05, "noise at the last boundary", low=0)
     seed: int = knob(0, "initial weights, data order, dropout and noise follow from it", low=0)
@@ -145,8 +127,7 @@ class Config:
     device: str = knob("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
     precision: str = knob("auto", "of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
     compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
-    attention: str = knob("auto", "auto: the fastest that works", choices=("auto", "flash3", "flex", "matmul",
-                                                                              "sdpa", "plain"))
+    attention: str = knob("auto", "auto: the fastest", choices=("auto", "flash3", "flex", "matmul", "sdpa", "plain"))
     save_minutes: float = knob(10, "between saves of the state that --resume goes on from; also at cycle ends", low=0)
     keep_members: int | None = knob(None, "newest members of a trajectory whose weights are kept; None: all", low=1)
     hang_minutes: float = knob(15, "a step that takes longer ends the run and shows where it hangs; 0: never", low=0)
@@ -168,8 +149,7 @@ class Config:
                     raise UserError(f"{name} {value} is out of range: at {word} {rule[bound]}")
 
 # settings that may change when a run goes on: rounding may, the method does not
-MACHINE = ("device", "compile", "attention", "log_every", "save_minutes", "keep_members", "hang_minutes",
-           "skip_nonfinite")
+MACHINE = "device compile attention log_every save_minutes keep_members hang_minutes skip_nonfinite".split()
 
 def method_settings(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
@@ -182,8 +162,7 @@ PRESETS = {
     "q0": dict(PUBLISHED, epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
                edge_batch_tokens=393_216, micro_batch=2, layers=30, width=2048, head_dim=128, mlp_hidden=None,
                windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
-               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3),
-}
+               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3)}
 
 members_of = lambda epochs: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
 pairs_of = lambda epochs: max(1, epochs // 2)
@@ -193,35 +172,32 @@ POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's
     "ensemble":  dict(trajectories=members_of, cycles=one, boundary="fresh", distill_weight=0.0),
     "chain":     dict(trajectories=one, cycles=members_of, boundary="fresh", distill_weight=0.45),
     "snapshots": dict(trajectories=one, cycles=pairs_of, boundary="continue", distill_weight=0.0),
-    "q0":        dict(trajectories=one, cycles=pairs_of, boundary="perturb", distill_weight=0.45),
-}
+    "q0":        dict(trajectories=one, cycles=pairs_of, boundary="perturb", distill_weight=0.45)}
 
-def flag(name):
-    return "--" + name.replace("_", "-")
+flag = lambda name: "--" + name.replace("_", "-")
 
 def resolve(cfg):
     """Fill every None of `cfg`. Returns (Config, {field: reason}). Raises UserError where settings contradict."""
     row, why, new = POPULATIONS[cfg.population], {}, {}
-
     def derive(name, value, reason):
         if getattr(cfg, name) in (None, "auto") and name not in new:
             new[name], why[name] = value, reason
         return new.get(name, getattr(cfg, name))
-
     per, known = cfg.epochs_per_cycle, (cfg.trajectories or 1) * (cfg.cycles or 1)
     bought = max(1, cfg.epochs // (known * per)) if per else None
     many = "trajectories" if cfg.population == "ensemble" else "cycles"
     J, C = (derive(name, bought if per and name == many else row[name](max(1, cfg.epochs // known)),
                    f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
             for name in ("trajectories", "cycles"))
-    if J * C * (per or 1) > cfg.epochs:
-        raise UserError(f"--epochs {cfg.epochs} does not pay for {J} trajectories x {C} cycles x {per or 1} epochs: "
-                        f"give --epochs {J * C * (per or 1)} or fewer cycles")
+    cost, asked = J * C * (per or 1), f"{J} trajectories x {C} cycles x {per or 1} epochs"
+    if cost > cfg.epochs:
+        raise UserError(f"--epochs {cfg.epochs} does not pay for {asked}: give --epochs {cost} or fewer cycles")
     if per and getattr(cfg, many) and cfg.epochs // (J * C) != per:
-        raise UserError(f"{J} trajectories x {C} cycles x {per} epochs is not --epochs {cfg.epochs}: "
-                        f"give --epochs {J * C * per} or leave one of them out")
+        raise UserError(f"{asked} is not --epochs {cfg.epochs}: give --epochs {cost} or leave one of them out")
     derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
     derive("boundary", row["boundary"], f"population {cfg.population}")
+    if cfg.teacher and not row["distill_weight"]:
+        derive("distill_weight", 0.45, "as where a member teaches")
     weight = derive("distill_weight", row["distill_weight"], f"population {cfg.population}")
     if cfg.population == "chain":
         derive("distill_after", 1, "each member of a chain is taught by the one before")
@@ -240,7 +216,6 @@ def resolve(cfg):
     derive("precision", "float32", "this CPU lacks bfloat16 instructions: slower")
     derive("compile", cuda, "pays on a GPU; on a CPU from about 22 epochs on")
     cfg = replace(cfg, **new)
-
     if cfg.width % cfg.head_dim or cfg.head_dim % 2:
         raise UserError(f"--width {cfg.width} is not a multiple of --head-dim {cfg.head_dim} (which must be even)")
     for name, tokens in (("--batch-tokens", cfg.batch_tokens), ("--edge-batch-tokens", cfg.edge_batch_tokens)):
@@ -248,17 +223,13 @@ def resolve(cfg):
             raise UserError(f"{name} {tokens} is not a multiple of --seq-len x --micro-batch = {unit}")
     if not cfg.windows or set(cfg.windows) - set("SL"):
         raise UserError(f"--windows {cfg.windows!r} must be a pattern of S and L, such as SSSL")
-    if cfg.loop_passes > 1 and not cfg.loop_first <= cfg.loop_last < cfg.layers:
-        raise UserError(f"--loop-first {cfg.loop_first} to --loop-last {cfg.loop_last} is not a range of the "
-                        f"{cfg.layers} layers")
+    if cfg.loop_passes > 1 and not (first := cfg.loop_first) <= (last := cfg.loop_last) < cfg.layers:
+        raise UserError(f"--loop-first {first} to --loop-last {last} is not a range of the {cfg.layers} layers")
     return cfg, why
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Processes: trajectories are independent, so a group of ranks trains each where they divide; only the prior joins them
-
-# names of torch 2.13, of torch 2.11
-SUM_SHARDS = getattr(dist, "reduce_scatter_single", None) or getattr(dist, "reduce_scatter_tensor", None)
-GATHER_SHARDS = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
+# Processes: a group of ranks trains each trajectory where they divide; only the prior joins them ----------------------
+SUM_SHARDS = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # name of torch 2.13, of 2.11
+GATHER_SHARDS = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 
 @dataclass(frozen=True)
 class World:
@@ -273,23 +244,14 @@ class World:
     host: object = None  # a process group of CPUs, of the same ranks as `group`
     watch: object = None
 
-    @property
-    def leader(self):
-        """Whether this rank writes the group's members and log."""
-        return self.rank == 0
+    leader = property(lambda self: self.rank == 0)  # it writes the group's members and log
+    first = property(lambda self: self.rank == 0 and self.index == 0)  # rank 0 of all
 
-    def from_first(self, value):
-        """Rank 0's `value`, on every rank; waits as long as it takes."""
-        box = [value]
-        if self.joined is not None:
-            dist.broadcast_object_list(box, src=0, group=self.joined)
-        return box[0]
-
-    def from_leader(self, value):
-        """The leader's `value` (a small object), on every rank of the group."""
-        box = [value]
-        if self.size > 1:
-            dist.broadcast_object_list(box, src=self.index * self.size, group=self.host)
+    def from_first(self, value, leader=False):
+        """Rank 0's `value` (a small object), or the group's leader's, on every rank; waits as long as it takes."""
+        box, source, group = [value], *((self.index * self.size, self.host) if leader else (0, self.joined))
+        if group is not None:
+            dist.broadcast_object_list(box, src=source, group=group)
         return box[0]
 
     def sum_(self, tensor):
@@ -330,16 +292,14 @@ class World:
             dist.broadcast(tensor, src=self.index * self.size, group=self.group)
 
     def collect(self, array, about):
-        """On rank 0: the arrays of all groups' leaders joined, and every rank's `about` (a small object); elsewhere
-        (None, None). Waits for the slowest trajectory."""
+        """On rank 0, after the slowest: the leaders' arrays, joined, and all ranks' `about`; elsewhere (None, None)."""
         if self.groups == 1:
             return (array, [about]) if self.leader else (None, None)
-        self.watch.word = "idle"
-        abouts = [None] * self.size * self.groups if not self.rank and not self.index else None
+        self.watch.word, abouts = "idle", [None] * self.size * self.groups if self.first else None
         dist.gather_object(about, abouts, dst=0, group=self.joined)
-        if self.leader and self.index:
-            dist.send(torch.from_numpy(array), dst=0, group=self.joined)
-        if abouts is None:
+        if not self.first:
+            if self.leader:
+                dist.send(torch.from_numpy(array), dst=0, group=self.joined)
             return None, None
         parts = [torch.from_numpy(array), *(torch.empty(array.shape) for _ in range(1, self.groups))]
         for index, part in enumerate(parts[1:], 1):
@@ -352,8 +312,7 @@ class World:
             all_about = [None] * (self.size * self.groups)
             dist.all_gather_object(all_about, about, group=self.joined)
             for rank, other in enumerate(all_about):
-                bad = [k for k in {**about, **other} if other.get(k) != all_about[0].get(k)]
-                if bad:
+                if bad := [k for k in {**about, **other} if other.get(k) != all_about[0].get(k)]:
                     raise UserError(f"rank {rank} differs from rank 0 in {bad[0]}: {other.get(bad[0])}, not "
                                     f"{all_about[0].get(bad[0])}; start every process with the same flags and data")
 
@@ -368,9 +327,8 @@ class Stopped(Exception):
         print("stopping after this step; once more to stop at once", file=sys.stderr)
 
 class Watch(threading.Thread):
-    """Ranks of different trajectories share no collective, so rank 0 hears each rank once a second and answers all: a
-    rank that fails, or falls silent, ends every other within the minute, and its name and traceback are shown there;
-    a rank that is asked to stop makes all stop."""
+    """Trajectories share no collective, so rank 0 hears each rank once a second and answers all: one that fails or is
+    silent ends all others within the minute, which show its traceback; one that is asked to stop makes all stop."""
     def __init__(self, rank, size):
         super().__init__(daemon=True)
         # rank 0 gives up on a silent rank before the others give up on rank 0
@@ -380,8 +338,9 @@ class Watch(threading.Thread):
         self.start()
 
     def send(self, word, to):
-        text = np.frombuffer(word.encode()[-4096:].ljust(4096, b"\0"), dtype=np.uint8)
-        dist.send(torch.from_numpy(text.copy()), dst=to, group=self.group)
+        text = np.frombuffer(word.encode()[-4096:].ljust(4096, b"\0"), dtype=np.uint8)  # one size: one message
+        with contextlib.suppress(RuntimeError):  # where that rank is gone, which `receive` tells
+            dist.send(torch.from_numpy(text.copy()), dst=to, group=self.group)
 
     def receive(self, rank):
         text = torch.empty(4096, dtype=torch.uint8)
@@ -406,15 +365,13 @@ class Watch(threading.Thread):
         while answer in ("", "stop"):
             word = self.word or "stop" * bool(Stopped.signal)
             if self.rank:
-                with contextlib.suppress(RuntimeError):  # then rank 0 is gone, and receive says so
-                    self.send(word, 0)
+                self.send(word, 0)
                 answer = self.receive(0)
             else:
                 time.sleep(1)
                 answer = self.verdict([word, *map(self.receive, self.others)])
                 for rank in self.others:
-                    with contextlib.suppress(RuntimeError):  # of a rank that has ended
-                        self.send(answer, rank)
+                    self.send(answer, rank)
             if answer == "stop" and not Stopped.signal:
                 Stopped.signal = signal.SIGTERM
         if answer != "done" and self.word in ("", "idle", "done") or answer == "stopped" and self.word == "idle":
@@ -429,8 +386,7 @@ class Watch(threading.Thread):
 
 @contextlib.contextmanager
 def set_up_world(cfg):
-    """Context of the processes that torchrun started, or of one; leaving it waits for the slowest trajectory. Raises
-    UserError where a batch does not divide over them or they were started differently."""
+    """Context of the processes that torchrun started, or of one; leaving it waits for the slowest trajectory."""
     rank, size, local = (int(os.environ.get(k, d)) for k, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = torch.device(cfg.device, local) if cfg.device == "cuda" else torch.device("cpu")
     if cfg.device == "cuda":
@@ -440,12 +396,11 @@ def set_up_world(cfg):
         # keep freed memory: returning it to the system after every tensor cost 3-9% of tiny's step
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
         libc.mallopt(-1, 2 ** 31 - 1)  # M_TRIM_THRESHOLD
-    J = cfg.trajectories
-    groups_of = lambda n: J if n % J == 0 else 1
+    groups_of = lambda n: cfg.trajectories if n % cfg.trajectories == 0 else 1
     batches = {batch // (cfg.seq_len * cfg.micro_batch) for batch in (cfg.batch_tokens, cfg.edge_batch_tokens)}
     divides = lambda n: all(batch % (n // groups_of(n)) == 0 for batch in batches)
     if not divides(size):
-        valid = [n for n in range(1, J * min(batches) + 1) if divides(n)]
+        valid = [n for n in range(1, cfg.trajectories * min(batches) + 1) if divides(n)]
         raise UserError(f"{max(batches)} micro-batches a step do not divide over {size} processes: use "
                         f"{', '.join(map(str, valid))} processes or another --micro-batch")
     if size == 1:
@@ -470,9 +425,7 @@ def set_up_world(cfg):
     watch.finish("done")
     dist.destroy_process_group()
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Data: shards of uint16 tokens, split by whole documents; order is a pure function of (seed, trajectory, epoch)
-
+# Data: shards of uint16 tokens, split by whole documents; order is a pure function of (seed, trajectory, epoch) -------
 SHARD_MAGIC, SHARD_VERSION, SHARD_HEADER = 20240520, 1, 256
 
 def seed_of(*key):
@@ -484,9 +437,8 @@ def read_shard(path, vocab_size, sha256=None):
     with reading(f"shard {path}", "; prepare the data again (python data/prepare.py)"):
         with open(path, "rb") as f:
             header, size = np.frombuffer(f.read(4 * SHARD_HEADER), dtype="<i4"), os.fstat(f.fileno()).st_size
-            if len(header) < SHARD_HEADER or header[0] != SHARD_MAGIC or header[1] != SHARD_VERSION:
-                raise ValueError(f"it is not a token shard: its first numbers are {header[:2].tolist()}, not "
-                                 f"[{SHARD_MAGIC}, {SHARD_VERSION}]")
+            if header[:2].tolist() != (kind := [SHARD_MAGIC, SHARD_VERSION]) or len(header) < SHARD_HEADER:
+                raise ValueError(f"it is not a token shard: its first numbers are {header[:2].tolist()}, not {kind}")
             if size != 4 * SHARD_HEADER + 2 * int(header[2]):  # before anything is allocated
                 raise ValueError(f"{size} bytes are too many or too few for {header[2]} tokens")
             tokens = np.frombuffer(f.read(), dtype="<u2")
@@ -536,11 +488,10 @@ def load_corpus(folder, seq_len, train_tokens):
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
         vocab_size, eot, name = int(manifest["vocab_size"]), int(manifest["eot"]), str(manifest["name"])
         files = {s: [(f["name"], f["sha256"]) for f in manifest["splits"][s]["files"]] for s in SPLITS}
-        if not all(listed and all(isinstance(h, str) and Path(f).name == f for f, h in listed)
-                   for listed in files.values()):
+        listed = sum(files.values(), [])
+        if not all(files.values()) or not all(isinstance(h, str) and Path(f).name == f for f, h in listed):
             raise ValueError("every split must list plain file names in its own folder, with hashes")
-    splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in listed])
-              for s, listed in files.items()}
+    splits = {s: np.concatenate([read_shard(folder / f, vocab_size, h) for f, h in fs]) for s, fs in files.items()}
     train = splits["train"]
     if train_tokens > len(train):
         raise UserError(f"--train-tokens {train_tokens} is more than the {len(train)} training tokens of {folder}")
@@ -548,26 +499,20 @@ def load_corpus(folder, seq_len, train_tokens):
     if train_tokens:  # whole documents, up to and including the one that reaches the target
         documents = documents[:np.searchsorted(np.cumsum([len(d) for d in documents]), train_tokens) + 1]
         splits["train"] = train[:sum(map(len, documents))]
-    for s, tokens in splits.items():
-        if len(tokens) < seq_len + 1:
-            raise UserError(f"split {s} of {folder} has {len(tokens)} tokens, fewer than one sequence of {seq_len + 1}:"
-                            " more text or a smaller --seq-len is needed")
-    return Corpus(name, vocab_size, splits, dict(sum(files.values(), [])), tuple(documents), seq_len)
+    for s, text in splits.items():
+        if len(text) < seq_len + 1:
+            raise UserError(f"split {s} of {folder} has {len(text)} tokens, fewer than {seq_len + 1}: lower --seq-len")
+    return Corpus(name, vocab_size, splits, dict(listed), tuple(documents), seq_len)
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Model: shapes are B batch, T sequence, H heads, K head channels, D width, V vocabulary
-
+# Model: shapes are B batch, T sequence, H heads, K head channels, D width, V vocabulary -------------------------------
 ATTN_GATE_CHANNELS, VALUE_GATE_CHANNELS = 12, 32
 
 def param(*shape, when=True):
     """A parameter that `init_weights` fills, or None where its feature is off."""
     return nn.Parameter(torch.empty(shape)) if when else None
 
-def norm(x):
-    return F.rms_norm(x, (x.size(-1),), eps=1e-6)
-
-def linear(x, weight):
-    return F.linear(x, weight.to(x.dtype))
+norm = lambda x: F.rms_norm(x, (x.size(-1),), eps=1e-6)
+linear = lambda x, weight: F.linear(x, weight.to(x.dtype))
 
 def rotate(x, cos, sin):
     """Rotary position embedding of x [B, T, H, K]; cos, sin [T, 1, K/2]."""
@@ -590,7 +535,6 @@ def matmul_attention(cfg, device):
     T, dtype = cfg.seq_len, getattr(torch, cfg.precision)  # the masks are made once
     seen = {w: torch.ones(T, T, dtype=torch.bool, device=device).tril().triu(1 - w) for w in {T, *layer_windows(cfg)}}
     biases = {w: torch.zeros(T, T, dtype=dtype, device=device).masked_fill_(~x, -math.inf) for w, x in seen.items()}
-
     def attend(q, k, v, window, mask=None):
         B, T, H, K = q.shape
         q, k, v = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q, k, v))
@@ -641,8 +585,7 @@ def attention_names(cfg, device_type):
     return by_speed[device_type] if cfg.attention == "auto" else [cfg.attention]
 
 def choose_attention(cfg, device):
-    """(name, function) of --attention, or of the fastest kernel that is installed and agrees with plain_attention on a
-    small forward and backward pass. Says loudly what it falls back from."""
+    """(name, function) of --attention, or of the fastest kernel that works. Says loudly what it falls back from."""
     for name in attention_names(cfg, device.type):
         try:
             attend = ATTENTION[name](cfg, device)
@@ -764,9 +707,7 @@ class GPT(nn.Module):
         ahead = torch.cat((x, norm(F.embedding(targets, self.embed).to(x.dtype))), dim=-1)
         return x, norm(self.mtp_block(linear(ahead, self.mtp_proj), x0, cos, sin, attend[self.cfg.seq_len]))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, from hidden states, never all logits at once
-
+# Loss: (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, never all logits at once ----------------------
 CHUNK_LOGITS = 2 ** 24  # logits of a matrix product: each adds once to the gradient of the whole head
 PIECE_LOGITS = 2 ** 20  # of these in float32 at a time, near the caches, where there is no kernel
 GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher; large products are fast
@@ -839,19 +780,19 @@ def chunk_rows(head):
     return max(1, (GPU_CHUNK_LOGITS if head.is_cuda and use_triton("cuda") else CHUNK_LOGITS) // len(head))
 
 def soft_capped(z, softcap):
-    """Raw logits z to soft-capped ones in float32; float32 z is overwritten."""
-    # tanh through sigmoid: a quarter of its time on a CPU
+    """Raw logits z to soft-capped ones in float32, which overwrite float32 z; by sigmoid, 4x faster on a CPU."""
     return z.float().mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
 
-def plain_loss(hidden, head, targets, softcap, teacher=None, weight=0.0, temperature=1.0):
-    """The loss as one reads it; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N] (-1: ignored),
-    teacher (hidden [N, D'], head [V, D']) or None. Returns (loss, cross-entropy) in nats per token."""
+def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
+    """The loss as one reads it; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N] (-1: ignored); teacher
+    is the mixture of [(share, hidden [N, D'], head [V, D']), ...]. Returns (loss, cross-entropy) in nats per token."""
     cap = lambda h, w: softcap * torch.tanh(h @ w.T / softcap)
     logits = cap(hidden, head)
     ce = F.cross_entropy(logits, targets, ignore_index=-1)
-    if teacher is None:
+    if not teacher:
         return ce, ce
-    log_p, log_q = (torch.log_softmax(z / temperature, dim=-1) for z in (cap(*teacher), logits))
+    p = sum(share * torch.softmax(cap(h, w), dim=-1) for share, h, w in teacher)
+    log_p, log_q = (torch.log_softmax(z / temperature, dim=-1) for z in (p.log(), logits))
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
@@ -880,19 +821,34 @@ def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
         total, ce_total = total + loss, ce_total + ce
     return total, ce_total, z
 
+def mixed_probs(logits, shares, softcap):
+    """sum_i share_i softmax_i, float32 [R, V], of members' raw logits, which are taken one at a time."""
+    return sum(share * torch.softmax(soft_capped(z, softcap), dim=-1) for share, z in zip(shares, logits))
+
+def teacher_logits(teacher, rows, V, softcap):
+    """Raw logits [R, >= V] of a teacher at `rows`. For several, those that soft-capped have the mixture as softmax:
+    its log spans at most 2 softcap, as each member's does, so that it fits under the cap once it is centered."""
+    logits = (linear(hidden[rows], head) for _, hidden, head in teacher)
+    if len(teacher) == 1:
+        return next(logits)
+    y = mixed_probs((z[:, :V] for z in logits), [share for share, *_ in teacher], softcap).log_()
+    y -= (y.amax(-1, keepdim=True) + y.amin(-1, keepdim=True)) / 2
+    z = y.div_(softcap).clamp_(-1 + 1e-6, 1 - 1e-6).atanh_().mul_(softcap)
+    return F.pad(z, (0, len(teacher[0][2]) - V))
+
 class ChunkedLoss(torch.autograd.Function):
     """plain_loss in chunks of rows. Gradients are formed in the forward pass, while a chunk's logits are at hand."""
     @staticmethod
-    def forward(ctx, hidden, head, targets, softcap, teacher_hidden, teacher_head, weight, temperature):
+    def forward(ctx, hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
         rows, V, valid = chunk_rows(head), len(head), targets >= 0
         scale = valid / valid.sum()  # [N]: mean over the targets that count
         d_hidden, d_head = torch.empty_like(hidden), torch.zeros_like(head)
         head = padded(head.to(hidden.dtype))  # once, not in every chunk
-        t_head, total, ce_total = None if teacher_head is None else padded(teacher_head), 0.0, 0.0
+        teacher, total, ce_total = [(share, h, padded(w)) for share, h, w in teacher], 0.0, 0.0
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
             loss, ce, d = rows_loss(  # which frees the logits: they have no name here
-                linear(hidden[part], head), None if t_head is None else linear(teacher_hidden[part], t_head), V,
+                linear(hidden[part], head), teacher_logits(teacher, part, V, softcap) if teacher else None, V,
                 targets[part], scale[part], softcap, weight, temperature)
             d_hidden[part] = d @ head
             d_head += (d.T @ hidden[part])[:V]
@@ -904,22 +860,21 @@ class ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, d_loss, _):
         d_hidden, d_head = ctx.saved_tensors
-        return d_hidden * d_loss, d_head * d_loss, *[None] * 6
+        return d_hidden * d_loss, d_head * d_loss, *[None] * 5
 
 def training_loss(model, teacher, cfg, tokens):
-    """tokens [B, T+1] -> (loss, cross-entropy) in nats per token: (1 - a)(CE + m MTP) + a T^2 KL."""
+    """tokens [B, T+1], teacher [(share, model), ...] -> (loss, cross-entropy) in nats per token: (1 - a)(CE + m MTP)
+    + a T^2 KL; a is 0 without a teacher."""
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     hidden, ahead = model(inputs, targets)
-    head, weight, t_hidden, t_head = model.head[:model.vocab_size], 0.0, None, None
-    if teacher is not None:
-        weight, t_head = cfg.distill_weight, teacher.head[:teacher.vocab_size]
-        with torch.no_grad():
-            t_hidden = teacher(inputs)[0].flatten(0, 1)
-    loss, ce = ChunkedLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), cfg.softcap, t_hidden, t_head, weight,
+    head, weight = model.head[:model.vocab_size], cfg.distill_weight * bool(teacher)
+    with torch.no_grad():
+        taught = [(share, t(inputs)[0].flatten(0, 1), t.head[:t.vocab_size]) for share, t in teacher]
+    loss, ce = ChunkedLoss.apply(hidden.flatten(0, 1), head, targets.flatten(), cfg.softcap, taught, weight,
                                  cfg.distill_temperature)
     if ahead is not None:
         after_next = F.pad(targets[:, 1:], (0, 1), value=-1)  # the last position has no token after next
-        mtp, _ = ChunkedLoss.apply(ahead.flatten(0, 1), head, after_next.flatten(), cfg.softcap, None, None, 0.0, 1.0)
+        mtp, _ = ChunkedLoss.apply(ahead.flatten(0, 1), head, after_next.flatten(), cfg.softcap)
         loss = loss + (1 - weight) * cfg.mtp_weight * mtp
     return loss, ce
 
@@ -948,16 +903,13 @@ def true_token_probs(model, sequences, batch, world):
     world.sum_(probs)
     return probs.flatten().cpu().numpy()
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Optimizer: Muon for matrices, AdamW for the rest
-
+# Optimizer: Muon for matrices, AdamW for the rest ---------------------------------------------------------------------
 POLAR_EXPRESS = (  # coefficients (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-
 SYMMETRIC_TILE = dict(BLOCK=128, STEP=64, num_warps=8, num_stages=3)  # two programs fit an H100's multiprocessor
 
 if triton is not None:
@@ -990,13 +942,12 @@ if triton is not None:
                      mask=(cols[:, None] < r) & (rows[None, :] < r))
 
 def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
-    """alpha X X^T + beta add, [n, r, r], of X [n, r, k] with any strides and a symmetric `add`; float32 sums. Half the
-    blocks are computed, the others mirrored. Needs triton."""
+    """alpha X X^T + beta add, [n, r, r], of X [n, r, k] and a symmetric `add`; half is computed, half mirrored."""
     (n, r, k), tile = X.shape, SYMMETRIC_TILE
     out, blocks = X.new_empty(n, r, r), triton.cdiv(r, tile["BLOCK"])
-    symmetric_kernel[blocks * (blocks + 1) // 2, n](X, X if add is None else add.contiguous(), out, r, k, *X.stride(),
-                                                    alpha, beta, ADD=add is not None,
-                                                    WIDEN=triton.knobs.runtime.interpret, **tile)
+    symmetric_kernel[blocks * (blocks + 1) // 2, n](
+        X, X if add is None else add.contiguous(), out, r, k, *X.stride(), alpha, beta, ADD=add is not None,
+        WIDEN=triton.knobs.runtime.interpret, **tile)
     return out
 
 def orthogonalize(G, dtype):
@@ -1013,8 +964,7 @@ def orthogonalize(G, dtype):
     return X.mT if tall else X
 
 def muon_update(grad, first, second, ok, momentum, dtype):
-    """Direction of one Muon step for grad [n, rows, cols]. The momentum `first` [n, rows, cols] and the second moment
-    `second` (one per row or column) move where `ok` (0-D) is 1 and stay where it is 0."""
+    """Direction of a Muon step for grad [n, rows, cols]; the moments (`second`: by row or column) move if `ok` is 1."""
     dim = -1 if grad.size(-2) >= grad.size(-1) else -2
     update = grad.lerp(first.lerp_(grad, ok * (1 - momentum)), momentum)  # Nesterov
     update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-20)  # rows (MuonEq-R)
@@ -1041,11 +991,9 @@ def updated(weight, grad, first, second, lr, wd, clip, ok, steps, rule):
     return weight - ok * lr * (wd * decay + update)
 
 class Optimizer:
-    """Muon and AdamW over a table of groups, sharded over the ranks of `world`.
-
-    The tensors of a group are stacked into equal units (matrices for Muon, single weights for AdamW); a rank receives
-    the summed gradient of its own units, keeps their state, updates them, and the new weights are gathered. Where a
-    gradient is not finite the step changes nothing, which the device finds without the host."""
+    """Muon and AdamW over a table of groups. The tensors of a group are stacked into equal units (matrices for Muon,
+    single weights for AdamW); each rank of `world` receives the summed gradient of its own units, keeps their state and
+    updates them, and the new weights are gathered. Where a gradient is not finite the step changes nothing."""
     def __init__(self, model, cfg, world=World()):
         self.cfg, self.world = cfg, world
         muon, adamw = ("muon", cfg.momentum, getattr(torch, cfg.precision)), ("adamw", (0.8, 0.95))
@@ -1061,12 +1009,13 @@ class Optimizer:
             stacks.setdefault((label, *unit), []).append((name, p))
         device = next(model.parameters()).device
         self.steps, self.skipped = torch.zeros((), device=device), torch.zeros((), device=device)
-        self.groups = []  # names, parameters, unit, the table's row, {"first": moment, "second": moment}
+        self.groups = []  # names, parameters, units of each, unit, table row, {"first": moment, "second": moment}
         for (label, *unit), named in stacks.items():
-            n = -(-sum(p.numel() for _, p in named) // math.prod(unit) // world.size)  # units of this rank
+            counts = [p.numel() // math.prod(unit) for _, p in named]
+            n = -(-sum(counts) // world.size)  # units of this rank
             second = unit if label != "matrix" else (unit[0], 1) if unit[0] >= unit[1] else (1, unit[1])
             moments = {k: torch.zeros(n, *shape, device=device) for k, shape in (("first", unit), ("second", second))}
-            self.groups.append((*map(list, zip(*named)), unit, *table[label], moments))
+            self.groups.append((*map(list, zip(*named)), counts, unit, *table[label], moments))
         self.updated = torch.compile(updated, dynamic=False) if cfg.compile else updated
 
     def stack(self, tensors, unit):
@@ -1075,17 +1024,13 @@ class Optimizer:
         missing = -len(units) % self.world.size
         return F.pad(units, (0, 0) * len(unit) + (0, missing)) if missing else units
 
-    def split(self, params, units):
-        """[n, *rest of unit], on all ranks -> one tensor a parameter, padding dropped."""
-        sizes = [math.prod(p.shape[:p.ndim - units.ndim + 1]) for p in params]
-        return units[:sum(sizes)].split(sizes)
 
     def state(self):
         """{"first.NAME", "second.NAME": moments of a parameter, ...}: the same for any number of ranks."""
         found = {"steps": self.steps, "skipped": self.skipped}
-        for names, params, *_, moments in self.groups:
+        for names, _, counts, *_, moments in self.groups:
             for kind, units in moments.items():
-                whole = self.split(params, self.world.all_gather(units)())
+                whole = self.world.all_gather(units)()[:sum(counts)].split(counts)  # without the padding
                 found.update({f"{kind}.{name}": x.cpu() for name, x in zip(names, whole)})
         return found
 
@@ -1106,7 +1051,7 @@ class Optimizer:
     def step(self, lr_mult, wd_mult):
         """Sum the gradients over the ranks, clip them, update every weight; the gradients are consumed."""
         pending = []
-        for _, params, unit, *_ in self.groups:
+        for _, params, _, unit, *_ in self.groups:
             pending.append(self.world.reduce_scatter(self.stack([p.grad for p in params], unit)))
             for p in params:
                 p.grad = None
@@ -1116,18 +1061,16 @@ class Optimizer:
         ok, clip = square.isfinite(), (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
         self.steps, self.skipped = self.steps + ok, self.skipped + ~ok
         pending = []  # gathers run while the next group is orthogonalised
-        for grad, (_, params, unit, rule, lr, wd, state) in zip(grads, self.groups):
+        for grad, (_, params, _, unit, rule, lr, wd, state) in zip(grads, self.groups):
             lr, wd = (torch.full_like(clip, x) for x in (lr * lr_mult, wd * wd_mult))
             weight = self.world.shard(self.stack(params, unit))
             pending.append(self.world.all_gather(self.updated(weight, grad, **state, lr=lr, wd=wd, clip=clip, ok=ok,
                                                               steps=self.steps.clamp(min=1), rule=rule)))
-        for wait, (_, params, unit, *_) in zip(pending, self.groups):
-            for p, new in zip(params, self.split(params, wait())):
+        for wait, (_, params, counts, *_) in zip(pending, self.groups):
+            for p, new in zip(params, wait()[:sum(counts)].split(counts)):
                 p.copy_(new.view_as(p))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Schedule: pure functions of the position; c is the cycle of a trajectory, C their number, s the step of a cycle of L
-
+# Schedule: pure functions of the position, step s of the L in cycle c of C --------------------------------------------
 def lr_multiplier(s, L, floor):
     """Linear from 1 to (almost) `floor` within a cycle, no warmup."""
     return floor + (1 - floor) * (1 - s / L)
@@ -1179,63 +1122,53 @@ def plan_cycles(cfg, train_tokens):
         for c, epochs in enumerate(lengths):
             plan[j].append(Cycle(j * cfg.cycles + c, j, c, epochs, before, cycle_steps(cfg, epochs, c, train_tokens),
                                  cycle_batch_tokens(c, cfg.cycles, cfg) // cfg.seq_len,
-                                 bool(cfg.distill_weight) and c >= cfg.distill_after))
+                                 bool(cfg.distill_weight) and (bool(cfg.teacher) or c >= cfg.distill_after)))
             before += epochs
     return plan
 
 def flops_per_token(cfg, vocab_size, causal=True):
-    """(training, teacher) FLOPs per token: 3 x the forward products of the model, 1 x those of a teacher.
-    Looped layers count once a pass; attention counts the keys that are visible."""
+    """(training, teacher) FLOPs per token: 3 x and 1 x the forward products, all passes of a loop and visible keys."""
     D, T, H = cfg.width, cfg.seq_len, cfg.width // cfg.head_dim
-
     def block(window, value):
         keys = (window * (window + 1) / 2 + (T - window) * window) / T if causal else T
         gates = 2 * H * (ATTN_GATE_CHANNELS * cfg.attn_gates + VALUE_GATE_CHANNELS * value)
         return 2 * (4 + value) * D * D + 6 * D * cfg.mlp_hidden + 4 * D * keys + gates
-
     windows, head = layer_windows(cfg), 2 * D * vocab_size
     trunk = head + sum(block(windows[i], has_value_embed(cfg, i)) for i in layer_order(cfg))
     mtp = 4 * D * D + block(T, False) + head if cfg.mtp_weight else 0
     return 3 * (trunk + mtp), trunk
 
-def run_flops(cfg, plan, vocab_size):
-    """FLOPs of all training steps by part, {"model": n, "teacher": n}."""
-    model, teacher = flops_per_token(cfg, vocab_size)
+def run_flops(cfg, plan, vocab_size, population=None):
+    """FLOPs of all training steps by part, {"model": n, "teacher": n}; the teacher is one member or a population."""
+    (model, teacher), teachers = flops_per_token(cfg, vocab_size), len(population.members) if population else 1
     tokens = lambda cycles: sum(c.steps * c.rows * cfg.seq_len for c in cycles)
     cycles = sum(plan, [])
-    return {"model": model * tokens(cycles), "teacher": teacher * tokens(c for c in cycles if c.distilled)}
+    return {"model": model * tokens(cycles), "teacher": teachers * teacher * tokens(c for c in cycles if c.distilled)}
 
 def memory_per_device(cfg, vocab_size, ranks=1):
-    """Bytes by part at the peak of a step, {part: bytes}; `ranks` share a trajectory and its optimizer. Activations
-    are those that eager autograd keeps for the backward pass (torch.compile keeps fewer); `update` and activations
-    never live at the same time."""
-    D, h, H = cfg.width, cfg.mlp_hidden, cfg.width // cfg.head_dim
+    """{part: bytes} at the peak of a step; `ranks` share a trajectory and its optimizer. Activations are those of eager
+    autograd (torch.compile keeps fewer); `update` and activations never live at the same time."""
+    D, h, order, rows = cfg.width, cfg.mlp_hidden, layer_order(cfg), cfg.micro_batch * cfg.seq_len
     with torch.device("meta"):
         model = GPT(cfg, vocab_size)
     count, groups = sum(p.numel() for p in model.parameters()), Optimizer(model, cfg).groups
-    muon = [sum(p.numel() for p in params) for _, params, _, rule, *_ in groups if rule[0] == "muon"]
+    muon = [sum(p.numel() for p in params) for _, params, _, _, rule, *_ in groups if rule[0] == "muon"]
     act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
-    value = sum(has_value_embed(cfg, i) for i in layer_order(cfg)) / len(layer_order(cfg))
-    wide = 16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates)
-    token = wide * D + act * 5 * h + 12 * H
-    passes, cast = len(layer_order(cfg)) + bool(cfg.mtp_weight), act * ((4 + value) * D * D + 3 * D * h)
-    rows = cfg.micro_batch * cfg.seq_len
-    chunk, teacher = min(GPU_CHUNK_LOGITS, rows * vocab_size), bool(cfg.distill_weight)
-    return {"weights": 4 * count, "gradients": 4 * count,
-            "optimizer": (8 * count - 4 * sum(muon)) // ranks, "teacher": 2 * count * teacher,
-            "logits": act * chunk * (1 + teacher),
-            "activations": round(passes * (rows * token + (act == 2) * cast) + rows * D * 6 + 8 * D * vocab_size),
-            "update": (8 + 12 // ranks) * max(muon)}
+    value = sum(has_value_embed(cfg, i) for i in order) / len(order)
+    token = D * (16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates))
+    token += act * 5 * h + 12 * D // cfg.head_dim
+    passes, cast = len(order) + bool(cfg.mtp_weight), (act == 2) * act * ((4 + value) * D * D + 3 * D * h)
+    teacher = bool(cfg.distill_weight)
+    parts = {"weights": 4 * count, "gradients": 4 * count, "optimizer": (8 * count - 4 * sum(muon)) // ranks,
+             "teacher": 2 * count * teacher, "logits": act * min(GPU_CHUNK_LOGITS, rows * vocab_size) * (1 + teacher),
+             "activations": round(passes * (rows * token + cast) + rows * D * 6 + 8 * D * vocab_size),
+             "update": (8 + 12 // ranks) * max(muon)}
+    return {**parts, "peak": sum(parts.values()) - min(parts["activations"], parts["update"])}
 
-def peak_memory(parts):
-    return sum(parts.values()) - min(parts["activations"], parts["update"])
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Population: members on disk (bf16 weights + configuration) and their cached p(true token)
-
+# Population: members on disk (bf16 weights + configuration) and their cached p(true token) ----------------------------
 def write_atomically(path, write):
-    """Call write(temporary path), then rename it to `path`: a reader sees the old file or the new one, whole, whenever
-    the machine stops. Raises OSError where it cannot be written."""
+    """Call write(temporary path), then rename it: a reader sees the old file or the new one, whenever all stops."""
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         write(tmp)
@@ -1267,9 +1200,9 @@ def empty_member(cfg, vocab_size):
     model = GPT(cfg, vocab_size)
     return model.to(model.dtype).eval().requires_grad_(False)
 
-def load_member(folder, precision=None, sha256=None):
-    """The member in `folder`, as a frozen GPT in evaluation mode. Raises UserError where a file is damaged, or is not
-    the one of hash `sha256`."""
+def load_member(folder, precision=None, sha256=None, device="cpu"):
+    """The member in `folder`, as a frozen GPT in evaluation mode on `device`. Raises UserError where a file is damaged,
+    or is not the one of hash `sha256`."""
     with reading(f"member {folder}"):
         about = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
@@ -1280,9 +1213,11 @@ def load_member(folder, precision=None, sha256=None):
             empty_member(cfg, about["vocab_size"]).load_state_dict(weights, assign=True)
         model = empty_member(cfg, about["vocab_size"])
         model.load_state_dict(weights)
-        on_cpu = cfg if cfg.attention in ("matmul", "plain", "sdpa") else replace(cfg, attention="auto")
-        model.attend = ATTENTION[attention_names(on_cpu, "cpu")[0]](cfg, torch.device("cpu"))  # as it was evaluated
-    return model
+    plain = cfg.attention in ("matmul", "plain", "sdpa")  # on a CPU as it was evaluated; on a GPU SDPA needs no check
+    on_cpu = attention_names(cfg if plain else replace(cfg, attention="auto"), "cpu")[0]
+    name = on_cpu if torch.device(device).type == "cpu" else "sdpa"
+    model.attend = ATTENTION[name](cfg, torch.device(device))
+    return model.to(device)
 
 @dataclass
 class Progress:
@@ -1300,8 +1235,7 @@ class Progress:
     kernels: dict = field(default_factory=dict)
     skipped: int = 0  # updates left out because they were not finite
 
-def digest(value):
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 def generations(folder, trajectory):
     """Resume states of a trajectory, newest first: JSON files, each beside its tensors."""
@@ -1314,10 +1248,10 @@ def save_state(folder, at, identity, tensors):
     write_atomically(path.with_suffix(".safetensors"), lambda tmp: save_tensors(tensors, tmp))
     body = {"at": asdict(at), "identity": identity, "tensors": sha256_of(path.with_suffix(".safetensors"))}
     save_json(path, {"body": body, "sha256": digest(body)})
-    newest = generations(folder, at.trajectory)[:2]
-    keep = {*newest, *(f.with_suffix(".safetensors") for f in newest)}
-    for old in set(folder.glob(f"{at.trajectory}-*")) - keep:  # what a killed process left half-written, too
-        old.unlink()
+    keep = {f.stem for f in generations(folder, at.trajectory)[:2]}
+    for old in folder.glob(f"{at.trajectory}-*"):
+        if old.stem not in keep:  # what a killed process left half-written, too
+            old.unlink()
 
 def load_state(folder, trajectory, identity):
     """(Progress, file of its tensors) of the newest whole state of a trajectory, or None where it has none; `identity`
@@ -1333,10 +1267,9 @@ def load_state(folder, trajectory, identity):
                 if body["identity"] != identity or body["at"]["trajectory"] != trajectory:
                     raise ValueError("it is of another run or trajectory")
                 at, first = Progress(**body["at"]), trajectory * identity["cycles"]
-                name, text, metrics = at.log
-                whole = at.cycle, at.in_cycle, at.step, at.sequences, text, metrics
-                if not (all(type(n) is int and n >= 0 for n in whole) and at.cycle <= identity["cycles"]
-                        and type(at.done) is bool and Path(name).name == name
+                name, *counts = at.log[0], at.log[1], at.log[2], at.cycle, at.in_cycle, at.step, at.sequences
+                if not (all(type(n) is int and n >= 0 for n in counts) and at.cycle <= identity["cycles"]
+                        and type(at.done) is bool and Path(name).name == name and len(at.log) == 3
                         and [e["member"] for e in at.curve] == list(range(first, first + at.cycle))
                         and all({"of", "weights", "predictions"} <= e.keys() for e in at.curve)):
                     raise ValueError("it does not say where the trajectory stands")
@@ -1370,32 +1303,32 @@ def read_predictions(path, sha256=None):
                 raise ValueError(f"{split} does not hold one probability per token")
     return found
 
+def recorded_hashes(run, kind, members):
+    """sha256 of each member's "weights" or "predictions" as a finished run recorded them; of others None."""
+    if not (run / "result.json").exists():
+        return [None] * members
+    with reading(run / "result.json"):
+        found = [p[kind] for p in json.loads((run / "result.json").read_text(encoding="utf-8"))["curve"]]
+    if len(found) != members:  # trajectories on machines that share no disk
+        raise UserError(f"{run} has predictions of {members} members, its result has {len(found)}: copy the others "
+                        "from the machines that trained them")
+    return found
+
 def load_predictions(run):
     """Cached p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError where files are missing."""
     files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
     if not files:
         raise UserError(f"{run} has no cached predictions: it is not a run, or it ended before its first member")
     for i, file in enumerate(files):
-        if not file.stem.isdecimal():
-            raise UserError(f"{file} is not a member's predictions: move it elsewhere")
         if file.stem != str(i):
-            raise UserError(f"{run} lacks the predictions of member {i}: the run is not complete")
-    recorded = [None] * len(files)
-    if (run / "result.json").exists():  # of trajectories on machines that share no disk, each holds its own
-        with reading(run / "result.json"):
-            recorded = [p["predictions"] for p in json.loads((run / "result.json").read_text("utf-8"))["curve"]]
-        if len(recorded) != len(files):
-            raise UserError(f"{run} has predictions of {len(files)} members, its result has {len(recorded)}: copy the "
-                            "others from the machines that trained them")
-    members = [read_predictions(file, sha) for file, sha in zip(files, recorded)]
+            raise UserError(f"{file} is not of member {i}: the run is not complete, or move that file elsewhere")
+    members = [read_predictions(f, sha) for f, sha in zip(files, recorded_hashes(run, "predictions", len(files)))]
     for file, member in zip(files, members):
         if {k: len(p) for k, p in member.items()} != {k: len(p) for k, p in members[0].items()}:
             raise UserError(f"predictions {file} are damaged: other splits or lengths than those of {files[0].name}")
     return {split: np.stack([m[split] for m in members]) for split in members[0]}
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate
-
+# Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate ----------------
 def mixture_loss(P, w):
     """Nats per token of the mixture: P [M, N] (or M rows) p(true token) per member, w [M]; float64, a row at a time."""
     return float(-np.log(sum(x * p.astype(np.float64) for x, p in zip(w, P, strict=True))).mean())
@@ -1433,8 +1366,7 @@ def fit_prior(P, tolerance=1e-7, max_passes=100):
     return best.numpy(), best_gap
 
 def mixtures(heldout, scored):
-    """Losses on `scored` (M rows) of the newest member alone, of all members uniformly and under the prior fitted on
-    `heldout` (M rows), and that prior's gap."""
+    """Losses on `scored` (M rows) of the newest member, of all uniformly and under the prior of `heldout` (M rows)."""
     w, gap = fit_prior(np.stack(heldout))
     return {"loss": mixture_loss(scored[-1:], [1.0]), "uniform": mixture_loss(scored, np.full(len(w), 1 / len(w))),
             "learned": mixture_loss(scored, w), "gap": gap}
@@ -1468,15 +1400,95 @@ def data_efficiency(loss):
         return f"{np.interp(-loss, np.negative(losses), tokens) / 100:.2f}x"
     return ">20x" if loss < losses[-1] else "<2x"
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Training loop
+# Mixture: a population in use; it mixes probabilities token by token --------------------------------------------------
+@dataclass(frozen=True, eq=False)
+class Population:
+    """Members of a run and their weights: p(token) = sum_i weights_i p_i(token). `load_population` makes it."""
+    folder: Path
+    members: list  # numbers of those that take part, the largest weight first
+    weights: list  # theirs; they sum to 1
+    heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
+    manifest: dict  # of the data they were trained on
+    encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
+    device: torch.device
 
+    def member(self, i):
+        """Member i of the run, read and checked, as a frozen GPT."""
+        sha256 = recorded_hashes(self.folder, "weights", len(self.heldout))[i]
+        return load_member(self.folder / f"members/{i}", sha256=sha256, device=self.device)
+
+    @functools.cached_property
+    def models(self):
+        return list(map(self.member, self.members))
+
+    @torch.no_grad()
+    def log_probs(self, tokens):
+        """log p(next token) after each of tokens [B, T] (documents begin with encoding.eot_token), float32 [B, T, V]"""
+        logits = (linear(m(tokens)[0].float(), m.head[:m.vocab_size].float()) for m in self.models)
+        return mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()
+
+    def encode(self, text):
+        """Tokens of a document that begins with `text`. Raises UserError where the run has no tokenizer."""
+        if self.encoding is None:
+            raise UserError(f"{self.folder} has no tokenizer, because its data came without one")
+        return [self.encoding.eot_token, *self.encoding.encode_ordinary(text)]
+
+def load_tokenizer(folder):
+    """(manifest, tiktoken.Encoding or None) of a data folder. Raises UserError where they are missing or damaged."""
+    with reading(f"tokenizer in {folder}"):
+        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+        if (entry := manifest["tokenizer"]) is None:
+            return manifest, None
+        if sha256_of(path := folder / entry["file"]) != entry["sha256"]:
+            raise ValueError(f"the sha256 of {path.name} is not the manifest's")
+        import tiktoken
+        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+        return manifest, tiktoken.Encoding(entry["kind"], pat_str=entry["pattern"], mergeable_ranks=ranks,
+                                           special_tokens={"<|endoftext|>": entry["eot"]})
+
+def best_members(heldout, k=None):
+    """(members, weights), largest first: those the prior fitted on heldout [M, N] gives weight, or the `k` of largest
+    weight with the prior fitted to them again. Raises UserError for a k below 1."""
+    if k is not None and k < 1:
+        raise UserError(f"--k {k} must be at least 1")
+    if k is not None and k > len(heldout):
+        print(f"notice: --k {k} is larger than the population: using all {len(heldout)} members")
+    top = np.argsort(-fit_prior(heldout)[0], kind="stable")[:k]
+    w, _ = fit_prior(heldout[top])
+    keep = w > 1e-6  # below is the solver's tolerance
+    return top[keep].tolist(), (w[keep] / w[keep].sum()).tolist()
+
+def load_population(run, k=None, device=None):
+    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight, or the best `k`, on
+    `device` (default: the GPU where there is one). Raises UserError for what is missing or damaged."""
+    folder = find_run(str(run))
+    heldout = load_predictions(folder)["heldout"]
+    return Population(folder, *best_members(heldout, k), heldout, *load_tokenizer(folder / "data"),
+                      torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+
+def load_teacher(cfg, vocab_size, device):
+    """The Population of --teacher, or None. Raises UserError where it cannot teach this run."""
+    if not cfg.teacher:
+        return None
+    population = load_population(cfg.teacher, cfg.teacher_k, device)
+    its = population.models[0].cfg
+    found, needed = (population.models[0].vocab_size, its.softcap, its.seq_len), (vocab_size, cfg.softcap, cfg.seq_len)
+    if found != needed:
+        raise UserError(f"--teacher {cfg.teacher} does not fit: its vocabulary, --softcap and --seq-len are {found}, "
+                        f"this run's {needed}")
+    _, attend = choose_attention(replace(its, attention=cfg.attention), device)
+    for model in population.models:
+        model.attend = attend
+    return population
+
+# Training loop --------------------------------------------------------------------------------------------------------
 class Log:
     """log.txt and metrics.jsonl of a run, and the terminal. Each group's leader writes its own."""
-    text = metrics = None  # until it is opened, nothing is written
-
-    def open(self, path, show=True):
-        """Raises UserError where another process writes there."""
+    def __init__(self, path=None, show=True):
+        """Without a path nothing is written. Raises UserError where another process writes there."""
+        self.text = self.metrics = None
+        if path is None:
+            return
         files = path, path.with_name(path.stem.replace("log", "metrics") + ".jsonl")
         self.text, self.metrics = (open(f, "a", encoding="utf-8", buffering=1) for f in files)
         self.show, self.live, self.name = show, sys.stdout.isatty(), path.name
@@ -1504,8 +1516,8 @@ class Log:
         """A line of text; on a terminal the next line overwrites a passing one."""
         if self.text is not None:
             self.text.write(text + "\n")
-            passing = passing and self.live
-            if self.show:  # a line that wraps could not be overwritten
+            if self.show:
+                passing = passing and self.live  # a line that wraps could not be overwritten
                 shown = text[:shutil.get_terminal_size().columns - 1] if passing else text
                 print("\r\x1b[K" * self.live + shown, end="" if passing else "\n", flush=True)
 
@@ -1515,7 +1527,6 @@ class Log:
             if isinstance(v, float):
                 return f"{v:.5f}" if k.endswith(("loss", "gap")) else f"{v:.4g}"
             return f"{v[0]}/{v[1]}" if isinstance(v, tuple) else v
-
         if self.metrics is not None:
             self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
             self.line(" ".join((*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items()))), passing="step" in pairs)
@@ -1534,20 +1545,19 @@ def alive(cfg):
     if cfg.hang_minutes:
         faulthandler.dump_traceback_later(60 * cfg.hang_minutes, exit=True, file=sys.__stderr__)
 
-def warm_up(cfg, raw, model, teacher, world):
+def warm_up(cfg, raw, model, teacher, evaluated, world):
     """Compile both variants of a step, with and without teacher, before the first; nothing of it stays."""
     raw.init_weights("warm-up")
     tokens = torch.zeros(cfg.micro_batch, cfg.seq_len + 1, dtype=torch.long, device=world.device)
-    for taught_by in (None, teacher) if cfg.distill_weight else (None,):
+    for taught_by in ([], teacher) if cfg.distill_weight else ([],):
         training_loss(model.train(), taught_by, cfg, tokens)[0].backward()
         Optimizer(raw, cfg, world).step(1.0, 1.0)
     with torch.no_grad():
-        teacher(tokens[:, :-1])
+        evaluated(tokens[:, :-1])
 
 def check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_step, log):
     """Stop, or count where that is asked for, when updates were left out because they were not finite."""
-    lost = int(optimizer.skipped) - at.skipped
-    if lost:
+    if lost := int(optimizer.skipped) - at.skipped:
         step, m = divmod(-world.largest(-int(trouble)), micro_batches)
         what = f"the loss is not finite at step {step + 1} of trajectory {at.trajectory}, micro-batch {m}"
         if step >= at.step:
@@ -1558,16 +1568,10 @@ def check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_step, 
         at.skipped += lost
         log.event("skipped", updates=at.skipped, reason=what)
 
-def train(cfg, corpus, world, folder, log, saved=None):
-    """Train the population. The loop of q0 and of every baseline:
-
-        for each trajectory:
-            for each cycle:
-                weights: fresh, continued, or continued and perturbed
-                for each step of the cycle: lr falls, wd rises; loss = CE, mixed with KL to the previous member
-                member = bf16 snapshot; cache its p(true token); fit the prior over all members so far
-
-    `saved` {trajectory: (Progress, file of tensors)} is where a resumed run goes on. Raises Stopped after a signal."""
+def train(cfg, corpus, world, folder, log, saved=None, population=None):
+    """Train the population: the loop of q0 and of every baseline, over trajectories, cycles and steps. `saved`
+    {trajectory: (Progress, file of tensors)} is where a resumed run goes on; `population` teaches in place of the
+    previous member. Raises Stopped after a signal."""
     plan = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     mine = plan if world.groups == 1 else [plan[world.index]]
     total_steps, begun, started, ran = sum(c.steps for c in sum(mine, [])), [], time.perf_counter(), 0
@@ -1576,11 +1580,13 @@ def train(cfg, corpus, world, folder, log, saved=None):
     raw, previous = GPT(cfg, corpus.vocab_size).to(world.device), empty_member(cfg, corpus.vocab_size).to(world.device)
     name, raw.attend = choose_attention(cfg, world.device)
     previous.attend = raw.attend
-    model, taught_by = (torch.compile(m, dynamic=False) if cfg.compile else m for m in (raw, previous))
+    compiled = (lambda m: torch.compile(m, dynamic=False)) if cfg.compile else lambda m: m
+    model, evaluated = compiled(raw), compiled(previous)
+    taught_by = [*zip(population.weights, map(compiled, population.models))] if population else [(1.0, evaluated)]
     kernels = {"attention": name, "triton": use_triton(world.device.type), "compiled": cfg.compile}
     ranks = {"device": world.device.type, "processes": world.size * world.groups}
     if cfg.compile:
-        warm_up(cfg, raw, model, taught_by, world)
+        warm_up(cfg, raw, model, taught_by, evaluated, world)
     if not saved:
         log.event("kernels", **kernels, ready=f"{time.perf_counter() - started:.1f}s")
 
@@ -1610,8 +1616,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                 if world.leader:
                     save_state(folder / "state", at, identity, tensors)
                     # a state inside a cycle is taught by the newest member, the state before it by the one before
-                    for old in at.curve[:-(cfg.keep_members if at.done else max(2, cfg.keep_members))
-                                        ] if cfg.keep_members else ():
+                    for old in at.curve[:-max(cfg.keep_members or len(at.curve), 1 if at.done else 2)]:
                         (folder / f"members/{old['member']}/model.safetensors").unlink(missing_ok=True)
 
         for cycle in trajectory[at.cycle:]:
@@ -1621,7 +1626,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                     raw.load_state_dict({n: tensors[f"model.{n}"] for n, _ in raw.named_parameters()})
                 world.same_(*(p.data for p in raw.parameters()))
                 optimizer.load(tensors)
-                if cycle.distilled and at.in_cycle < cycle.steps:
+                if cycle.distilled and at.in_cycle < cycle.steps and not population:
                     set_previous(cycle.member - 1, at.curve[-1]["weights"])
                 resume = False
             elif cycle.index == 0 or cfg.boundary == "fresh":
@@ -1630,7 +1635,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
             elif cfg.boundary == "perturb":
                 noise = noise_scale(cycle.index, cfg.cycles, cfg.noise_first, cfg.noise_last)
                 perturb(raw, noise, cfg.seed, j, cycle.index)
-            teacher, micro_batches = taught_by if cycle.distilled else None, cycle.rows // cfg.micro_batch
+            teacher, micro_batches = taught_by if cycle.distilled else [], cycle.rows // cfg.micro_batch
             model.train()
             mark = last_save = time.perf_counter()
             marked, never = at.step, torch.full((), 2 ** 62, device=world.device)
@@ -1663,8 +1668,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
                     check_finite(cfg, world, at, optimizer, trouble, micro_batches, saved_at[0], log)
                     trouble = never
                 late = time.perf_counter() - last_save > 60 * cfg.save_minutes
-                asked = world.largest(2 * bool(Stopped.signal) + late)
-                if asked:
+                if asked := world.largest(2 * bool(Stopped.signal) + late):
                     last_save = time.perf_counter()
                     save()
                     mark += time.perf_counter() - last_save
@@ -1679,7 +1683,7 @@ def train(cfg, corpus, world, folder, log, saved=None):
             probs = {}
             for split, sequences in splits.items():
                 alive(cfg)
-                probs[split] = p = true_token_probs(taught_by, sequences, cfg.micro_batch, world)
+                probs[split] = p = true_token_probs(evaluated, sequences, cfg.micro_batch, world)
                 if not (p > 0).all():
                     raise UserError(f"member {cycle.member} gives some true token probability {p.min()}: lower "
                                     "--lr-matrix, or --softcap where it was raised")
@@ -1710,11 +1714,11 @@ def train(cfg, corpus, world, folder, log, saved=None):
     tokens = sum(c.steps * c.rows for c in sum(mine, [])) * cfg.seq_len
     return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
             f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs, "curve": curve,
-            "table": population_table(heldout, scored), "flops": run_flops(cfg, plan, corpus.vocab_size),
-            "skipped_updates": sum(p.skipped for p in begun), "kernels": kernels,
-            "train_seconds": seconds, "eval_seconds": (evaluated := sum(p.eval_seconds for p in begun)),
-            "total_seconds": seconds + evaluated, "tokens_per_second": tokens / seconds,
-            "peak_memory_mb": peak_memory_mb(world.device)}
+            "table": population_table(heldout, scored), "kernels": kernels, "train_seconds": seconds,
+            "flops": run_flops(cfg, plan, corpus.vocab_size, population),
+            "skipped_updates": sum(p.skipped for p in begun),
+            "eval_seconds": (evaluated := sum(p.eval_seconds for p in begun)), "total_seconds": seconds + evaluated,
+            "tokens_per_second": tokens / seconds, "peak_memory_mb": peak_memory_mb(world.device)}
 
 def peak_memory_mb(device):
     """Of the GPU's allocator, or of this process; None where the system does not tell."""
@@ -1740,9 +1744,7 @@ def draw_curve(path, result, split):
     axis.grid(alpha=0.3)
     write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
 
-# ----------------------------------------------------------------------------------------------------------------------
-# Commands
-
+# Commands -------------------------------------------------------------------------------------------------------------
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         raise UserError(f"{message} (see --help)")
@@ -1773,8 +1775,7 @@ def parse_config(argv, **extra):
                 raise ValueError("settings are missing or unknown")
             base = asdict(Config(**{**saved, "device": "auto", "compile": None, "attention": "auto"}))
             resolve(Config(**base))  # values of another kind raise here
-        differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items() if k not in MACHINE and v != base[k]]
-        if differ:
+        if differ := [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items() if k not in MACHINE and v != base[k]]:
             raise UserError(f"--resume {known.resume} has settings of its own: leave out {', '.join(differ)}")
         given = {**base, **given}
     elif "preset" not in given:
@@ -1800,21 +1801,20 @@ def find_run(name):
 
 H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.26  # dense bf16; our count for the published run; tiny, measured
 
-def describe(cfg, why, corpus_tokens, vocab_size):
-    """Lines that say what a run will do and why."""
+def describe(cfg, why, corpus_tokens, vocab_size, population=None):
+    """Lines that say what a run will do and why, and the FLOPs of its training."""
     cycles = sum(plan := plan_cycles(cfg, corpus_tokens), [])
     with torch.device("meta"):
         params = sum(p.numel() for p in GPT(cfg, vocab_size).parameters())
-    model, teacher = flops_per_token(cfg, vocab_size)
-    lines = [f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()]
-    lines.append(f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {len(cycles)} members, "
-                 f"{cfg.epochs} epochs (first cycle {cycles[0].epochs}, last {cycles[-1].epochs}), "
-                 f"{sum(c.distilled for c in cycles)} members distilled")
-    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
-    lines.append(f"steps: {sum(c.steps for c in cycles)} of {cfg.batch_tokens} tokens ({cfg.edge_batch_tokens} at the "
-                 f"edges), {tokens} tokens in all, {corpus_tokens} an epoch")
-    lines.append(f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher")
-    return lines, sum(run_flops(cfg, plan, vocab_size).values())
+    (model, teacher), tokens = flops_per_token(cfg, vocab_size), sum(c.steps * c.rows for c in cycles) * cfg.seq_len
+    return [*(f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()),
+            f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {len(cycles)} members, {cfg.epochs} "
+            f"epochs (first cycle {cycles[0].epochs}, last {cycles[-1].epochs}), {sum(c.distilled for c in cycles)} "
+            f"members distilled",
+            f"steps: {sum(c.steps for c in cycles)} of {cfg.batch_tokens} tokens ({cfg.edge_batch_tokens} at the "
+            f"edges), {tokens} tokens in all, {corpus_tokens} an epoch",
+            f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher",
+            ], sum(run_flops(cfg, plan, vocab_size, population).values())
 
 def command_train(argv):
     """Train, or go on with a run after it was stopped, in as many processes as torchrun started."""
@@ -1834,17 +1834,16 @@ def command_train(argv):
 
 def run(cfg, why, args, world):
     """Train and report, as one of the processes of `world`."""
-    first = world.leader and world.index == 0  # rank 0
     name = world.from_first(args.resume or args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S"))
     folder, data = find_run(name) if args.resume else LOGS / name, find_data(cfg)
     if not args.resume and (Path(name).name != name or name in (".", "..")):
         raise UserError(f"--run {name} must be a plain name: the run is written to logs/NAME")
     if world.from_first(bool(args.resume) and (folder / "result.json").exists()):
-        print(f"{name} is complete: {folder}\n" * first, end="")
+        print(f"{name} is complete: {folder}\n" * world.first, end="")
         return
-    if first and not args.resume and folder.exists() and any(f.suffix != ".tmp" for f in folder.iterdir()):
+    if world.first and not args.resume and folder.exists() and any(f.suffix != ".tmp" for f in folder.iterdir()):
         raise UserError(f"run directory {folder} exists: give another --run name, or --resume {name} to go on with it")
-    if first and not (data / "manifest.json").exists() and cfg.data == Config.data:
+    if world.first and not (data / "manifest.json").exists() and cfg.data == Config.data:
         print(f"{data} is missing: preparing the default corpus (python data/prepare.py wiki)", flush=True)
         done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"], stderr=subprocess.PIPE, text=True)
         if done.returncode:
@@ -1852,23 +1851,28 @@ def run(cfg, why, args, world):
             raise UserError(why_not.removeprefix("prepare.py: error: "))
     world.from_first(None)  # the others wait for the data
     corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
+    population = load_teacher(cfg, corpus.vocab_size, world.device)
+    if population:
+        corpus.hashes["teacher"] = hashlib.sha256(population.heldout[population.members].tobytes()).hexdigest()
     world.agree(corpus.hashes)
-    lines, _ = describe(cfg, why, corpus.train_sequences * cfg.seq_len, corpus.vocab_size)
+    lines, _ = describe(cfg, why, corpus.train_sequences * cfg.seq_len, corpus.vocab_size, population)
     if world.size * world.groups > 1:
-        lines.append(f"processes: {world.groups} groups of {world.size}, " + (
-            "one trajectory each" if world.groups > 1 else "all on one trajectory after the other"))
+        lines.append(f"processes: {world.groups} groups of {world.size}, one trajectory each at a time")
     about = {"command": " ".join(sys.argv), "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes}}
-    log, saved = Log(), {}
-    if first or os.environ.get("LOCAL_RANK") == "0":  # a machine of its own may have a disk of its own
+    log, saved, path = Log(), {}, folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
+    if world.first or os.environ.get("LOCAL_RANK") == "0":  # a machine of its own may have a disk of its own
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "run.json").exists():
             save_json(folder / "run.json", about)
+            (folder / "data").mkdir(exist_ok=True)  # what turns tokens into text, so that the run is of use by itself
+            for file in ("manifest.json", "tokenizer.tiktoken"):
+                if (data / file).exists():
+                    write_atomically(folder / "data" / file, functools.partial(shutil.copyfile, data / file))
     if world.leader:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
-        path = folder / (f"log_trajectory{world.index}.txt" if world.index else "log.txt")
-        log.open(path, show=first)
-    for half_written in folder.rglob("*.tmp") if first else ():  # by a process that was killed
+        log = Log(path, show=world.first)
+    for half_written in folder.rglob("*.tmp") if world.first else ():  # by a process that was killed
         half_written.unlink()
     world.from_first(None)  # from here on all write
     if world.leader:
@@ -1878,26 +1882,23 @@ def run(cfg, why, args, world):
             ends[at.log[0]] = max(ends.get(at.log[0], []), at.log[1:])
         log.start(json.dumps(about, indent=1) + "\n" + "\n".join(lines), ends.pop(path.name, None))
         for other, sizes in ends.items() if world.groups == 1 else ():  # of trajectories that had a group of their own
-            moved = Log()
-            moved.open(folder / other)
-            moved.start("", sizes)
-    saved = world.from_leader({j: state for j, state in saved.items() if state})
+            Log(folder / other).start("", sizes)
+    saved = world.from_first({j: state for j, state in saved.items() if state}, leader=True)
     if saved:
         where = {j: "is done" if at.done else f"at step {at.step}" for j, (at, _) in saved.items()}
         lines = [f"resuming {name}: " + ", ".join(f"trajectory {j} {at}" for j, at in where.items())]
-    if first:
+    if world.first:
         print("\n".join(lines), flush=True)
-    result = train(cfg, corpus, world, folder, log, saved)
-    if first:
+    result = train(cfg, corpus, world, folder, log, saved, population)
+    if world.first:
         log.line("\n".join(format_table(result["table"], cfg.report)))
-        key = f"final_{cfg.report}_loss"
-        speed, gpu = sum(result["flops"].values()) / result["train_seconds"], about["machine"]["gpu"]
+        key, flops, gpu = f"final_{cfg.report}_loss", sum(result["flops"].values()), about["machine"]["gpu"]
+        speed = flops / result["train_seconds"]
         mfu = {"mfu": speed / (H100_FLOPS * world.size * world.groups)} if "H100" in gpu or "H200" in gpu else {}
         efficiency = data_efficiency(result[key]) if corpus.name in ("fineweb", "slowrun") else "n/a"
         log.event(**{key: result[key]}, members=result["members"], k=result["members"], epochs=cfg.epochs,
-                  data_efficiency=efficiency, flops=sum(result["flops"].values()),
-                  teacher_flops=result["flops"]["teacher"], tflops=speed / 1e12, **mfu,
-                  train_time=f"{result['total_seconds']:.0f}s",
+                  data_efficiency=efficiency, flops=flops, teacher_flops=result["flops"]["teacher"],
+                  tflops=speed / 1e12, **mfu, train_time=f"{result['total_seconds']:.0f}s",
                   peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
         draw_curve(folder / "curve.png", result, cfg.report)
         save_json(folder / "result.json", {**result, **about})  # last: it says that the run is complete
@@ -1922,13 +1923,13 @@ def command_plan(argv):
     ranks = gpus // cfg.trajectories if gpus % cfg.trajectories == 0 else gpus  # that share a trajectory
     gb = lambda n: f"{n / 1e9:.3g} GB"
     parts, here = memory_per_device(cfg, vocab_size, ranks), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    total, room = peak_memory(parts), 1e9 * args.memory if args.memory else 80e9 if on_gpus else here
-    lines.append(f"memory per device: {', '.join(f'{k} {gb(v)}' for k, v in parts.items())}; peak {gb(total)}")
-    if total > 0.95 * room:
-        needs = lambda m: peak_memory(memory_per_device(replace(cfg, micro_batch=m), vocab_size, ranks))
+    room = 1e9 * args.memory if args.memory else 80e9 if on_gpus else here
+    lines.append(f"memory per device: {', '.join(f'{k} {gb(v)}' for k, v in parts.items())}")
+    if parts["peak"] > 0.95 * room:
+        needs = lambda m: memory_per_device(replace(cfg, micro_batch=m), vocab_size, ranks)["peak"]
         fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and needs(m) <= 0.95 * room]
-        lines.append(f"warning: that does not fit in {gb(room)}: "
-                     + (f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"))
+        advice = f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"
+        lines.append(f"warning: that does not fit in {gb(room)}: {advice}")
     state = parts["weights"] + memory_per_device(cfg, vocab_size)["optimizer"]
     lines.append(f"disk: members {gb(members * parts['weights'] // 2)}, predictions {gb(members * 4 * eval_tokens)}, "
                  f"resume state 2 x {gb(state)} a trajectory ({state / 1e9:.1f} s a save at 1 GB/s)")
@@ -1943,26 +1944,30 @@ def command_plan(argv):
                  f"{flops + forward:.3g} FLOPs at {mfu:.0%} of {speed / 1e12:.3g} TFLOP/s ({of})")
     print("\n".join(lines))
 
+def command_use(name, argv):
+    """A command on a finished population: records/use.py has it, and imports this module."""
+    sys.modules.setdefault("train_q0", sys.modules[__name__])
+    sys.path.insert(0, str(ROOT / "records"))
+    import use
+    getattr(use, name)(argv)
+
 def command_select(argv):
-    p = Parser(prog="train_q0.py select", description="Fit the prior again from the cached predictions of a run.")
-    p.add_argument("run")
+    """Fit the prior again from the cached predictions of a run."""
+    p = Parser(prog="train_q0.py select", description=command_select.__doc__)
+    p.add_argument("run", help="name of a run under logs/, or its folder")
     p.add_argument("--k", type=int, help="show the members and weights of this inference budget")
     args = p.parse_args(argv)
-    if args.k is not None and args.k < 1:
-        raise UserError(f"--k {args.k} must be at least 1")
     predictions = load_predictions(find_run(args.run))
     (split,) = set(predictions) - {"heldout"}
     table = population_table(predictions["heldout"], predictions[split])
     print("\n".join(format_table(table, split)))
     if args.k is not None:
-        if args.k > (M := len(table["weights"])):
-            print(f"notice: --k {args.k} is larger than the population: using all {M} members")
-        top = table["ranked"][:args.k]
-        w = fit_prior(predictions["heldout"][top])[0]
-        print(f"k:{len(top)} {split}_loss:{mixture_loss(predictions[split][top], w):.5f} "
-              + " ".join(f"member:{i} weight:{x:.4f}" for i, x in zip(top, w)))
+        members, weights = best_members(predictions["heldout"], args.k)
+        print(f"k:{len(members)} {split}_loss:{mixture_loss(predictions[split][members], weights):.5f} "
+              + " ".join(f"member:{i} weight:{w:.4f}" for i, w in zip(members, weights)))
 
-COMMANDS = {"train": command_train, "plan": command_plan, "select": command_select}
+COMMANDS = {"train": command_train, "plan": command_plan, "select": command_select,
+            **{name: functools.partial(command_use, name) for name in ("evaluate", "sample")}}
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)

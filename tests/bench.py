@@ -154,11 +154,10 @@ def loss_versions(tokens, vocab, width, dtype, taught):
     draw = lambda n, size, to: (size * torch.randn(n, width, device=DEVICE)).to(to)
     hidden, head = draw(tokens, 1, dtype).requires_grad_(), draw(vocab, 0.05, torch.float32).requires_grad_()
     targets = torch.randint(vocab, (tokens,), device=DEVICE)
-    teacher = (draw(tokens, 1, dtype), draw(vocab, 0.05, dtype)) if taught else None
+    teacher = [(1.0, draw(tokens, 1, dtype), draw(vocab, 0.05, dtype))] if taught else []
     weight, gradients = 0.45 * taught, lambda found: torch.autograd.grad(found[0], (hidden, head))
     plain = lambda loss=q.plain_loss: gradients(loss(hidden, head.to(dtype), targets, 15.0, teacher, weight, 1.2))
-    chunked = lambda: gradients(q.ChunkedLoss.apply(hidden, head, targets, 15.0, *(teacher or (None, None)), weight,
-                                                    1.2))
+    chunked = lambda: gradients(q.ChunkedLoss.apply(hidden, head, targets, 15.0, teacher, weight, 1.2))
     return plain, chunked
 
 def chunk_sizes(name, exponents, tokens, vocab, width, dtype, taught):
@@ -325,7 +324,8 @@ class Training:
         self.flops = forward_backward + forward * taught  # a token
 
     def micro(self):
-        (q.training_loss(self.model, self.teacher, self.cfg, self.tokens)[0] / self.count).backward()
+        teacher = [(1.0, self.teacher)] if self.teacher else []
+        (q.training_loss(self.model, teacher, self.cfg, self.tokens)[0] / self.count).backward()
 
     def update(self):
         with record_function("bench: optimizer"):

@@ -1,10 +1,11 @@
-"""Shared by all tests: the repository on sys.path, and --slow for the tests marked slow."""
+"""Shared by all tests: the repository and its scripts on sys.path, and --slow for the tests marked slow."""
 import sys
 from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "records"), str(ROOT / "data")]
 
 
 def pytest_addoption(parser):

@@ -75,7 +75,7 @@ def three_steps(folder, cfg, world, keep):
 
     def fed_loss(model, teacher, cfg, tokens):
         assert keys[-1] not in fed
-        fed[keys[-1]] = (tokens.clone(), teacher is not None)
+        fed[keys[-1]] = (tokens.clone(), bool(teacher))
         return training_loss(model, teacher, cfg, tokens)
 
     class Kept(Optimizer):
@@ -91,7 +91,7 @@ def three_steps(folder, cfg, world, keep):
     keep.update(fed=fed, weights={n: p.detach().clone() for names, params, *_ in groups for n, p in zip(names, params)},
                 state={names[0]: state for names, *_, state in groups}, result=result,
                 units={names[0]: (sum(p.numel() for p in params) // math.prod(unit), unit)
-                       for names, params, unit, *_ in groups})
+                       for names, params, _, unit, *_ in groups})
 
 
 def stirred_model(cfg):
@@ -151,8 +151,8 @@ def exchanges(world, rank):
     world.agree({"seed": 0})
     return {"reduce_scatter": [w() for w in waits], "all_gather": [g() for g in gathers], "sum": float(total),
             "shards": [world.shard(flat), world.shard(cube)], "same": [float(p.mean()) for p in model.parameters()],
-            "collect": collected, "abouts": abouts, "largest": world.largest(rank), "leader": world.from_leader(rank),
-            "refused": refused, "first": world.from_first({"rank": rank}),
+            "collect": collected, "abouts": abouts, "largest": world.largest(rank),
+            "leader": world.from_first(rank, leader=True), "refused": refused, "first": world.from_first({"rank": rank}),
             "place": (world.rank, world.size, world.index, world.groups, world.leader)}
 
 
@@ -446,7 +446,7 @@ def test_world_of_one_is_the_identity():
     assert world.reduce_scatter(x)() is x and world.all_gather(x)() is x and torch.equal(world.shard(x), x)
     array, model, value, total = np.ones(3), torch.nn.Linear(2, 2), object(), torch.tensor(2.0)
     assert world.collect(array, value) == (array, [value]) and world.same_(model.weight) is None
-    assert world.from_first(value) is value and world.from_leader(value) is value and world.largest(3) == 3
+    assert world.from_first(value) is value and world.from_first(value, leader=True) is value and world.largest(3) == 3
     assert world.agree({"a": 1}) is None and world.sum_(total) is None and total == 2 and world.leader
 
 

@@ -41,7 +41,7 @@ def exact(z, teacher, target, weight, T):
     """(loss, cross-entropy, gradient by z) of raw logits by plain_loss in float64: with the identity as head, hidden
     states are logits."""
     z, eye = z.double().requires_grad_(), torch.eye(z.size(1), dtype=torch.float64, device=z.device)
-    loss, ce = q.plain_loss(z, eye, target, CAP, None if teacher is None else (teacher.double(), eye), weight, T)
+    loss, ce = q.plain_loss(z, eye, target, CAP, [] if teacher is None else [(1.0, teacher.double(), eye)], weight, T)
     loss.backward()
     return loss.item(), ce.item(), z.grad
 
@@ -113,23 +113,24 @@ class TestOnDevice:
             checked_rows_loss(z, teacher, target, 0.45, 1.2)
             checked_rows_loss(z, None, target, 0.0, 1.0)
 
-    @pytest.mark.parametrize("distilled", [False, True])
+    @pytest.mark.parametrize("teachers", [0, 1, 2])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_chunked_loss(self, dtype, distilled, monkeypatch):
+    def test_chunked_loss(self, dtype, teachers, monkeypatch):
         """From hidden states, in chunks, an odd vocabulary. In bf16 logits, their gradient and its products are each
         rounded, by up to 2^-8: measured 0.6% of the largest gradient; in float32 1e-6."""
-        N, D, V, weight, T = 11, 40, 1001, 0.45 * distilled, 1.2
+        N, D, V, weight, T = 11, 40, 1001, 0.45 * bool(teachers), 1.2
         for name in ("CHUNK_LOGITS", "GPU_CHUNK_LOGITS"):
             monkeypatch.setattr(q, name, 4 * V)
         hidden, head = drawn(N, D, seed=1, dtype=dtype).requires_grad_(), drawn(V, D, seed=2).requires_grad_()
-        teacher = (drawn(N, 24, seed=3, dtype=dtype), drawn(V, 24, seed=4, dtype=dtype)) if distilled else None
+        teacher = [(1 / teachers, drawn(N, 24, seed=3 + 10 * i, dtype=dtype), drawn(V, 24, seed=4 + 10 * i, dtype=dtype))
+                   for i in range(teachers)]
         target = torch.randint(V, (N,), generator=seeded(5)).to(DEVICE)
         target[[0, 9]] = -1
-        loss, ce = q.ChunkedLoss.apply(hidden, head, target, CAP, *(teacher or (None, None)), weight, T)
+        loss, ce = q.ChunkedLoss.apply(hidden, head, target, CAP, teacher, weight, T)
         (3 * loss).backward()
         wide = [hidden.detach().double().requires_grad_(),  # the head too is rounded before its product
                 head.detach().to(dtype).double().requires_grad_()]
-        expected = q.plain_loss(*wide, target, CAP, teacher and [x.double() for x in teacher], weight, T)
+        expected = q.plain_loss(*wide, target, CAP, [(x, h.double(), w.double()) for x, h, w in teacher], weight, T)
         (3 * expected[0]).backward()
         tolerance = 1e-5 if dtype == torch.float32 else 1e-2
         assert [loss.item(), ce.item()] == pytest.approx([x.item() for x in expected], rel=tolerance)
@@ -162,12 +163,14 @@ class TestOnDevice:
         X, add = drawn(n, r, k, seed=1, dtype=dtype), drawn(n, r, r, seed=2)
         add = (add + add.mT).to(dtype)
         square = X.double() @ X.double().mT
+        block = torch.arange(r, device=DEVICE) // q.SYMMETRIC_TILE["BLOCK"]
+        mirrored = block[:, None] != block  # one on the diagonal is as symmetric as the order of its sums
         views = X, X.mT.contiguous().mT, torch.nn.functional.pad(X, (1, 2))[..., 1:k + 1]
         for view in views:
             for given in ((), (add, 0.7, -1.5)):
                 got = q.symmetric_product(view, *given)
                 expected = square if not given else 0.7 * square - 1.5 * add.double()
-                assert torch.equal(got, got.mT) and got.dtype == dtype and got.is_contiguous()
+                assert torch.equal(got[:, mirrored], got.mT[:, mirrored]) and got.dtype == dtype and got.is_contiguous()
                 # a float32 sum of k products in any order, two more for alpha and beta; then rounded
                 size = X.double().abs() @ X.double().abs().mT + 1.5 * add.double().abs()
                 bound = (k + 2) * 2 ** -24 * size + 1.01 * ROUNDING[dtype] * expected.abs()
@@ -221,7 +224,7 @@ import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import torch, train_q0 as q
 hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
-q.ChunkedLoss.apply(hidden, head, torch.arange(4), 15.0, None, None, 0.0, 1.0)[0].backward()
+q.ChunkedLoss.apply(hidden, head, torch.arange(4), 15.0)[0].backward()
 assert hidden.grad.any() and q.orthogonalize(torch.randn(1, 256, 256), torch.bfloat16).any()
 """
     done = subprocess.run([sys.executable, "-B", "-c", program], env={**bare, "PYTHONPATH": str(ROOT)},

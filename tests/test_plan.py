@@ -50,7 +50,7 @@ def test_activation_memory(changes):
 def test_weights_gradients_optimizer_and_teacher_memory(changes):
     cfg, model = build(**changes)
     optimizer, tokens = q.Optimizer(model, cfg), torch.randint(VOCAB, (2, cfg.seq_len + 1))
-    q.training_loss(model, None, cfg, tokens)[0].backward()
+    q.training_loss(model, [], cfg, tokens)[0].backward()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
     parts = q.memory_per_device(cfg, VOCAB)
     assert parts["weights"] == size(model.parameters())

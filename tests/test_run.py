@@ -4,6 +4,7 @@ One thread throughout: models this small gain nothing from two, and sums then ha
 """
 import contextlib
 import hashlib
+import importlib.util
 import json
 import math
 import os
@@ -364,7 +365,7 @@ def test_population(population, trajectories, cycles, start, distilled, corpus, 
         if len(starts) == len(ends):  # the first step of a cycle
             starts.append(weights(model))
         loss, ce = training_loss(model, teacher, cfg, tokens)
-        taught.setdefault(len(ends), []).append((teacher is not None, abs(float((loss - ce).detach()))))
+        taught.setdefault(len(ends), []).append((bool(teacher), abs(float((loss - ce).detach()))))
         return loss, ce
 
     def spy_save(folder, model, position):
@@ -692,15 +693,16 @@ def test_torchrun(trajectories, repo, corpus, logs):
 # ----------------------------------------------------------------------------------------------------------------------
 # README: `<!-- runs here -->`, `<!-- needs a GPU -->` or `<!-- needs a network -->` stands above each block of commands
 
-KINDS = ("runs here", "needs a GPU", "needs a network")
+KINDS = ("runs here", "needs lm_eval", "needs a GPU", "needs a network")
 
 
 def readme():
     """[(kind or None, [command, ...])] of the bash blocks, continued lines joined."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    found = re.findall(r"(?:<!-- ([^\n]*) -->\n)?^```(?:bash|sh|console)\n(.*?)^```", text, re.M | re.S)
+    found = re.findall(r"(?:<!-- ([^\n]*) -->\n)?^```(bash|sh|console|python)\n(.*?)^```", text, re.M | re.S)
     lines = lambda body: [x for x in map(str.strip, body.replace("\\\n", " ").splitlines()) if x and x[0] != "#"]
-    return [(kind or None, lines(body)) for kind, body in found]
+    return [(kind or None, [f"python -c {shlex.quote(body)}"] if language == "python" else lines(body))
+            for kind, language, body in found]
 
 
 def test_readme_tags():
@@ -715,7 +717,8 @@ def test_readme_runs_here(corpus, tmp_path):
     """In a clone whose default corpus is a made-up one: no download."""
     clone, ran = copy_repo(tmp_path / "clone"), 0
     shutil.copytree(corpus, clone / "data/wiki")
-    for line in (line for kind, lines in readme() if kind == "runs here" for line in lines):
+    run_here = ["runs here"] + ["needs lm_eval"] * bool(importlib.util.find_spec("lm_eval"))
+    for line in (line for kind, lines in readme() if kind in run_here for line in lines):
         if not line.startswith("pip install") and "pytest" not in line:
             done, ran = user(clone, "bash", "-ec", line), ran + 1
             assert done.returncode == 0, (line, done.stderr)
@@ -727,7 +730,7 @@ def test_readme_parses(tmp_path, monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "data")
     import prepare
     parsed = []
-    for line in (line for kind, lines in readme() if kind != "runs here" for line in lines):
+    for line in (line for kind, lines in readme() if kind in ("needs a GPU", "needs a network") for line in lines):
         for words in re.split(r"&&|;|\|", line):
             words = shlex.split(words, comments=True)
             script = next((w for w in words if w.endswith(("train_q0.py", "prepare.py"))), None)

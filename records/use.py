@@ -1,0 +1,198 @@
+"""A population in use: `python train_q0.py evaluate` scores a run's members and mixtures on token shards, or on downstream
+tasks through EleutherAI's lm-evaluation-harness; `sample` writes text. Members mix their probabilities token by token."""
+import codecs
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_q0 as q
+
+
+def parser_of(command):
+    """Parser with the arguments that the commands share."""
+    parser = q.Parser(prog=f"train_q0.py {command.__name__}", description=command.__doc__)
+    parser.add_argument("run", help="name of a run under logs/, or its folder")
+    parser.add_argument("--k", type=int, help="mix the members of largest weight only [all that have weight]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
+    return parser
+
+
+def evaluate(argv):
+    """Score a run's members and mixtures on token shards or on downstream tasks."""
+    parser = parser_of(evaluate)
+    parser.add_argument("--data", nargs="+", metavar="SHARD", help="token shards, such as data/wiki/val.bin")
+    parser.add_argument("--tasks", help="tasks of EleutherAI's lm-evaluation-harness, such as hellaswag,arc_easy,piqa")
+    parser.add_argument("--task-folder", help="folder with tasks of your own, in the harness's format")
+    parser.add_argument("--limit", type=int, help="documents of a task to score [all]")
+    args = parser.parse_args(argv)
+    if (args.data is None) == (args.tasks is None):
+        raise q.UserError("evaluate needs either --data SHARD or --tasks NAMES")
+    population = q.load_population(args.run, args.k, args.device)
+    M, k, best = len(population.heldout), len(population.members), int(np.log(population.heldout).mean(1).argmax())
+    mixtures = {f"best on held-out: member {best}": replace(population, members=[best], weights=[1.0]),
+                f"uniform, all {M}": replace(population, members=list(range(M)), weights=[1 / M] * M),
+                f"uniform, best {k}": replace(population, weights=[1 / k] * k), f"learned, {k}": population}
+    if args.tasks:
+        evaluate_tasks(mixtures, args.tasks.split(","), args.task_folder, args.limit)
+    else:
+        evaluate_text(population, mixtures, list(map(Path, args.data)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text
+
+def evaluate_text(population, mixtures, files):
+    """Print loss, perplexity and bits per byte of members and mixtures, with bootstrap intervals over documents. Every
+    member makes one pass over the text, alone in memory; all mixtures come from what it gave the true tokens."""
+    first, manifest, M = population.member(0), population.manifest, len(population.heldout)
+    tokens, T = np.concatenate([q.read_shard(f, first.vocab_size) for f in files]), first.cfg.seq_len
+    cut = lambda x: x[:len(x) // (T + 1) * (T + 1)].reshape(-1, T + 1)
+    sequences, documents = cut(tokens), cut(np.cumsum(tokens == manifest["eot"]))[:, 1:].flatten()
+    if not len(sequences):
+        raise q.UserError(f"{files[0]} has {len(tokens)} tokens, fewer than one sequence of {T + 1}")
+    world, batch = q.World(device=population.device), first.cfg.micro_batch
+    P = np.stack([q.true_token_probs(population.member(i), sequences, batch, world) for i in range(M)])
+    rows = {f"member {i}": ([i], [1.0]) for i in range(M)} | {n: (m.members, m.weights) for n, m in mixtures.items()}
+    nats = np.stack([-np.log(sum(x * P[i].astype(np.float64) for i, x in zip(*row))) for row in rows.values()])
+    means, targets = bootstrap_means(nats, documents), sequences[:, 1:].flatten()
+    text, sizes = targets != manifest["eot"], np.zeros(first.vocab_size)  # <|endoftext|> stays out of bits per byte
+    if population.encoding:
+        for token in range(manifest["eot"]):
+            sizes[token] = len(population.encoding.decode_single_token_bytes(token))
+    size = sizes[targets].sum()
+
+    print(f"{len(targets)} tokens predicted, {size:.0f} bytes, {len(set(documents))} documents; intervals of 95%, by "
+          f"drawing documents\n{'':>27} {'loss':>8} {'interval':>15} {'perplexity':>10} {'bits/byte':>9}"
+          "   more than the last row")
+    for name, x, drawn in zip(rows, nats, means.T):
+        (low, high), (less, more) = (np.quantile(d, (0.025, 0.975)) for d in (drawn, drawn - means[:, -1]))
+        bits = f"{x[text].sum() / math.log(2) / size:.4f}" if size else "n/a"
+        print(f"{name:>27} {x.mean():8.5f} {low:7.4f} {high:7.4f} {math.exp(x.mean()):10.3f} {bits:>9}   "
+              f"{x.mean() - nats[-1].mean():+.4f} ({less:+.4f} {more:+.4f})")
+    print("\n".join(q.format_table(q.population_table(population.heldout, P), files[0].stem)))
+    if manifest["name"] in ("fineweb", "slowrun"):
+        known = {f["sha256"] for f in manifest["splits"]["val"]["files"]}
+        if known == {q.sha256_of(f) for f in files}:  # of other text it would mean nothing
+            print(f"data_efficiency:{q.data_efficiency(nats[-1].mean())}")
+
+
+def bootstrap_means(nats, documents, draws=1000):
+    """[draws, R] means of nats [R, N] over documents (their numbers [N]) drawn with replacement, the same for every
+    row, so that differences between rows are paired."""
+    documents = np.unique(documents, return_inverse=True)[1]
+    lengths, sums = np.bincount(documents), np.stack([np.bincount(documents, x) for x in nats], axis=1)
+    D, rng = len(lengths), np.random.default_rng(q.seed_of("bootstrap"))
+    often = rng.multinomial(D, np.full(D, 1 / D), size=draws).astype(np.float64)
+    return often @ sums / (often @ lengths)[:, None]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Downstream tasks
+
+def evaluate_tasks(mixtures, tasks, folder, limit):
+    """Print the harness's scores of every mixture. Raises UserError where the harness or a task is not there."""
+    try:
+        import lm_eval
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        raise q.UserError("--tasks needs EleutherAI's harness: pip install lm_eval") from None
+    for name, mixture in mixtures.items():
+        with q.reading(f"a task of {', '.join(tasks)}"):
+            found = lm_eval.simple_evaluate(harness_model(mixture), tasks=tasks, limit=limit, log_samples=False,
+                                            task_manager=TaskManager(include_path=folder))["results"]
+        for task, scores in found.items():
+            for metric, kind in (key.split(",") for key in scores if "," in key and "_stderr" not in key):
+                error = scores[f"{metric}_stderr,{kind}"]
+                error = error if isinstance(error, str) else f"{error:.4f}"  # "N/A" where the harness has none
+                print(f"task:{task} {metric}:{scores[f'{metric},{kind}']:.4f} stderr:{error} {name}")
+
+
+def harness_model(population):
+    """`population` as a model of the harness. What is longer than a sequence loses its front."""
+    from lm_eval.api.model import TemplateLM
+    from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+    T, batch = population.models[0].cfg.seq_len, population.models[0].cfg.micro_batch
+
+    class Mixture(TemplateLM):
+        eot_token_id = population.encode("")[0]
+
+        def tok_encode(self, string, add_special_tokens=None, **_):
+            return population.encode(string)[add_special_tokens is False:]  # a context begins its document
+
+        def _loglikelihood_tokens(self, requests, **_):
+            rows = [(context + continuation)[-T - 1:] for _, context, continuation in requests]
+            found, by_length = [None] * len(rows), sorted(range(len(rows)), key=lambda i: -len(rows[i]))
+            for part in (by_length[i:i + batch] for i in range(0, len(rows), batch)):
+                longest = len(rows[part[0]])
+                tokens = torch.tensor([rows[i] + [0] * (longest - len(rows[i])) for i in part])  # padding comes last
+                tokens = tokens.to(population.device)
+                log_p, targets = population.log_probs(tokens[:, :-1]), tokens[:, 1:]
+                scores, hits = log_p.gather(2, targets[..., None])[..., 0].double(), log_p.argmax(-1) == targets
+                for i, score, hit in zip(part, scores, hits):
+                    end = len(rows[i]) - 1
+                    where = slice(max(0, end - len(requests[i][2])), end)
+                    found[i] = float(score[where].sum()), bool(hit[where].all())
+            return found
+
+        def loglikelihood_rolling(self, requests, **_):
+            totals = []
+            for (text,) in (r.args for r in requests):
+                windows = get_rolling_token_windows(self.tok_encode(text, False), self.eot_token_id, T, 1)
+                scored = self._loglikelihood_tokens([("", *make_disjoint_window(w)) for w in windows])
+                totals.append(sum(score for score, _ in scored))
+            return totals
+
+        def generate_until(self, requests, **_):
+            texts = []
+            for prompt, options in (r.args for r in requests):
+                stops, text = options.get("until", []), ""
+                stops = [stops] if isinstance(stops, str) else stops
+                temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
+                for piece in generate(population, prompt, options.get("max_gen_toks", 256), temperature,
+                                      options.get("top_p", 1.0)):
+                    text += piece
+                    if any(stop in text for stop in stops):
+                        break
+                texts.append(text[:min((text.find(stop) for stop in stops if stop in text), default=None)])
+            return texts
+
+    return Mixture()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Text from the mixture
+
+def generate(population, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
+    """Yield the pieces of text that follow `prompt`, up to the end of the document or `tokens` of them; temperature 0
+    takes the likeliest token, top_p draws from the fewest tokens that have this probability together. Keys and values
+    are not cached: a token costs a forward pass of every member."""
+    ids, encoding, T = population.encode(prompt), population.encoding, population.models[0].cfg.seq_len
+    g, utf8 = torch.Generator().manual_seed(seed), codecs.getincrementaldecoder("utf-8")("replace")
+    for _ in range(tokens):
+        log_p = population.log_probs(torch.tensor([ids[-T:]], device=population.device))[0, -1].cpu()
+        p, order = torch.softmax(log_p / max(temperature, 1e-6), dim=-1).sort(descending=True, stable=True)
+        p[1:][p.cumsum(0)[:-1] >= top_p] = 0
+        ids.append(int(order[p.multinomial(1, generator=g)]))
+        if ids[-1] == encoding.eot_token:
+            break
+        yield utf8.decode(encoding.decode_single_token_bytes(ids[-1]))
+    yield utf8.decode(b"", final=True)
+
+
+def sample(argv):
+    """Write text token by token, each drawn from the mixture."""
+    parser = parser_of(sample)
+    parser.add_argument("--prompt", default="", help="beginning of the document")
+    parser.add_argument("--tokens", type=int, default=128, help="at most [128]")
+    parser.add_argument("--temperature", type=float, default=1.0, help="0 takes the likeliest token [1]")
+    parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability [1]")
+    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    args = parser.parse_args(argv)
+    population = q.load_population(args.run, args.k, args.device)
+    print(args.prompt, end="", flush=True)
+    for piece in generate(population, args.prompt, args.tokens, args.temperature, args.top_p, args.seed):
+        print(piece, end="", flush=True)
+    print()
