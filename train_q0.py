@@ -1437,7 +1437,7 @@ def load_tokenizer(folder):
     """(manifest, tiktoken.Encoding or None) of a data folder. Raises UserError where they are missing or damaged."""
     with reading(f"tokenizer in {folder}"):
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if (entry := manifest["tokenizer"]) is None:
+        if "file" not in (entry := manifest["tokenizer"] or {}):  # prepare.py could not load GPT-2's
             return manifest, None
         if sha256_of(path := folder / entry["file"]) != entry["sha256"]:
             raise ValueError(f"the sha256 of {path.name} is not the manifest's")

@@ -13,6 +13,7 @@ Bad input ends in one line on standard error and exit status 2.
 """
 import argparse
 import base64
+import contextlib
 import hashlib
 import heapq
 import json
@@ -278,14 +279,30 @@ def is_done(out, wanted, force):
     raise Fail(f"{out} is damaged or was made with other settings: --force replaces it, --out writes elsewhere")
 
 
-def write_dataset(out, manifest, splits, ranks=None):
-    """Write the folder `out`: `splits` maps a name to (tokens, bytes of text or None, documents); `ranks` is the
-    content of tokenizer.tiktoken. It is written beside `out` and renamed: a failure leaves what was there. OSError."""
-    manifest = {**manifest, "splits": {}}
+@contextlib.contextmanager
+def new_folder(out):
+    """A folder to fill, beside `out`; it takes that name at the end of the block. A failure leaves what was there.
+    OSError."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
         new, old = Path(folder, "new"), Path(folder, "old")
         new.mkdir()
+        yield new
+        if out.exists():
+            out.rename(old)
+        try:
+            new.rename(out)
+        except BaseException:
+            if old.exists():
+                old.rename(out)
+            raise
+
+
+def write_dataset(out, manifest, splits, ranks=None):
+    """Write the folder `out`: `splits` maps a name to (tokens, bytes of text or None, documents); `ranks` is the
+    content of tokenizer.tiktoken. A failure leaves what was there. OSError."""
+    manifest = {**manifest, "splits": {}}
+    with new_folder(out) as new:
         if ranks is not None:
             (new / "tokenizer.tiktoken").write_bytes(ranks)
         for name in SPLITS:
@@ -298,14 +315,6 @@ def write_dataset(out, manifest, splits, ranks=None):
             manifest["splits"][name] = {"tokens": len(tokens), "bytes": text_bytes, "documents": documents,
                                         "files": [file]}
         (new / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
-            raise
     for name in SPLITS:
         tokens, text_bytes, documents = splits[name]
         size = "" if text_bytes is None else f"{text_bytes:>13,} bytes"

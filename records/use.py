@@ -30,6 +30,8 @@ def evaluate(argv):
     args = parser.parse_args(argv)
     if (args.data is None) == (args.tasks is None):
         raise q.UserError("evaluate needs either --data SHARD or --tasks NAMES")
+    if args.limit is not None and args.limit < 1:
+        raise q.UserError(f"--limit {args.limit} must be at least 1")
     population = q.load_population(args.run, args.k, args.device)
     M, k, best = len(population.heldout), len(population.members), int(np.log(population.heldout).mean(1).argmax())
     mixtures = {f"best on held-out: member {best}": replace(population, members=[best], weights=[1.0]),
@@ -99,10 +101,12 @@ def evaluate_tasks(mixtures, tasks, folder, limit):
         from lm_eval.tasks import TaskManager
     except ImportError:
         raise q.UserError("--tasks needs EleutherAI's harness: pip install lm_eval") from None
+    with q.reading(f"a task of {', '.join(tasks)}"):
+        manager = TaskManager(include_path=folder)  # once: the harness reads 14,000 files
+        manager.load(tasks)  # a wrong name or file ends here; what goes wrong below is no matter of the tasks
     for name, mixture in mixtures.items():
-        with q.reading(f"a task of {', '.join(tasks)}"):
-            found = lm_eval.simple_evaluate(harness_model(mixture), tasks=tasks, limit=limit, log_samples=False,
-                                            task_manager=TaskManager(include_path=folder))["results"]
+        found = lm_eval.simple_evaluate(harness_model(replace(mixture)), tasks=tasks, limit=limit, log_samples=False,
+                                        task_manager=manager)["results"]  # of a copy, which lets go of its members
         for task, scores in found.items():
             for metric, kind in (key.split(",") for key in scores if "," in key and "_stderr" not in key):
                 error = scores[f"{metric}_stderr,{kind}"]
@@ -113,6 +117,7 @@ def evaluate_tasks(mixtures, tasks, folder, limit):
 def harness_model(population):
     """`population` as a model of the harness. What is longer than a sequence loses its front."""
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import normalize_gen_kwargs
     from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
     T, batch = population.models[0].cfg.seq_len, population.models[0].cfg.micro_batch
 
@@ -147,12 +152,12 @@ def harness_model(population):
 
         def generate_until(self, requests, **_):
             texts = []
-            for prompt, options in (r.args for r in requests):
-                stops, text = options.get("until", []), ""
-                stops = [stops] if isinstance(stops, str) else stops
-                temperature = options.get("temperature", 1.0) if options.get("do_sample") else 0.0
-                for piece in generate(population, prompt, options.get("max_gen_toks", 256), temperature,
-                                      options.get("top_p", 1.0)):
+            for i, request in enumerate(requests):  # a request that is repeated draws another text each time
+                prompt, options = request.args[0], normalize_gen_kwargs(request.args[1])
+                stops, text = list(filter(None, options["until"])), ""
+                temperature = options.get("temperature", 1.0) if options["do_sample"] else 0.0
+                for piece in generate(population, prompt, options["max_gen_toks"], temperature,
+                                      options.get("top_p", 1.0), seed=i):
                     text += piece
                     if any(stop in text for stop in stops):
                         break
