@@ -324,7 +324,7 @@ class Training:
         self.flops = forward_backward + forward * taught  # a token
 
     def micro(self):
-        teacher = [(1.0, self.teacher)] if self.teacher else []
+        teacher = [] if self.teacher is None else [(1.0, self.teacher)]
         (q.training_loss(self.model, teacher, self.cfg, self.tokens)[0] / self.count).backward()
 
     def update(self):
