@@ -1371,25 +1371,41 @@ def mixtures(heldout, scored):
     return {"loss": mixture_loss(scored[-1:], [1.0]), "uniform": mixture_loss(scored, np.full(len(w), 1 / len(w))),
             "learned": mixture_loss(scored, w), "gap": gap}
 
-def table_sizes(M):
-    """The K shown in tables: all up to 32, then doubling, and M; `select --k` shows any other."""
-    return sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M})
+def pruned(heldout):
+    """Yield (members, weights), largest weight first: those that the prior fitted on heldout [M, N] gives weight, then
+    ever fewer, as the least of them leaves and it is fitted again. A few members pruned to beat the few of largest
+    weight, which are much alike, and match greedy selection (records/tuning)."""
+    members = np.arange(len(heldout))
+    while len(members):
+        w, _ = fit_prior(heldout[members])
+        members, w = members[w > 1e-6], w[w > 1e-6]  # below is the solver's tolerance
+        order = np.argsort(-w, kind="stable")
+        yield members[order].tolist(), (w[order] / w.sum()).tolist()
+        members = np.delete(members, w.argmin())
+
+def best_members(heldout, k=None):
+    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k below 1."""
+    if k is not None and k < 1:
+        raise UserError(f"--k {k} must be at least 1")
+    if k is not None and k > len(heldout):
+        print(f"notice: --k {k} is larger than the population: using all {len(heldout)} members")
+    return next(found for found in pruned(heldout) if len(found[0]) <= (k or len(heldout)))
 
 def population_table(heldout, scored):
-    """Rows for each K: the top K members under the prior; loss on `scored` (M rows) of their uniform mixture, of the
-    prior renormalised (the paper's rule) and of one fitted again to those K. heldout [M, N] is all that a fit sees."""
-    w, gap = fit_prior(heldout)
-    ranked, rows = np.argsort(-w, kind="stable"), []
-    for k in table_sizes(len(w)):
+    """Rows for each K: loss on `scored` (M rows) of the K members of largest weight, uniformly and under the prior
+    renormalised (the paper's rule), and of those pruned to K. heldout [M, N] is all that a fit sees."""
+    (w, gap), path, rows = fit_prior(heldout), list(pruned(heldout)), []
+    loss, ranked = lambda members, x: mixture_loss([scored[i] for i in members], x), np.argsort(-w, kind="stable")
+    M = len(w)  # all K up to 32, then doubling, and M; `select --k` shows any other
+    for k in sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M}):
         top = ranked[:k]
-        weights = {"uniform": np.full(k, 1 / k), "learned": w[top] / w[top].sum(),
-                   "refitted": fit_prior(heldout[top])[0] if k < len(w) else w[top]}
-        rows.append({"k": k, **{name: mixture_loss([scored[i] for i in top], x) for name, x in weights.items()}})
+        rows.append({"k": k, "uniform": loss(top, np.full(k, 1 / k)), "learned": loss(top, w[top] / w[top].sum()),
+                     "pruned": loss(*next(found for found in path if len(found[0]) <= k))})
     return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
 
 def format_table(table, split):
-    lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'refitted':>9}   {split} loss, top k members by weight"]
-    lines += [f"{r['k']:>4} {r['uniform']:>9.5f} {r['learned']:>9.5f} {r['refitted']:>9.5f}" for r in table["rows"]]
+    lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'pruned':>9}   {split} loss of k members"]
+    lines += [f"{r['k']:>4} {r['uniform']:>9.5f} {r['learned']:>9.5f} {r['pruned']:>9.5f}" for r in table["rows"]]
     used = [f"{i}:{table['weights'][i]:.3f}" for i in table["ranked"] if table["weights"][i] >= 0.0005]
     return lines + [f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}"]
 
@@ -1446,18 +1462,6 @@ def load_tokenizer(folder):
         return manifest, tiktoken.Encoding(entry["kind"], pat_str=entry["pattern"], mergeable_ranks=ranks,
                                            special_tokens={"<|endoftext|>": entry["eot"]})
 
-def best_members(heldout, k=None):
-    """(members, weights), largest first: those the prior fitted on heldout [M, N] gives weight, or the `k` of largest
-    weight with the prior fitted to them again. Raises UserError for a k below 1."""
-    if k is not None and k < 1:
-        raise UserError(f"--k {k} must be at least 1")
-    if k is not None and k > len(heldout):
-        print(f"notice: --k {k} is larger than the population: using all {len(heldout)} members")
-    top = np.argsort(-fit_prior(heldout)[0], kind="stable")[:k]
-    w, _ = fit_prior(heldout[top])
-    keep = w > 1e-6  # below is the solver's tolerance
-    return top[keep].tolist(), (w[keep] / w[keep].sum()).tolist()
-
 def load_population(run, k=None, device=None):
     """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight, or the best `k`, on
     `device` (default: the GPU where there is one). Raises UserError for what is missing or damaged."""
@@ -1471,11 +1475,9 @@ def load_teacher(cfg, vocab_size, device):
     if not cfg.teacher:
         return None
     population = load_population(cfg.teacher, cfg.teacher_k, device)
-    its = population.models[0].cfg
-    found, needed = (population.models[0].vocab_size, its.softcap, its.seq_len), (vocab_size, cfg.softcap, cfg.seq_len)
-    if found != needed:
-        raise UserError(f"--teacher {cfg.teacher} does not fit: its vocabulary, --softcap and --seq-len are {found}, "
-                        f"this run's {needed}")
+    of, its = (lambda c, vocab: (vocab, c.softcap, c.seq_len)), population.models[0].cfg
+    if (found := of(its, population.models[0].vocab_size)) != (needed := of(cfg, vocab_size)):
+        raise UserError(f"--teacher {cfg.teacher}: its (vocabulary, softcap, seq_len) is {found}, this run's {needed}")
     _, attend = choose_attention(replace(its, attention=cfg.attention), device)
     for model in population.models:
         model.attend = attend
@@ -1714,9 +1716,8 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
     tokens = sum(c.steps * c.rows for c in sum(mine, [])) * cfg.seq_len
     return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
             f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs, "curve": curve,
-            "table": population_table(heldout, scored), "kernels": kernels, "train_seconds": seconds,
-            "flops": run_flops(cfg, plan, corpus.vocab_size, population),
-            "skipped_updates": sum(p.skipped for p in begun),
+            "table": population_table(heldout, scored), "flops": run_flops(cfg, plan, corpus.vocab_size, population),
+            "skipped_updates": sum(p.skipped for p in begun), "kernels": kernels, "train_seconds": seconds,
             "eval_seconds": (evaluated := sum(p.eval_seconds for p in begun)), "total_seconds": seconds + evaluated,
             "tokens_per_second": tokens / seconds, "peak_memory_mb": peak_memory_mb(world.device)}
 

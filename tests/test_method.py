@@ -675,14 +675,31 @@ def test_population_table():
     assert [row["k"] for row in table["rows"]] == [*range(1, 33), 35]
     for row, mine in zip(table["rows"], own["rows"]):
         top = sorted(range(M), key=lambda i: -w[i])[:row["k"]]
-        again = em(fit[top], 5000)
         assert row["uniform"] == pytest.approx(mixture(scored[top], np.full(len(top), 1 / len(top))), abs=1e-9)
         assert row["learned"] == pytest.approx(mixture(scored[top], w[top] / w[top].sum()), abs=1e-9)
-        assert row["refitted"] == pytest.approx(mixture(scored[top], again), abs=1e-3)  # other text: first order in w
-        assert mine["refitted"] == pytest.approx(mixture(fit[top], again), abs=1e-6)
-        assert mine["refitted"] <= min(mine["learned"], mine["uniform"]) + 1e-7
+        members, weights = q.best_members(fit, row["k"])
+        assert row["pruned"] == pytest.approx(mixture(scored[members], np.array(weights)), abs=1e-9)
     assert own["rows"][-1]["learned"] < own["rows"][-1]["uniform"]
     assert table["rows"][-1]["learned"] == q.mixture_loss(scored, w) == pytest.approx(mixture(scored, w), rel=1e-12)
+
+
+def test_pruned():
+    """Each set is the one before without its least member, under the optimal weights; of ten alike pairs it keeps one of
+    a pair where the largest weights would take both; close to the best pair of all."""
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(2, 4000))  # two kinds of member, six copies of the first one and two of the other
+    P = np.exp(-np.abs(np.repeat(truth, (6, 2), axis=0) + 0.1 * rng.normal(size=(8, 4000))) - 0.1)
+    path = list(q.pruned(P))
+    assert [len(members) for members, _ in path] == sorted({len(m) for m, _ in path}, reverse=True)
+    for (members, weights), (fewer, _) in zip(path, [*path[1:], ([], [])]):
+        assert set(fewer) <= set(members[:-1]) and weights == sorted(weights, reverse=True)
+        assert sum(weights) == pytest.approx(1, abs=1e-12)
+        assert mixture(P[members], np.array(weights)) <= mixture(P[members], em(P[members], 1000)) + 1e-6  # EM is slow
+    pair, weights = q.best_members(P, 2)
+    assert {i < 6 for i in pair} == {True, False}
+    best = min(q.mixture_loss(P[[i, j]], q.fit_prior(P[[i, j]])[0]) for i in range(8) for j in range(i))
+    assert mixture(P[pair], np.array(weights)) <= best + 0.01
+    assert q.best_members(P) == path[0] == q.best_members(P, 8) and q.best_members(P, 1)[1] == [1.0]
 
 
 def test_data_efficiency():

@@ -56,7 +56,7 @@ def test_population_reproduces_the_run(run, corpus):
 def test_best_k_is_fitted_again(run):
     population = q0.load_population(str(run[0]), k=2)
     heldout = np.stack([p["heldout"] for p in predictions_of(run[0])])
-    assert population.members == q0.load_population(run[0]).members[:2]
+    assert set(population.members) < set(q0.load_population(run[0], k=3).members)
     w = np.array(population.weights)
     loss = q0.mixture_loss(heldout[population.members], w)
     for step in (-0.01, 0.01):
@@ -385,7 +385,7 @@ def test_resume_under_another_teacher(trained, corpus, logs, monkeypatch, capsys
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--teacher", "nobody"], "no run nobody under"), (["--teacher", "many", "--softcap", "20"], "are (300, 15.0, 32), this run's (300, 20.0, 32)"),
+    (["--teacher", "nobody"], "no run nobody under"), (["--teacher", "many", "--softcap", "20"], "is (300, 15.0, 32), this run's (300, 20.0, 32)"),
     (["--teacher", "many", "--seq-len", "64", "--micro-batch", "8"], "this run's (300, 15.0, 64)"), (["--teacher", "many", "--teacher-k", "0"], "at least 1")])
 def test_bad_teachers(argv, message, trained, corpus, logs, capsys):
     trained("many", *SHORT)
