@@ -233,10 +233,11 @@ class Record:
                                      **rule([r.loss for r in old], [r.loss for r in new])}
 
 def evidence(record, records):
-    """✓: the rule is met; Ⓧ: it is not; first: seeds enough, but no earlier row of that budget to rerun."""
+    """✓: the rule is met; Ⓧ: it is not; first: seeds enough, and no earlier row of that budget (but one rerun with it)."""
     n, against = len(record.result["seeds"]), record.result["comparison"]
-    first = n >= SEEDS and not against and all(record.start <= r.start for r in records if r.budget == record.budget)
-    return f"(n={n}) " + ("first" if first else "✓" if against and against["met"] else "Ⓧ")
+    against_this = lambda r: (r.result["comparison"] or {}).get("against") == record.path.name
+    first = not any(r.start < record.start and not against_this(r) for r in records if r.budget == record.budget)
+    return f"(n={n}) " + ("✓" if against and against["met"] else "Ⓧ" if against or n < SEEDS or not first else "first")
 
 # Tables and command line ---------------------------------------------------------------------------------------------
 
@@ -273,8 +274,7 @@ def main(argv=None):
             (r.path / "result.json").write_text(json.dumps(r.result, indent=1) + "\n", encoding="utf-8")
         stored = attempt(lambda: json.loads((r.path / "result.json").read_text(encoding="utf-8")))
         r.need(stored == r.result, "its result.json is not what the logs say: --write-result makes it")
-    shown = [r for r in records if r.path in args.folders or not args.folders]
-    for r in shown:
+    for r in (shown := [r for r in records if r.path in args.folders or not args.folders]):
         if r.result:
             print(f"{r.name}: {r.result['mean']:.5f} {evidence(r, records)}", *(
                 f"  {key}: {json.dumps(value)}" for key, value in r.result.items()), sep="\n")

@@ -120,6 +120,13 @@ def test_good_record(records, good, logs, capsys):
     assert says(capsys)[0] == 1
 
 
+def test_a_first_row_is_run_in_turn_with_what_beats_it(records, good, capsys):
+    """It stays the first one though the other's first run began before it."""
+    in_log(r'"time": "[^"]*"', '"time": "2000-01-01T00:00:00"', "new_seed0.txt")(good)
+    assert check.main([str(good), "--write-result"]) == 0 and check.main(["--tables"]) == 0
+    assert "(n=5) first | " in (records / "README.md").read_text()
+
+
 def test_rule_not_met(records, logs, capsys):
     """A row that loses, and one of a single seed, stand with the mark."""
     submit(records, "Q0", logs["new"], logs["old"])
