@@ -46,14 +46,16 @@ def rows_of(run):
     ranked = np.argsort(-w, kind="stable")
     loss = lambda members, weights: q.mixture_loss(scored[members], weights)
     fitted = lambda members: loss(members, q.fit_prior(heldout[members])[0])
+    budget = lambda k: loss(*q.best_members(heldout, k))
     everyone = np.arange(M)
     rows = {f"learned, all {M}": loss(everyone, w), f"uniform, all {M}": loss(everyone, np.full(M, 1 / M)),
             "newest member alone": loss([M - 1], [1.0]),
             "half learned, half uniform": loss(everyone, 0.5 * w + 0.5 / M)}
-    for k in (2, 4, 8):
+    for k in (k for k in (2, 4, 8) if k < M):
         top = ranked[:k]
         rows |= {f"top {k}, uniform": loss(top, np.full(k, 1 / k)), f"top {k}, renormalised": loss(top, w[top] / w[top].sum()),
-                 f"top {k}, refitted": fitted(top), f"greedy {k}, refitted": fitted(greedy(heldout, k)),
+                 f"top {k}, refitted": fitted(top), f"pruned to {k}": budget(k),
+                 f"greedy {k}": fitted(greedy(heldout, k)),
                  f"newest {k}, uniform": loss(everyone[-k:], np.full(k, 1 / k)), f"newest {k}, fitted": fitted(everyone[-k:])}
     half = heldout[:, :N // 2]
     rows["held-out text halved"] = loss(everyone, q.fit_prior(half)[0])

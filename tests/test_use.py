@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+import plot
+import prior
 import train_q0 as q0
 import use
 from test_run import MINI, corpus, logs, one_thread, predictions_of, repo, run, tokens_of  # noqa: F401 (fixtures)
@@ -226,6 +228,39 @@ def test_short_or_foreign_shard(run, tmp_path, capsys):
                           (shard("foreign.bin", [300] * 650), "beyond the vocabulary of 300")):
         assert q0.main(["evaluate", str(run[0]), "--data", path]) == 2
         assert message in capsys.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# records/prior.py and records/plot.py
+
+def test_prior_rows(run):
+    result, rows = json.loads((run[0] / "result.json").read_text()), prior.rows_of(str(run[0]))
+    table = {row["k"]: row for row in result["table"]["rows"]}
+    assert rows["learned, all 4"] == pytest.approx(result["final_val_loss"], abs=1e-7)
+    assert rows["newest member alone"] == pytest.approx(result["last_member_val_loss"], abs=1e-7)
+    assert rows["top 2, renormalised"] == pytest.approx(table[2]["learned"], abs=1e-6)
+    assert rows["pruned to 2"] == pytest.approx(table[2]["pruned"], abs=1e-6)
+    heldout = np.stack([p["heldout"] for p in predictions_of(run[0])])
+    loss = lambda members: q0.mixture_loss(heldout[members], q0.fit_prior(heldout[members])[0])
+    first, second = prior.greedy(heldout, 2)
+    assert loss([first]) == min(loss([i]) for i in range(4))
+    assert loss([first, second]) == min(loss([first, i]) for i in range(4) if i != first)
+    assert len({rows[f"held-out text {how}"] for how in ("halved", "quartered", "times 2")}) == 3
+
+
+def test_plot(run, tmp_path, capsys):
+    folder, result = run[0], json.loads((run[0] / "result.json").read_text())
+    curve = plot.curve(folder / "log.txt")
+    assert curve[:, 0].tolist() == [6, 12, 18, 24] and curve[-1, 1] == pytest.approx(sum(result["flops"].values()), 1e-3)
+    np.testing.assert_allclose(curve[:, 2], [p["learned"] for p in result["curve"]], atol=1e-5)
+    assert curve[0, 1] == pytest.approx(result["flops"]["model"] / 4, 1e-3)  # the first cycle has no teacher
+    down = np.array([[2.0, 0, 5.0], [4, 0, 4.0], [8, 0, 3.0]])
+    np.testing.assert_allclose(plot.reached([down], 3.5, 0), [6])
+    np.testing.assert_allclose(plot.reached([down, down], 5.5, 0), [2, 2])
+    assert np.isnan(plot.reached([down], 2.9, 0)).all()
+    plot.main([str(tmp_path / "x.png"), f"a={folder}/log.txt", f"b={folder}/log.txt"])
+    assert (tmp_path / "x.png").stat().st_size > 5000
+    assert "b reaches a's" in capsys.readouterr().out
 
 
 # ----------------------------------------------------------------------------------------------------------------------
