@@ -1387,8 +1387,6 @@ def best_members(heldout, k=None):
     """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k below 1."""
     if k is not None and k < 1:
         raise UserError(f"--k {k} must be at least 1")
-    if k is not None and k > len(heldout):
-        print(f"notice: --k {k} is larger than the population: using all {len(heldout)} members")
     return next(found for found in pruned(heldout) if len(found[0]) <= (k or len(heldout)))
 
 def population_table(heldout, scored):
@@ -1493,7 +1491,7 @@ class Log:
             return
         files = path, path.with_name(path.stem.replace("log", "metrics") + ".jsonl")
         self.text, self.metrics = (open(f, "a", encoding="utf-8", buffering=1) for f in files)
-        self.show, self.live, self.name = show, sys.stdout.isatty(), path.name
+        self.show, self.name = show, path.name
         try:
             if fcntl:
                 fcntl.flock(self.text, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -1514,14 +1512,11 @@ class Log:
             os.fsync(file)
         return [self.name, *(os.fstat(f).st_size for f in files)] if files else []
 
-    def line(self, text, passing=False):
-        """A line of text; on a terminal the next line overwrites a passing one."""
+    def line(self, text):
         if self.text is not None:
             self.text.write(text + "\n")
             if self.show:
-                passing = passing and self.live  # a line that wraps could not be overwritten
-                shown = text[:shutil.get_terminal_size().columns - 1] if passing else text
-                print("\r\x1b[K" * self.live + shown, end="" if passing else "\n", flush=True)
+                print(text, flush=True)
 
     def event(self, *flags, **pairs):
         """A line of key:value pairs, in the metrics too; a pair of numbers is shown as a/b."""
@@ -1531,7 +1526,7 @@ class Log:
             return f"{v[0]}/{v[1]}" if isinstance(v, tuple) else v
         if self.metrics is not None:
             self.metrics.write(json.dumps({"event": flags[0] if flags else next(iter(pairs)), **pairs}) + "\n")
-            self.line(" ".join((*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items()))), passing="step" in pairs)
+            self.line(" ".join((*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items()))))
 
 def machine(world):
     """Versions and hardware, for the log."""

@@ -36,7 +36,8 @@ def evaluate(argv):
     M, k, best = len(population.heldout), len(population.members), int(np.log(population.heldout).mean(1).argmax())
     mixtures = {f"best on held-out: member {best}": replace(population, members=[best], weights=[1.0]),
                 f"uniform, all {M}": replace(population, members=list(range(M)), weights=[1 / M] * M),
-                f"uniform, best {k}": replace(population, weights=[1 / k] * k), f"learned, {k}": population}
+                **({f"uniform, best {k}": replace(population, weights=[1 / k] * k)} if k < M else {}),
+                f"learned, {k}": population}
     if args.tasks:
         evaluate_tasks(mixtures, args.tasks.split(","), args.task_folder, args.limit)
     else:

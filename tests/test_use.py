@@ -141,7 +141,8 @@ def test_evaluate_against_the_cache(run, corpus, tokenizer, capsys):
     used = sum(w > 1e-6 for w in result["table"]["weights"])
     w = np.where(np.array(result["table"]["weights"]) > 1e-6, result["table"]["weights"], 0)
     mixtures = {**{f"member {i}": np.eye(4)[i] for i in range(4)}, f"best on held-out: member {best}": np.eye(4)[best],
-                "uniform, all 4": np.full(4, 0.25), f"uniform, best {used}": (w > 0) / used, f"learned, {used}": w / w.sum()}
+                "uniform, all 4": np.full(4, 0.25), **({f"uniform, best {used}": (w > 0) / used} if used < 4 else {}),
+                f"learned, {used}": w / w.sum()}
     assert list(rows) == list(mixtures)
     targets = sequences[:, 1:].flatten()
     text = [tokenizer.decode_single_token_bytes(t) if t != 299 else b"" for t in targets]
