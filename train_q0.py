@@ -165,14 +165,19 @@ PRESETS = {
                loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3)}
 
 members_of = lambda epochs: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
-pairs_of = lambda epochs: max(1, epochs // 2)
 one = lambda epochs: 1
+
+def plan(epochs):
+    """The recipe: cycles that q0 spends a budget on, in one trajectory: one below 6 epochs, else cycles of two epochs.
+    Searched for 2 to 32 epochs on the corpus wiki (records/tuning/2026-11-25_recipe.md); beyond, it extrapolates."""
+    return 1 if epochs < 6 else epochs // 2
+
 POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's start; weight of the teacher
     "single":    dict(trajectories=one, cycles=one, boundary="fresh", distill_weight=0.0),
     "ensemble":  dict(trajectories=members_of, cycles=one, boundary="fresh", distill_weight=0.0),
     "chain":     dict(trajectories=one, cycles=members_of, boundary="fresh", distill_weight=0.45),
-    "snapshots": dict(trajectories=one, cycles=pairs_of, boundary="continue", distill_weight=0.0),
-    "q0":        dict(trajectories=one, cycles=pairs_of, boundary="perturb", distill_weight=0.45)}
+    "snapshots": dict(trajectories=one, cycles=plan, boundary="continue", distill_weight=0.0),
+    "q0":        dict(trajectories=one, cycles=plan, boundary="perturb", distill_weight=0.45)}
 
 flag = lambda name: "--" + name.replace("_", "-")
 
@@ -203,7 +208,7 @@ def resolve(cfg):
         derive("distill_after", 1, "each member of a chain is taught by the one before")
     if cfg.preset == "q0":
         derive("distill_after", 8, "as published")
-    derive("distill_after", min(8, max(1, C // 4)), "min(8, max(1, cycles // 4))" if weight else "no distillation")
+    derive("distill_after", min(8, max(4, C // 4)), "min(8, max(4, cycles // 4))" if weight else "no distillation")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")

@@ -39,7 +39,7 @@ STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout
              grad_clip=0.05, weight_decay=0.05, distill_after=2, device="cpu")
 # a run of a second: four micro-batches a step
 RUN = ("--layers 1 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 8 "
-       "--train-tokens 2000 --cycles 2 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 --dropout 0.1 "
+       "--train-tokens 2000 --cycles 2 --distill-after 1 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 --dropout 0.1 "
        "--precision float32 --device cpu --log-every 1 --data shards").split()
 
 

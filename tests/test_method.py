@@ -125,8 +125,8 @@ def test_steps_of_a_cycle(epochs, c, C, tokens, steps):
     ("single", lambda E: (1, 1), "fresh", 0, None),
     ("ensemble", lambda E: (min(E, max(2, E // 16)), 1), "fresh", 0, None),
     ("chain", lambda E: (1, min(E, max(2, E // 16))), "fresh", 0.45, lambda C: 1),
-    ("snapshots", lambda E: (1, max(1, E // 2)), "continue", 0, None),
-    ("q0", lambda E: (1, max(1, E // 2)), "perturb", 0.45, lambda C: min(8, max(1, C // 4)))])
+    ("snapshots", lambda E: (1, 1 if E < 6 else E // 2), "continue", 0, None),
+    ("q0", lambda E: (1, 1 if E < 6 else E // 2), "perturb", 0.45, lambda C: min(8, max(4, C // 4)))])
 def test_populations(population, members, boundary, weight, after):
     for E in range(1, 101):
         cfg = resolved(population=population, epochs=E)
@@ -134,7 +134,7 @@ def test_populations(population, members, boundary, weight, after):
         assert cfg.boundary == boundary and cfg.distill_weight == weight
         if after:
             assert cfg.distill_after == after(cfg.cycles)
-        if population in ("q0", "snapshots") and E > 1:
+        if population in ("q0", "snapshots") and E >= 6:
             assert q.cycle_epochs(cfg) == [[2 + E % 2] + [2] * (E // 2 - 1)]  # an odd epoch lengthens the first cycle
 
 

@@ -31,11 +31,11 @@ import train_q0 as q0
 ROOT = Path(q0.__file__).resolve().parent
 # seconds on one thread, and members close enough that the prior mixes several of them (so its optimum is inside)
 SMALL = ("--layers 2 --width 64 --head-dim 32 --mlp-hidden 128 --seq-len 64 --batch-tokens 1024 --micro-batch 8 "
-         "--train-tokens 4000 --epochs 24 --cycles 4 --distill-weight 0.1 --lr-matrix 0.04 --lr-head 0.01 "
+         "--train-tokens 4000 --epochs 24 --cycles 4 --distill-after 1 --distill-weight 0.1 --lr-matrix 0.04 --lr-head 0.01 "
          "--precision float32 --device cpu --log-every 1").split()
 # a fraction of a second; one micro-batch a step, arithmetic as the machine prefers it
 MINI = ("--layers 1 --width 32 --head-dim 16 --mlp-hidden 32 --seq-len 32 --batch-tokens 512 --micro-batch 16 "
-        "--train-tokens 1000 --epochs 8 --lr-head 0.01 --device cpu --log-every 1").split()
+        "--train-tokens 1000 --epochs 8 --distill-after 1 --lr-head 0.01 --device cpu --log-every 1").split()
 
 
 @pytest.fixture(scope="module", autouse=True)
