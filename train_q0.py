@@ -1919,7 +1919,7 @@ def command_plan(argv):
         vocab_size, eval_tokens = (2048, 130_000) if cfg.data == Config.data else (50257, 10_132_000)
         tokens = cfg.train_tokens or 100_000_000
         print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
-    lines, flops = describe(cfg, why, tokens, vocab_size)
+    lines, flops = describe(cfg, why, tokens, vocab_size, load_teacher(cfg, vocab_size, torch.device("cpu")))
     gpus, members = args.gpus or 1, cfg.trajectories * cfg.cycles
     ranks = gpus // cfg.trajectories if gpus % cfg.trajectories == 0 else gpus  # that share a trajectory
     gb = lambda n: f"{n / 1e9:.3g} GB"

@@ -420,6 +420,16 @@ def test_resume_under_another_teacher(trained, corpus, logs, monkeypatch, capsys
     assert "it is of another run" in capsys.readouterr().err
 
 
+def test_plan_counts_every_teacher(run, corpus, capsys):
+    def flops(*argv):
+        assert q0.main(["plan", *MINI, "--data", str(corpus), "--population", "single", *TAUGHT, str(run[0]), *argv]) == 0
+        return float(re.search(r"for (\S+) FLOPs", capsys.readouterr().out)[1])
+
+    one, three = flops("--teacher-k", "1"), flops("--teacher-k", "3")
+    none = flops("--distill-weight", "0")
+    assert (three - none) / (one - none) == pytest.approx(3, rel=0.05)  # shown with three digits
+
+
 @pytest.mark.parametrize("argv, message", [
     (["--teacher", "nobody"], "no run nobody under"), (["--teacher", "many", "--softcap", "20"], "is (300, 15.0, 32), this run's (300, 20.0, 32)"),
     (["--teacher", "many", "--seq-len", "64", "--micro-batch", "8"], "this run's (300, 15.0, 64)"), (["--teacher", "many", "--teacher-k", "0"], "at least 1")])
