@@ -1,17 +1,21 @@
-"""Loss against epochs and against FLOPs from the logs of runs: a figure, and how many epochs a row needs for what another
-one reaches.
+"""Loss against epochs and against FLOPs from the logs of runs: a figure, a table of differences with the verdict of the
+rule (records/README.md), and how many epochs a row needs for what another one reaches.
 
     python records/plot.py OUT.png "independent ensemble=records/wiki_cpu/FOLDER/logs/new_*.txt" "q0=..."
 
-The first row is the one to match. A row's curve is the learned prior over the members so far, at the epochs and FLOPs spent
-so far; lines are means over the logs of a row, bands one standard deviation.
+The first row is the one to match and to compare with. A row's curve is the learned prior over the members so far, at the
+epochs and FLOPs spent so far; lines are means over the logs of a row, bands one standard deviation.
 """
 import glob
 import re
+import statistics
 import sys
 from pathlib import Path
 
 import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from check import rule
 
 
 def curve(path):
@@ -46,6 +50,21 @@ def reached(rows, target, column):
     return np.array(found)
 
 
+def compared(first, curves):
+    """Cells of the table: n, loss, and by how much it is above that of `first`, which the rule calls equal or not."""
+    old, new = ([float(c[-1, 2]) for c in side] for side in (first, curves))
+    spread = f"{statistics.stdev(new):.4f}" if len(new) > 1 else "?"
+    cells = f"{len(new)} | {statistics.mean(new):.4f} ± {spread} | "
+    if curves is first:
+        return cells + "- | - | -"
+    found = rule(old, new)
+    above, few = 0 - found["difference"], " (n < 5)" * (min(len(old), len(new)) < 5)
+    if "required" not in found:  # one run each
+        return cells + f"{above:+.4f} | ? | -"
+    verdict = "equal" if abs(above) < found["required"] else "worse" if above > 0 else "better"
+    return cells + f"{above:+.4f} | {found['required']:.4f} | {verdict}{few}"
+
+
 def main(argv):
     from matplotlib.figure import Figure
     out, rows = Path(argv[0]), {}
@@ -64,9 +83,11 @@ def main(argv):
             axis.fill_between(x, mean[:, 2] - spread, mean[:, 2] + spread, alpha=0.25, color=line.get_color())
             axis.set_xlabel(name)
             axis.grid(alpha=0.3)
-        print(f"{label}: {mean[-1, 0]:.0f} epochs, {mean[-1, 1]:.3g} FLOPs, loss {mean[-1, 2]:.4f}, standard deviation "
-              f"{spread[-1]:.4f}, n={len(curves)}")
     first = next(iter(rows))
+    print("| row | epochs | FLOPs | n | loss, mean ± standard deviation | difference | required | verdict |")
+    print("|" + "---|" * 8)
+    for label, curves in rows.items():
+        print(f"| {label} | {curves[0][-1, 0]:.0f} | {curves[0][-1, 1]:.3g} | {compared(rows[first], curves)} |")
     target = np.mean([c[-1, 2] for c in rows[first]])
     for label in list(rows)[1:]:
         for column, unit in ((0, "epochs"), (1, "FLOPs")):

@@ -261,7 +261,20 @@ def test_plot(run, tmp_path, capsys):
     assert np.isnan(plot.reached([down], 2.9, 0)).all()
     plot.main([str(tmp_path / "x.png"), f"a={folder}/log.txt", f"b={folder}/log.txt"])
     assert (tmp_path / "x.png").stat().st_size > 5000
-    assert "b reaches a's" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "b reaches a's" in printed and "| +0.0000 | ? | - |" in printed
+
+
+def test_compared():
+    """The verdict against two samples whose t-test is worked out by hand: t(0.99, df 8) = 2.896."""
+    runs = lambda *losses: [np.array([[2.0, 1e9, loss]]) for loss in losses]
+    first = runs(4.00, 4.01, 4.02, 4.03, 4.04)  # standard deviation 0.01581, required 2.896 * 0.01581 * sqrt(2 / 5)
+    assert plot.compared(first, first) == "5 | 4.0200 ± 0.0158 | - | - | -"
+    shifted = lambda by: plot.compared(first, runs(*(4.00 + by + i / 100 for i in range(5))))
+    assert shifted(0.028).endswith("+0.0280 | 0.0290 | equal") and shifted(0.03).endswith("+0.0300 | 0.0290 | worse")
+    assert shifted(-0.03).endswith("-0.0300 | 0.0290 | better")
+    assert plot.compared(first, runs(4.5, 4.51, 4.52)).endswith("| worse (n < 5)")
+    assert plot.compared(first[:1], runs(4.5)).endswith("+0.5000 | ? | -")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
