@@ -3,8 +3,8 @@ rule (records/README.md), and how many epochs a row needs for what another one r
 
     python records/plot.py OUT.png "independent ensemble=records/wiki_cpu/FOLDER/logs/new_*.txt" "q0=..."
 
-The first row is the one to match and to compare with. A row's curve is the learned prior over the members so far, at the
-epochs and FLOPs spent so far; lines are means over the logs of a row, bands one standard deviation.
+The first row is the one to match and to compare with. A row's curve is the learned prior over the members so far, at
+the epochs and FLOPs spent so far; lines are means over the logs of a row, bands one standard deviation.
 """
 import glob
 import re
