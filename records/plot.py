@@ -3,10 +3,12 @@ rule (records/README.md), and how many epochs a row needs for what another one r
 
     python records/plot.py OUT.png "independent ensemble=records/wiki_cpu/FOLDER/logs/new_*.txt" "q0=..."
 
-The first row is the one to match and to compare with. A row's curve is the learned prior over the members so far, at
-the epochs and FLOPs spent so far; lines are means over the logs of a row, bands one standard deviation.
+Pooled runs (pool.py) come as "LABEL=FILE.json". The first row is the one to match and to compare with. A row's curve is
+the learned prior over the members so far, at the epochs and FLOPs spent so far; lines are means over the logs of a row,
+bands one standard deviation.
 """
 import glob
+import json
 import re
 import statistics
 import sys
@@ -33,6 +35,11 @@ def curve(path):
     taught = np.cumsum(spent * distilled)
     flops = (total - teacher) * epochs / epochs[-1] + teacher * taught / max(taught[-1], 1)
     return np.stack([epochs, flops, np.array(losses, dtype=float)], axis=1)
+
+
+def curves_in(path):
+    """The curve of a log, or those that pool.py wrote."""
+    return np.array(json.loads(Path(path).read_text())) if path.endswith(".json") else [curve(path)]
 
 
 def reached(rows, target, column):
@@ -70,9 +77,9 @@ def main(argv):
     out, rows = Path(argv[0]), {}
     for row in argv[1:]:
         label, pattern = row.split("=", 1)
-        rows[label] = [curve(path) for path in sorted(glob.glob(pattern))]
+        rows[label] = [c for path in sorted(glob.glob(pattern)) for c in curves_in(path)]
         if not rows[label]:
-            sys.exit(f"plot.py: error: no logs match {pattern}")
+            sys.exit(f"plot.py: error: no files match {pattern}")
     figure = Figure(figsize=(10, 4), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for label, curves in rows.items():

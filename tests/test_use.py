@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import plot
+import pool
 import prior
 import train_q0 as q0
 import use
@@ -275,6 +276,38 @@ def test_compared():
     assert shifted(-0.03).endswith("-0.0300 | 0.0290 | better")
     assert plot.compared(first, runs(4.5, 4.51, 4.52)).endswith("| worse (n < 5)")
     assert plot.compared(first[:1], runs(4.5)).endswith("+0.5000 | ? | -")
+
+
+def test_pool(run, tmp_path, capsys):
+    """Two runs pooled are one population: epochs and FLOPs add up, one prior over all members so far; plot.py reads it."""
+    first, second = run[0], shutil.copytree(run[0], tmp_path / "second")
+    (second / "result.json").unlink()  # with the hashes of predictions, which become other ones
+    about = json.loads((second / "run.json").read_text())
+    about["config"]["seed"] += 1
+    (second / "run.json").write_text(json.dumps(about))
+    for i in range(4):
+        path = second / f"predictions/{i}.safetensors"
+        q0.save_file({k: np.roll(p, 3) for k, p in q0.read_predictions(path).items()}, path)
+    pool.main(["2", str(tmp_path / "pool.json"), str(first), str(second)])
+    (rows,), both = plot.curves_in(str(tmp_path / "pool.json")), [predictions_of(f) for f in (first, second)]
+    single = plot.curve(first / "log.txt")
+    assert rows[:, 0].tolist() == [6, 12, 18, 24, 30, 36, 42, 48]
+    np.testing.assert_allclose(rows[:4], single, rtol=1e-4)  # five digits of FLOPs are kept
+    np.testing.assert_allclose(rows[4:, 1], single[:, 1] + single[-1, 1], rtol=1e-4)
+    heldout, scored = (np.stack([p[split] for found in both for p in found]) for split in ("heldout", "val"))
+    assert rows[-1, 2] == pytest.approx(q0.mixture_loss(scored, q0.fit_prior(heldout)[0]), abs=2e-6)
+    assert rows[5, 2] == pytest.approx(q0.mixture_loss(scored[:6], q0.fit_prior(heldout[:6])[0]), abs=2e-6)
+    assert "48 epochs, 8 members, n=1:" in capsys.readouterr().out
+    pool.main(["--k", "1", "1", str(tmp_path / "k1.json"), str(first), str(second)])
+    assert [len(rows) for rows in plot.curves_in(str(tmp_path / "k1.json"))] == [4, 4]
+    best = json.loads((first / "result.json").read_text())["table"]["rows"][0]["pruned"]
+    assert plot.curves_in(str(tmp_path / "k1.json"))[0][-1, 2] == pytest.approx(best, abs=2e-6)
+    about["config"]["dropout"] = 0.3
+    (second / "run.json").write_text(json.dumps(about))
+    for runs, why in (((first, second), "other settings"), ((first, first), "1 different runs")):
+        with pytest.raises(SystemExit, match=why):
+            pool.main(["2", str(tmp_path / "x.json"), *map(str, runs)])
+    assert not (tmp_path / "x.json").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
