@@ -99,7 +99,7 @@ class Config:
     mlp_hidden: int | None = knob(384, "channels inside the SwiGLU", low=1)
     softcap: float = knob(15.0, "logits are softcap * tanh(z / softcap)", low=0.1)
     rotary_base: float = knob(10_000.0, "base of the rotary frequencies", low=1)
-    dropout: float = knob(0.0, "on the output of both branches of a block", low=0, high=0.9)
+    dropout: float | None = knob(None, "on the output of both branches of a block", low=0, high=0.9)
     windows: str = knob("L", "attention windows by layer, repeated: S short, L all; the last layer is L")
     short_window: int | None = knob(None, "tokens that a short window spans, the own one included", low=1)
     unet: bool = knob(False, "learned skips from layer i to layer n-1-i")
@@ -169,7 +169,7 @@ one = lambda epochs: 1
 
 def plan(epochs):
     """The recipe: cycles that q0 spends a budget on, in one trajectory: one below 6 epochs, else cycles of two epochs.
-    Searched for 2 to 32 epochs on the corpus wiki (records/tuning/2026-11-25_recipe.md); beyond, it extrapolates."""
+    Searched for 2 to 64 epochs on the corpus wiki (records/tuning/2026-11-25_recipe.md); beyond, it extrapolates."""
     return 1 if epochs < 6 else epochs // 2
 
 POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's start; weight of the teacher
@@ -201,14 +201,13 @@ def resolve(cfg):
         raise UserError(f"{asked} is not --epochs {cfg.epochs}: give --epochs {cost} or leave one of them out")
     derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
     derive("boundary", row["boundary"], f"population {cfg.population}")
-    if cfg.teacher and not row["distill_weight"]:
-        derive("distill_weight", 0.45, "as where a member teaches")
-    weight = derive("distill_weight", row["distill_weight"], f"population {cfg.population}")
+    weight = derive("distill_weight", row["distill_weight"] or 0.45 * bool(cfg.teacher), "0.45 where anything teaches")
     if cfg.population == "chain":
         derive("distill_after", 1, "each member of a chain is taught by the one before")
     if cfg.preset == "q0":
         derive("distill_after", 8, "as published")
     derive("distill_after", min(8, max(4, C // 4)), "min(8, max(4, cycles // 4))" if weight else "no distillation")
+    derive("dropout", 0.1 if cfg.epochs >= 32 else 0.0, "0.1 pays from 32 epochs on")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
