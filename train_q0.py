@@ -120,7 +120,7 @@ class Config:
     lr_mixing: float = knob(0.02, "peak lr of head mixing", low=0, high=1e37)
     weight_decay: float = knob(0.8, "peak decay of matrices, embedding and head; multiplied by lr", low=0)
     lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", low=0, high=1)
-    wd_floor: float = knob(0.7, "decay multiplier at a cycle's start, 1 at its end: below 1 it rises as lr falls", low=0)
+    wd_floor: float = knob(0.7, "decay multiplier at a cycle's start, 1 at its end: below 1 it rises", low=0)
     momentum: float = knob(0.95, "Nesterov momentum of Muon", low=0, high=0.999)
     grad_clip: float = knob(1.0, "largest global gradient norm", low=0)
     # machine
