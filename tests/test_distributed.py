@@ -636,7 +636,7 @@ def test_a_rank_that_dies_takes_the_other_node_down(place, how, trajectories):
     assert all(run.returncode not in (0, None) for run in runs)
     if how == "raise":
         assert sum(bool(re.search(r"^rank 1 failed:\s+(\[rank1\]: )?Traceback.*in train.*in dying.*: planted",
-                                  error, re.S | re.M)) for _, error in outs) == 2, outs
+                                  error, re.S | re.M)) for _, error in outs) == 2, "\n".join(error for _, error in outs)
         return
     assert sum(bool(re.search(r"rank +: 1 .*\n.*exitcode +: 7", error)) for _, error in outs) == 1, outs
     if trajectories == 2:
