@@ -1,7 +1,7 @@
 """q0: hyper-epoch pretraining in one file.
 
 Text runs out before compute does, and one model stops gaining after about 16 epochs over it. q0 spends the same epochs
-on a population: a cyclic schedule collects snapshots (lr falls while weight decay rises), each snapshot teaches the
+on a population: a cyclic schedule of learning rate and weight decay collects snapshots, each snapshot teaches the
 next, and a prior fitted on held-out text mixes their predictions. Method: arXiv 2606.03938.
 
     python train_q0.py                                    laptop: default corpus, preset tiny
@@ -107,6 +107,8 @@ class Config:
     value_embeds: bool = knob(True, "gated projection of the embedding added to the values of every second layer")
     attn_gates: bool = knob(False, "input-dependent output gate per attention head")
     head_mixing: bool = knob(False, "learned mixing of the heads of q, k and v")
+    smear: bool = knob(True, "adds a learned share of the token before to each embedding")
+    induction: bool = knob(True, "half of the heads start out looking for what followed the same token")
     loop_first: int = knob(0, "first looped layer", low=0)
     loop_last: int = knob(0, "last looped layer", low=0)
     loop_passes: int = knob(1, "how often the looped layers run in all", low=1, high=100)
@@ -117,10 +119,11 @@ class Config:
     lr_head: float = knob(0.02, "peak lr of the head", low=0, high=1e37)
     lr_resid: float = knob(0.00025, "peak lr of residual and skip scalars", low=0, high=1e37)
     lr_x0: float = knob(0.025, "peak lr of x0 scalars", low=0, high=1e37)
-    lr_mixing: float = knob(0.02, "peak lr of head mixing", low=0, high=1e37)
-    weight_decay: float = knob(0.8, "peak decay of matrices, embedding and head; multiplied by lr", low=0)
+    lr_mixing: float = knob(0.02, "peak lr of head mixing and smear", low=0, high=1e37)
+    weight_decay: float = knob(0.8, "of matrices, embedding and head; times lr, and its place in the cycle", low=0)
     lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", low=0, high=1)
-    wd_floor: float = knob(0.7, "decay multiplier at a cycle's start, 1 at its end: below 1 it rises", low=0)
+    wd_start: float | None = knob(None, "decay multiplier at a cycle's start", low=0)
+    wd_end: float | None = knob(None, "decay multiplier at a cycle's end", low=0)
     momentum: float = knob(0.95, "Nesterov momentum of Muon", low=0, high=0.999)
     grad_clip: float = knob(1.0, "largest global gradient norm", low=0)
     # machine
@@ -154,7 +157,8 @@ MACHINE = "device compile attention log_every save_minutes keep_members hang_min
 def method_settings(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
 
-PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1)  # of the 1.87B run
+PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1,
+                 smear=False, induction=False)  # of the 1.87B run
 PRESETS = {
     "tiny": {},
     "small": dict(PUBLISHED, data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16,
@@ -164,6 +168,8 @@ PRESETS = {
                windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
                loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3)}
 
+flag = lambda name: "--" + name.replace("_", "-")
+digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 members_of = lambda epochs: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
 one = lambda epochs: 1
 
@@ -178,8 +184,6 @@ POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's
     "chain":     dict(trajectories=one, cycles=members_of, boundary="fresh", distill_weight=0.45),
     "snapshots": dict(trajectories=one, cycles=plan, boundary="continue", distill_weight=0.0),
     "q0":        dict(trajectories=one, cycles=plan, boundary="perturb", distill_weight=0.45)}
-
-flag = lambda name: "--" + name.replace("_", "-")
 
 def resolve(cfg):
     """Fill every None of `cfg`. Returns (Config, {field: reason}). Raises UserError where settings contradict."""
@@ -199,7 +203,7 @@ def resolve(cfg):
         raise UserError(f"--epochs {cfg.epochs} does not pay for {asked}: give --epochs {cost} or fewer cycles")
     if per and getattr(cfg, many) and cfg.epochs // (J * C) != per:
         raise UserError(f"{asked} is not --epochs {cfg.epochs}: give --epochs {cost} or leave one of them out")
-    derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
+    each = derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
     derive("boundary", row["boundary"], f"population {cfg.population}")
     weight = derive("distill_weight", row["distill_weight"] or 0.45 * bool(cfg.teacher), "0.45 where anything teaches")
     if cfg.population == "chain":
@@ -207,6 +211,9 @@ def resolve(cfg):
     if cfg.preset == "q0":
         derive("distill_after", 8, "as published")
     derive("distill_after", min(8, max(4, C // 4)), "min(8, max(4, cycles // 4))" if weight else "no distillation")
+    short = cfg.preset == "tiny" and each <= 5  # measured: records/tuning/2026-11-25_decay.md
+    for name, value in (("wd_start", 1.2 if short else 0.7), ("wd_end", 1.2 * cfg.lr_floor if short else 1.0)):
+        derive(name, value, "proportional to lr: pays in cycles of up to 5 epochs" if short else "as published")
     derive("dropout", 0.1 if cfg.epochs >= 32 else 0.0, "0.1 pays from 32 epochs on")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
@@ -222,6 +229,8 @@ def resolve(cfg):
     cfg = replace(cfg, **new)
     if cfg.width % cfg.head_dim or cfg.head_dim % 2:
         raise UserError(f"--width {cfg.width} is not a multiple of --head-dim {cfg.head_dim} (which must be even)")
+    if cfg.induction and cfg.width == cfg.head_dim:
+        raise UserError("--induction needs a second head: lower --head-dim or give --no-induction")
     for name, tokens in (("--batch-tokens", cfg.batch_tokens), ("--edge-batch-tokens", cfg.edge_batch_tokens)):
         if tokens % (unit := cfg.seq_len * cfg.micro_batch):
             raise UserError(f"{name} {tokens} is not a multiple of --seq-len x --micro-batch = {unit}")
@@ -517,6 +526,7 @@ def param(*shape, when=True):
 
 norm = lambda x: F.rms_norm(x, (x.size(-1),), eps=1e-6)
 linear = lambda x, weight: F.linear(x, weight.to(x.dtype))
+before = lambda x: F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0))  # x [B, T, ...] of the token before; zeros first
 
 def rotate(x, cos, sin):
     """Rotary position embedding of x [B, T, H, K]; cos, sin [T, 1, K/2]."""
@@ -623,6 +633,7 @@ class Attention(nn.Module):
         super().__init__()
         D, H = cfg.width, cfg.width // cfg.head_dim
         self.heads, self.qkv, self.out = H, param(3, D, D), param(D, D)
+        self.local = H // 2 if cfg.induction else H  # the other heads are for induction
         self.mixing = param(3, H, H, when=cfg.head_mixing)
         self.gate = param(H, ATTN_GATE_CHANNELS, when=cfg.attn_gates)
         self.value = param(D, D, when=value_embed)
@@ -636,7 +647,11 @@ class Attention(nn.Module):
         if self.value is not None:
             gate = 2 * torch.sigmoid(linear(x[..., :VALUE_GATE_CHANNELS], self.value_gate))
             v = v + gate.unsqueeze(-1) * linear(x0, self.value).view(B, T, H, D // H)
-        y = attend(rotate(norm(q), cos, sin), rotate(norm(k), cos, sin), v)
+        q, k, own = norm(q), norm(k), self.local
+        turned = (rotate(z[:, :, :own], cos, sin) for z in (q, k))
+        if own < H:  # a key is that of the token before and does not rotate: found by content, at any distance
+            turned = (torch.cat(z, dim=2) for z in zip(turned, (q[:, :, own:], before(k[:, :, own:]))))
+        y = attend(*turned, v)
         if self.gate is not None:
             y = y * torch.sigmoid(linear(x[..., :ATTN_GATE_CHANNELS], self.gate)).unsqueeze(-1)
         return linear(y.reshape(B, T, D), self.out)
@@ -662,7 +677,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(cfg, has_value_embed(cfg, i)) for i in range(n))
         self.resid_scale, self.x0_scale = param(n, when=cfg.x0_mix), param(n, when=cfg.x0_mix)
         self.skip_scale, self.mtp_proj = param(n // 2, when=cfg.unet and n > 1), param(D, 2 * D, when=cfg.mtp_weight)
-        self.mtp_block = Block(cfg) if cfg.mtp_weight else None
+        self.mtp_block, self.smear = Block(cfg) if cfg.mtp_weight else None, param(D, when=cfg.smear)
         self.order, self.windows, self.dtype = layer_order(cfg), layer_windows(cfg), getattr(torch, cfg.precision)
         T = torch.arange(cfg.seq_len)
         angle = T[:, None, None] / cfg.rotary_base ** (torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
@@ -683,10 +698,13 @@ class GPT(nn.Module):
                 draw.normal_(0, normal[kind], generator=g)
             elif kind in ("qkv", "gate_up", "value", "mtp_proj"):
                 draw.uniform_(-bound, bound, generator=g)
+                if kind == "qkv" and self.cfg.induction:  # the same token matches before anything is learned
+                    first = self.blocks[0].attn.local * self.cfg.head_dim
+                    draw[1, first:] = draw[0, first:]
             elif kind == "mixing":
                 draw.copy_(torch.eye(p.size(-1)).expand_as(draw))
             else:
-                draw.fill_({"resid_scale": 1, "skip_scale": 1, "x0_scale": 0.1, "gate": 0, "value_gate": 0}[kind])
+                draw.fill_({"resid_scale": 1, "skip_scale": 1, "x0_scale": 0.1}.get(kind, 0))  # gates, smear
             p.copy_(draw)
         return self
 
@@ -698,6 +716,8 @@ class GPT(nn.Module):
         attend = {w: functools.partial(self.attend, window=w, mask=None if w == self.cfg.seq_len else short)
                   for w in {self.cfg.seq_len, *self.windows}}
         x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        if self.smear is not None:
+            x = x0 = norm(x + self.smear.to(x.dtype) * before(x))
         for i in self.order:
             if self.skip_scale is not None and i >= n - n // 2:
                 x = x + self.skip_scale[i - (n - n // 2)].to(x.dtype) * outputs[n - 1 - i]
@@ -1005,7 +1025,8 @@ class Optimizer:
         table = {  # label: (rule, lr, weight decay)
             "matrix": (muon, cfg.lr_matrix, wd), "embed": (adamw, cfg.lr_embed, wd), "head": (adamw, cfg.lr_head, wd),
             "resid_scale": (adamw, cfg.lr_resid, 0.0), "skip_scale": (adamw, cfg.lr_resid, 0.0),
-            "x0_scale": (("adamw", (0.96, 0.95)), cfg.lr_x0, 0.0), "mixing": (adamw, cfg.lr_mixing, 0.0)}
+            "x0_scale": (("adamw", (0.96, 0.95)), cfg.lr_x0, 0.0), "mixing": (adamw, cfg.lr_mixing, 0.0),
+            "smear": (adamw, cfg.lr_mixing, 0.0)}
         stacks = {}
         for name, p in model.named_parameters():
             kind = name.rsplit(".", 1)[-1]
@@ -1027,7 +1048,6 @@ class Optimizer:
         units = torch.cat([t.reshape(-1, *unit) for t in tensors])
         missing = -len(units) % self.world.size
         return F.pad(units, (0, 0) * len(unit) + (0, missing)) if missing else units
-
 
     def state(self):
         """{"first.NAME", "second.NAME": moments of a parameter, ...}: the same for any number of ranks."""
@@ -1079,9 +1099,9 @@ def lr_multiplier(s, L, floor):
     """Linear from 1 to (almost) `floor` within a cycle, no warmup."""
     return floor + (1 - floor) * (1 - s / L)
 
-def wd_multiplier(lr_mult, lr_floor, wd_floor):
-    """Anti-correlated with the learning rate: `wd_floor` where lr is at its peak, 1 where it is at its floor."""
-    return 1.0 if lr_floor == 1 else wd_floor + (1 - wd_floor) * (1 - lr_mult) / (1 - lr_floor)
+def wd_multiplier(lr_mult, lr_floor, start, end):
+    """Linear in the learning rate: `start` where lr is at its peak, `end` where it is at its floor."""
+    return end if lr_floor == 1 else start + (end - start) * (1 - lr_mult) / (1 - lr_floor)
 
 def noise_scale(b, C, first, last):
     """Noise at boundary b = 1 .. C-1 in standard deviations of the tensor: a cosine from `first` to `last`."""
@@ -1169,7 +1189,6 @@ def memory_per_device(cfg, vocab_size, ranks=1):
              "update": (8 + 12 // ranks) * max(muon)}
     return {**parts, "peak": sum(parts.values()) - min(parts["activations"], parts["update"])}
 
-
 # Population: members on disk (bf16 weights + configuration) and their cached p(true token) ----------------------------
 def write_atomically(path, write):
     """Call write(temporary path), then rename it: a reader sees the old file or the new one, whenever all stops."""
@@ -1238,8 +1257,6 @@ class Progress:
     log: list = field(default_factory=list)  # name and size of the log, size of the metrics
     kernels: dict = field(default_factory=dict)
     skipped: int = 0  # updates left out because they were not finite
-
-digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 def generations(folder, trajectory):
     """Resume states of a trajectory, newest first: JSON files, each beside its tensors."""
@@ -1644,7 +1661,7 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
             for s in range(at.in_cycle, cycle.steps):
                 alive(cfg)
                 lr_mult = lr_multiplier(s, cycle.steps, cfg.lr_floor)
-                wd_mult = wd_multiplier(lr_mult, cfg.lr_floor, cfg.wd_floor)
+                wd_mult = wd_multiplier(lr_mult, cfg.lr_floor, cfg.wd_start, cfg.wd_end)
                 batch = corpus.batch(cfg.seed, j, at.sequences, cycle.rows)
                 loss_sum = torch.zeros((), device=world.device)
                 for m in range(world.rank, micro_batches, world.size):
@@ -1800,7 +1817,6 @@ def find_run(name):
     raise UserError(f"no run {name} under {LOGS}{latest}")
 
 H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.26  # dense bf16; our count for the published run; tiny, measured
-
 def describe(cfg, why, corpus_tokens, vocab_size, population=None):
     """Lines that say what a run will do and why, and the FLOPs of its training."""
     cycles = sum(plan := plan_cycles(cfg, corpus_tokens), [])
@@ -1813,7 +1829,7 @@ def describe(cfg, why, corpus_tokens, vocab_size, population=None):
             f"members distilled",
             f"steps: {sum(c.steps for c in cycles)} of {cfg.batch_tokens} tokens ({cfg.edge_batch_tokens} at the "
             f"edges), {tokens} tokens in all, {corpus_tokens} an epoch",
-            f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher",
+            f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher"
             ], sum(run_flops(cfg, plan, vocab_size, population).values())
 
 def command_train(argv):
@@ -1951,23 +1967,8 @@ def command_use(name, argv):
     import use
     getattr(use, name)(argv)
 
-def command_select(argv):
-    """Fit the prior again from the cached predictions of a run."""
-    p = Parser(prog="train_q0.py select", description=command_select.__doc__)
-    p.add_argument("run", help="name of a run under logs/, or its folder")
-    p.add_argument("--k", type=int, help="show the members and weights of this inference budget")
-    args = p.parse_args(argv)
-    predictions = load_predictions(find_run(args.run))
-    (split,) = set(predictions) - {"heldout"}
-    table = population_table(predictions["heldout"], predictions[split])
-    print("\n".join(format_table(table, split)))
-    if args.k is not None:
-        members, weights = best_members(predictions["heldout"], args.k)
-        print(f"k:{len(members)} {split}_loss:{mixture_loss(predictions[split][members], weights):.5f} "
-              + " ".join(f"member:{i} weight:{w:.4f}" for i, w in zip(members, weights)))
-
-COMMANDS = {"train": command_train, "plan": command_plan, "select": command_select,
-            **{name: functools.partial(command_use, name) for name in ("evaluate", "sample")}}
+COMMANDS = {"train": command_train, "plan": command_plan,
+            **{name: functools.partial(command_use, name) for name in ("select", "evaluate", "sample")}}
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -1,5 +1,6 @@
-"""A population in use: `python train_q0.py evaluate` scores a run's members and mixtures on token shards, or on downstream
-tasks through EleutherAI's lm-evaluation-harness; `sample` writes text. Members mix their probabilities token by token."""
+"""A population in use: `python train_q0.py select` fits its prior again; `evaluate` scores members and mixtures on token
+shards, or on downstream tasks through EleutherAI's lm-evaluation-harness; `sample` writes text. Members mix their
+probabilities token by token."""
 import codecs
 import math
 from dataclasses import replace
@@ -18,6 +19,21 @@ def parser_of(command):
     parser.add_argument("--k", type=int, help="mix the members of largest weight only [all that have weight]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
     return parser
+
+
+def select(argv):
+    """Fit the prior again from the cached predictions of a run."""
+    p = q.Parser(prog="train_q0.py select", description=select.__doc__)
+    p.add_argument("run", help="name of a run under logs/, or its folder")
+    p.add_argument("--k", type=int, help="show the members and weights of this inference budget")
+    args = p.parse_args(argv)
+    predictions = q.load_predictions(q.find_run(args.run))
+    (split,) = set(predictions) - {"heldout"}
+    print("\n".join(q.format_table(q.population_table(predictions["heldout"], predictions[split]), split)))
+    if args.k is not None:
+        members, weights = q.best_members(predictions["heldout"], args.k)
+        print(f"k:{len(members)} {split}_loss:{q.mixture_loss(predictions[split][members], weights):.5f} "
+              + " ".join(f"member:{i} weight:{w:.4f}" for i, w in zip(members, weights)))
 
 
 def evaluate(argv):

@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SMALL = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout=0.0, precision="float32", device="cpu",
              batch_tokens=64, micro_batch=4)
 FEATURES = dict(windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
-                loop_first=3, loop_last=4, loop_passes=3, mtp_weight=0.3)
+                loop_first=3, loop_last=4, loop_passes=3, mtp_weight=0.3, smear=True, induction=True)
 VOCAB = 100  # padded to 128
 
 
@@ -47,13 +47,13 @@ def resolved(preset="tiny", **changes):
 
 def build(features=True, stir=True, key=0, **changes):
     """A small GPT; `stir` moves gates, mixing and scalars off their initial values and makes logits of order 1."""
-    chosen = FEATURES if features else {"value_embeds": False}
+    chosen = FEATURES if features else {"value_embeds": False, "smear": False, "induction": False}
     model = q.GPT(resolved(**{**SMALL, **chosen, **changes}), VOCAB).init_weights(key)
     if stir:
         g = seeded(key + 1)
         with torch.no_grad():
             for name, p in model.named_parameters():
-                if name.rsplit(".", 1)[-1] in ("gate", "value_gate", "mixing", "resid_scale", "x0_scale", "skip_scale"):
+                if kind_of(name) in ("gate", "value_gate", "mixing", "resid_scale", "x0_scale", "skip_scale", "smear"):
                     p.add_(0.3 * torch.randn(p.shape, generator=g))
             model.head.mul_(200)
     return model.train()
@@ -78,23 +78,35 @@ def kind_of(name):
 # Schedule
 
 @pytest.mark.parametrize("L", [1, 2, 7, 381])
-@pytest.mark.parametrize("f, g", [(0.08, 0.7), (0.0, 0.0), (0.5, 1.3), (1.0, 0.7)])
-def test_learning_rate_and_decay_are_linear_and_opposed(L, f, g):
+@pytest.mark.parametrize("f, g, h", [(0.08, 0.7, 1), (0.0, 0.0, 1), (0.5, 1.3, 1), (1.0, 0.7, 1), (0.08, 1.2, 0.096)])
+def test_learning_rate_and_decay_are_linear(L, f, g, h):
     lr = np.array([q.lr_multiplier(s, L, f) for s in range(L)])
-    wd = np.array([q.wd_multiplier(x, f, g) for x in lr])
+    wd = np.array([q.wd_multiplier(x, f, g, h) for x in lr])
     assert lr == pytest.approx(np.interp(np.arange(L), [0, L], [1, f]), rel=1e-12)
     assert lr[0] == 1 and lr[-1] == pytest.approx(f + (1 - f) / L, rel=1e-12)
-    assert wd == pytest.approx(np.interp(lr, [f, 1], [1, g]) if f < 1 else np.ones(L), rel=1e-12)
-    if L > 1 and f < 1 and g < 1:
-        assert np.corrcoef(lr, wd)[0, 1] == pytest.approx(-1)
+    assert wd == pytest.approx(np.interp(lr, [f, 1], [h, g]) if f < 1 else np.full(L, h), rel=1e-12)
+    if L > 1 and f < 1:
+        assert np.corrcoef(lr, wd)[0, 1] == pytest.approx(-1 if g < h else 1)
+    if g == 1.2:
+        assert wd == pytest.approx(1.2 * lr)
 
 
 def test_decay_times_learning_rate_still_falls_and_sums_to_two_in_a_full_scale_cycle():
     cfg = resolved("q0")
     lr = np.array([q.lr_multiplier(s, 381, cfg.lr_floor) for s in range(381)])
-    product = lr * [q.wd_multiplier(x, cfg.lr_floor, cfg.wd_floor) for x in lr]
+    product = lr * [q.wd_multiplier(x, cfg.lr_floor, cfg.wd_start, cfg.wd_end) for x in lr]
     assert (np.diff(product) < 0).all() and product[-1] / product[0] > lr[-1] / lr[0]
     assert (cfg.lr_matrix * cfg.weight_decay * product).sum() == pytest.approx(2, abs=0.3)
+
+
+def test_decay_in_short_cycles_of_tiny_is_proportional_to_lr_and_sums_to_the_same():
+    shape = lambda *key, **changes: (lambda c: (c.wd_start, c.wd_end))(resolved(*key, **changes))
+    assert shape() == shape(epochs=5) == shape(population="snapshots", cycles=4) == (1.2, 1.2 * 0.08)
+    assert shape(lr_floor=0.5) == (1.2, 0.6) and shape(wd_end=0.2) == (1.2, 0.2)
+    assert shape(population="single") == shape(epochs=6, cycles=1) == shape("small") == shape("q0") == (0.7, 1.0)
+    lr = np.array([q.lr_multiplier(s, 146, 0.08) for s in range(146)])  # steps of a cycle of 2 epochs
+    sums = [lr @ [q.wd_multiplier(x, 0.08, *ends) for x in lr] for ends in (shape(), shape("q0"))]
+    assert sums[0] == pytest.approx(sums[1], rel=0.01)
 
 
 @pytest.mark.parametrize("C", [2, 3, 4, 9, 96])
@@ -169,7 +181,8 @@ def test_epochs_sum_to_the_budget(population, epochs, trajectories, cycles, epoc
 
 @pytest.mark.parametrize("changes, message", [
     (dict(epochs=1, trajectories=2), "does not pay"), (dict(epochs=7, cycles=2, epochs_per_cycle=4), "does not pay"),
-    (dict(width=96), "multiple of --head-dim"), (dict(batch_tokens=5000), "--batch-tokens 5000 is not a multiple"),
+    (dict(width=96), "multiple of --head-dim"), (dict(head_dim=128), "--induction needs a second head"),
+    (dict(batch_tokens=5000), "--batch-tokens 5000 is not a multiple"),
     (dict(edge_batch_tokens=5000), "--edge-batch-tokens 5000 is not a multiple"), (dict(windows="SX"), "--windows"),
     (dict(windows=""), "--windows"), (dict(loop_passes=2, loop_first=2, loop_last=4), "--loop-last 4 is not a range"),
     (dict(loop_passes=2, loop_first=2, loop_last=1), "--loop-first 2"), (dict(device="cuda"), "no GPU"),
@@ -736,7 +749,11 @@ def model_reference(model, tokens, targets, order, windows, value_layers):
             own = slice(i * K, i * K + K)
             if value:
                 v = v + 2 * expit(h[:, :32] @ at("attn.value_gate")[i])[:, None] * (x0 @ at("attn.value")[own].T)
-            query, key = rotary(rms(query)), rotary(rms(key))
+            query, key = rms(query), rms(key)
+            if cfg.induction and i >= D // K // 2:
+                key = np.concatenate([np.zeros((1, K)), key[:-1]])
+            else:
+                query, key = rotary(query), rotary(key)
             for t in range(T):
                 seen = slice(max(0, t - window + 1), t + 1)
                 y[t, own] = softmax(key[seen] @ query[t] / math.sqrt(K)) @ v[seen]
@@ -747,6 +764,8 @@ def model_reference(model, tokens, targets, order, windows, value_layers):
         return x + (gate * expit(gate) * up) @ at("down").T
 
     x = x0 = rms(w["embed"][tokens])
+    if cfg.smear:
+        x = x0 = rms(x + w["smear"] * np.concatenate([np.zeros((1, D)), x[:-1]]))
     outputs = {}
     for i in order:
         if cfg.unet and i >= n - n // 2:  # weights in the order of the layers that receive the skip
@@ -795,7 +814,7 @@ def test_gradients_against_finite_differences():
     loss().backward()
     rng, names = np.random.default_rng(0), dict(model.named_parameters())
     chosen = [rng.choice([n for n in names if kind_of(n) == kind]) for kind in sorted({kind_of(n) for n in names})]
-    assert len(chosen) == 14
+    assert len(chosen) == 15
     for name in chosen + ["mtp_block.attn.qkv", "mtp_block.down"]:
         p = names[name].data.view(-1)
         grad = names[name].grad.view(-1)
@@ -828,12 +847,13 @@ def test_no_token_reaches_an_earlier_position(features, t):
         assert moved(ahead, ahead_) == list(range(t - 1, 16))
 
 
-def test_a_window_limits_the_reach_of_attention():
-    model = in_float64(build())
+@pytest.mark.parametrize("induction", [False, True])  # whose keys are of the token before
+def test_a_window_limits_the_reach_of_attention(induction):
+    model = in_float64(build(induction=induction))
     x, x0 = torch.randn(2, 1, 16, 64, dtype=torch.float64, generator=seeded(0))
     other = x.clone()
     other[0, 3] += 1
-    for mask, reached in ((model.short_mask, range(3, 3 + 8)), (None, range(3, 16))):
+    for mask, reached in ((model.short_mask, range(3, 3 + 8 + induction)), (None, range(3, 16))):
         attend = functools.partial(q.sdpa_attention, window=len(reached), mask=mask)
         assert moved(*(model.blocks[0].attn(v, x0, model.cos, model.sin, attend) for v in (x, other))) == list(reached)
 
@@ -849,23 +869,38 @@ def test_layers_of_the_full_scale_run():
 
 
 def test_features_that_start_as_the_identity():
-    """Head mixing at the identity changes nothing; attention gates at zero halve the branch; a value projection of zero
-    adds nothing. The shared weights are the same, as the initial ones depend on names alone."""
+    """Head mixing at the identity and a smear of zero change nothing; attention gates at zero halve the branch; a value
+    projection of zero adds nothing. The shared weights are the same, as the initial ones depend on names alone."""
     tokens = random_tokens(2, 16)
     features = dict(windows="L", unet=False, x0_mix=False, value_embeds=False, attn_gates=False, head_mixing=False,
-                    loop_passes=1, loop_last=0, loop_first=0, mtp_weight=0)
-    switched = ({}, {"head_mixing": True}, {"attn_gates": True}, {"value_embeds": True})
-    plain, mixed, gated, valued = (build(stir=False, **{**features, **on}) for on in switched)
+                    loop_passes=1, loop_last=0, loop_first=0, mtp_weight=0, smear=False, induction=False)
+    switched = ({}, {"head_mixing": True}, {"attn_gates": True}, {"value_embeds": True}, {"smear": True})
+    plain, mixed, gated, valued, smeared = (build(stir=False, **{**features, **on}) for on in switched)
     with torch.no_grad():
         for p in [b.attn.value for b in valued.blocks if b.attn.value is not None]:
             assert p.std() > 0.1
             p.zero_()
         expected = plain(tokens)[0]
-        for model in (mixed, valued):
+        for model in (mixed, valued, smeared):
             torch.testing.assert_close(model(tokens)[0], expected, rtol=0, atol=1e-5)  # sums in another order
         for b in plain.blocks:
             b.attn.out.mul_(0.5)
         torch.testing.assert_close(gated(tokens)[0], plain(tokens)[0], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("smear", [False, True])
+def test_induction_heads_find_what_followed_the_same_token(smear):
+    """Before any training, in the first layer: the largest score is that of a token which the present one preceded."""
+    model = build(features=False, stir=False, induction=True, smear=smear, layers=1, seq_len=64, head_dim=32,
+                  batch_tokens=256)
+    calls, model.attend = [], lambda q, k, v, window, mask: (calls.append((q, k)), v)[1]
+    once, again = (torch.randperm(32, generator=seeded(i)) for i in (0, 1))  # every token twice, at any distance
+    with torch.no_grad():
+        model(torch.cat([once, again])[None])
+    (query, key), = calls
+    scores = torch.einsum("thk,shk->hts", query[0], key[0]).masked_fill(torch.ones(64, 64).triu(1) > 0, -math.inf)
+    found, wanted = scores[:, 32:].argmax(-1), once.argsort()[again] + 1
+    assert (found[1] == wanted).all() and (found[0] == wanted).float().mean() < 0.5
 
 
 def test_rotary_is_relative():
@@ -884,7 +919,7 @@ def test_rotary_is_relative():
 
 def test_initial_weights():
     d = 64
-    constant = {"resid_scale": 1.0, "skip_scale": 1.0, "x0_scale": 0.1, "gate": 0.0, "value_gate": 0.0}
+    constant = {"resid_scale": 1.0, "skip_scale": 1.0, "x0_scale": 0.1, "gate": 0.0, "value_gate": 0.0, "smear": 0.0}
     spread = {"embed": 1.0, "head": 0.001, "out": d ** -0.5, "down": d ** -0.5}
     seen = set()
     for name, p in build(stir=False).named_parameters():
@@ -895,6 +930,9 @@ def test_initial_weights():
         elif kind == "mixing":
             assert (p == torch.eye(p.size(-1))).all()
         else:
+            if kind == "qkv":  # induction heads, half of all, start with one matrix for queries and keys
+                assert (p[0] == p[1]).all(dim=1).tolist() == [False] * (d // 2) + [True] * (d // 2)
+                p = p[[0, 2]]
             std = spread.get(kind, d ** -0.5)  # uniform(+-sqrt(3/d)) has a std of 1/sqrt(d)
             assert p.std() == pytest.approx(std, rel=5 / math.sqrt(2 * p.numel())), name  # five standard errors
             assert abs(p.mean()) < 5 * std / math.sqrt(p.numel())
@@ -902,7 +940,7 @@ def test_initial_weights():
                 assert p.abs().max() > 3 * std
             else:
                 assert 0.98 * math.sqrt(3 / d) < p.abs().max() <= math.sqrt(3 / d) * (1 + 1e-6)
-    assert len(seen) == 14
+    assert len(seen) == 15
 
 
 def test_initial_weights_depend_on_key_and_name_alone():
@@ -910,7 +948,8 @@ def test_initial_weights_depend_on_key_and_name_alone():
     first, rng = build(stir=False, key=3), torch.get_rng_state()
     assert torch.equal(rng, torch.manual_seed(1).get_state())  # the global generator is left alone
     torch.manual_seed(2)
-    again, other, smaller = build(stir=False, key=3), build(stir=False, key=4), build(False, False, key=3, layers=2)
+    again, other = build(stir=False, key=3), build(stir=False, key=4)
+    smaller = build(False, False, key=3, layers=2, induction=True)
     weights = dict(first.named_parameters())
     assert all(torch.equal(p, weights[n]) for n, p in [*again.named_parameters(), *smaller.named_parameters()])
     assert not torch.equal(other.embed, first.embed)
@@ -934,7 +973,7 @@ def test_perturbation():
     for (name, p), same, different in zip(model.named_parameters(), twin.parameters(), other.parameters()):
         change = (p - before[name]).detach()
         assert torch.equal(p, same)
-        if kind_of(name) in ("gate", "value_gate", "x0_scale", "skip_scale"):  # constant, or one element
+        if kind_of(name) in ("gate", "value_gate", "x0_scale", "skip_scale", "smear"):  # constant, or one element
             assert not change.any(), name
             continue
         assert change.abs().max() > 0 and not torch.equal(p, different), name
@@ -946,7 +985,7 @@ def test_perturbation():
 
 @pytest.mark.filterwarnings("ignore:std")
 def test_perturbation_of_a_model_with_one_head():
-    model = build(head_dim=64)
+    model = build(head_dim=64, induction=False)
     q.perturb(model, 0.25, 0)
     assert all(p.isfinite().all() for p in model.parameters())
 
@@ -977,9 +1016,9 @@ def test_constants_of_the_full_scale_run():
         windows="SSSL", short_window=1024, unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
         loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3, lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005,
         lr_resid=0.00025, lr_x0=0.025, lr_mixing=0.02, weight_decay=1.3, momentum=0.95, grad_clip=1, lr_floor=0.08,
-        wd_floor=0.7, batch_tokens=524_288, edge_batch_tokens=393_216, epochs_per_cycle=2, boundary="perturb",
-        noise_first=0.25, noise_last=0.05, distill_weight=0.45, distill_temperature=1.2, distill_after=8,
-        population="q0", train_tokens=0)
+        wd_start=0.7, wd_end=1.0, batch_tokens=524_288, edge_batch_tokens=393_216, epochs_per_cycle=2,
+        boundary="perturb", noise_first=0.25, noise_last=0.05, distill_weight=0.45, distill_temperature=1.2, distill_after=8,
+        population="q0", train_tokens=0, smear=False, induction=False)
     cfg = dataclasses.asdict(resolved("q0"))
     assert {name: cfg[name] for name in constants} == constants
     assert list(q.POLAR_EXPRESS) == COEFFICIENTS and (q.VALUE_GATE_CHANNELS, q.ATTN_GATE_CHANNELS) == (32, 12)

@@ -11,7 +11,7 @@ import train_q0 as q
 BASE = dict(layers=4, width=256, mlp_hidden=768, head_dim=64, micro_batch=2, seq_len=128, batch_tokens=1024,
             precision="bfloat16", device="cpu")
 FEATURES = dict(unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True, mtp_weight=0.3,
-                loop_first=2, loop_last=3, loop_passes=3, windows="SSSL")
+                loop_first=2, loop_last=3, loop_passes=3, windows="SSSL", smear=True, induction=True)
 VOCAB = 2048
 
 

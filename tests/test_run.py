@@ -241,14 +241,18 @@ def plain_probs(folder, sequences):
         z = torch.complex(z[..., :K // 2], z[..., K // 2:]) * turn
         return torch.cat((z.real, z.imag), dim=-1)
 
-    h = x0 = rms(weights["embed"][x])
+    later = lambda z: torch.cat([torch.zeros_like(z[..., :1, :]), z[..., :-1, :]], dim=-2)
+    h = rms(weights["embed"][x])
+    h = x0 = rms(h + weights["smear"] * later(h))
     for i in range(cfg["layers"]):
         block = {name.split(".", 2)[2]: w for name, w in weights.items() if name.startswith(f"blocks.{i}.")}
         q, k, v = (heads(rms(h) @ w.T) for w in block["attn.qkv"])
         if "attn.value" in block:
             amount = 2 * (rms(h)[..., :32] @ block["attn.value_gate"].T).sigmoid()  # one per head
             v = v + amount.mT[..., None] * heads(x0 @ block["attn.value"].T)
-        scores = rotate(rms(q)) @ rotate(rms(k)).mT / K ** 0.5
+        own = q.size(1) // 2  # the other half of the heads is for induction
+        scores = [rotate(rms(q[:, :own])) @ rotate(rms(k[:, :own])).mT, rms(q[:, own:]) @ later(rms(k[:, own:])).mT]
+        scores = torch.cat(scores, dim=1) / K ** 0.5
         scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)
         h = h + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ block["attn.out"].T
         gate, up = (rms(h) @ w.T for w in block["gate_up"])
