@@ -34,13 +34,14 @@ VOCAB = 100  # padded to 128
 # Little weight decay: it acts where update and weight have one sign, so an update that rounds to the other side of 0
 # changes a weight by lr * wd of it, 1e-2 at full decay; now by 5e-4 of one entry among thousands
 STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout=0.1, windows="SSSL", unet=True,
-             x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True, loop_first=3, loop_last=4,
-             loop_passes=3, mtp_weight=0.3, batch_tokens=256, micro_batch=2, epochs=3, cycles=3, lr_head=0.01,
-             grad_clip=0.05, weight_decay=0.05, distill_after=2, device="cpu")
+             x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True, smear=True, induction=True,
+             loop_first=3, loop_last=4, loop_passes=3, mtp_weight=0.3, batch_tokens=256, micro_batch=2, epochs=3,
+             cycles=3, lr_head=0.01, grad_clip=0.05, weight_decay=0.05, wd_start=0.7, wd_end=1.0, distill_after=2,
+             device="cpu")
 # a run of a second: four micro-batches a step
 RUN = ("--layers 1 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 8 "
-       "--train-tokens 2000 --cycles 2 --distill-after 1 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 --dropout 0.1 "
-       "--precision float32 --device cpu --log-every 1 --data shards").split()
+       "--train-tokens 2000 --cycles 2 --distill-after 1 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 "
+       "--wd-start 0.7 --wd-end 1 --dropout 0.1 --precision float32 --device cpu --log-every 1 --data shards").split()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -394,16 +395,17 @@ def test_every_size_feeds_the_same_micro_batches(jobs, size):
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_weights_after_three_steps(jobs, size, precision):
     """float32: gradients are summed in another order (2^-24), which orthogonalisation amplifies in their smallest
-    singular values, up to 1,000 times. Six seeds gave at most 5e-6, in the gates: they start at 0, so their weights are
-    updates and nothing else. bfloat16: such a difference rounds some entries of an update to a neighbour, 2^-8 away,
-    amplified in the same way: up to 0.1 of what the steps changed; other dropout or data would change most of it."""
+    singular values, up to 1,000 times. Gradients that were changed by 2^-24 gave at most 1.7e-5 over six seeds, with and
+    without induction heads; other data or dropout changes a weight by 2e-4 and more. bfloat16: such a difference rounds
+    some entries of an update to a neighbour, 2^-8 away, amplified in the same way: up to 0.1 of what the steps changed;
+    other dropout or data would change most of it."""
     one, ranks = finished(jobs, "steps-1")[0][precision]["weights"], finished(jobs, f"steps-{size}")
     start = dict(q0.GPT(config(precision=precision), VOCAB).init_weights(0, 0, 0).named_parameters())
     for name, weight in one.items():
         several = [rank[precision]["weights"][name] for rank in ranks]
         assert all(torch.equal(w, several[0]) for w in several), name  # gathered, not computed apart
         moved = off(start[name].detach(), weight)
-        assert off(several[0], weight) <= (1e-5 if precision == "float32" else 0.25 * moved) and moved > 2e-4, name
+        assert off(several[0], weight) <= (5e-5 if precision == "float32" else 0.25 * moved) and moved > 2e-4, name
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -422,7 +424,7 @@ def test_optimizer_state_is_sharded(jobs, size):
         for key, whole in one["state"][name].items():
             parts = torch.cat([rank["state"][name][key] for rank in ranks])
             # side by side the shards are the whole, once; tolerance as for the weights, and twice that for squares
-            assert off(parts[:n], whole) <= 2e-5 and not parts[n:].any(), (name, key)
+            assert off(parts[:n], whole) <= 1e-4 and not parts[n:].any(), (name, key)
 
 
 def test_true_token_probs(jobs):
@@ -550,14 +552,14 @@ def test_one_process_a_trajectory(jobs, place):
 @pytest.mark.parametrize("size, trajectories", [(2, 1), (4, 2)])
 def test_shared_trajectory(jobs, size, trajectories):
     """Ranks that share a trajectory add gradients in another order. That gave 1e-6 in the loss; one entry whose decay
-    starts or stops by it (see STEPS) may give more, so 1e-3, while another seed changes 40 times that."""
+    starts or stops by it (see STEPS) may give more, so 1e-3, while another seed changes eight times that."""
     for name in ("run-1x1-0", "run-1x1-1", f"run-1x{trajectories}-0", f"run-{size}x{trajectories}-0"):
         finished(jobs, name)
     seeds = [result_of(jobs / f"run-1x1-{seed}/logs/x")["final_val_loss"] for seed in (0, 1)]
     one, two = (jobs / f"run-{n}x{trajectories}-0/logs/x" for n in (1, size))
     a, b = result_of(one), result_of(two)
     assert [p["learned"] for p in b["curve"]] == pytest.approx([p["learned"] for p in a["curve"]], abs=1e-3)
-    assert abs(seeds[0] - seeds[1]) > 0.02
+    assert abs(seeds[0] - seeds[1]) > 0.005
     steps = [[e["loss"] for e in map(json.loads, (f / "metrics.jsonl").read_text().splitlines())
               if e["event"] == "step" and e["traj"] == 0] for f in (one, two)]
     assert len(steps[0]) > 10 and steps[1] == pytest.approx(steps[0], abs=1e-3)  # logged: of all ranks, not of one
