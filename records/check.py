@@ -8,19 +8,7 @@
 
 Rules and tables: records/README.md. Exit status 1 and a line per problem. Standard library alone, no network.
 """
-import argparse
-import ast
-import collections
-import datetime
-import difflib
-import functools
-import json
-import math
-import re
-import shutil
-import statistics
-import subprocess
-import sys
+import argparse, ast, collections, datetime, difflib, functools, json, math, re, shutil, statistics, subprocess, sys
 from pathlib import Path
 
 RECORDS = Path(__file__).resolve().parent
@@ -56,6 +44,13 @@ def rule(old, new):
 # One run: its log, and what must agree in it -------------------------------------------------------------------------
 
 parse_python = functools.lru_cache(ast.parse)  # once for all seeds
+
+def settings(config):
+    """Settings in the terms of today's script: earlier ones had no induction heads and no smear, and said by how much
+    decay starts above its end. Decay in two digits, so that a row can be rerun in either way of saying it."""
+    w, rest = config["weight_decay"], {k: v for k, v in config.items() if k[:3] != "wd_" and k != "weight_decay"}
+    ends = (w * config["wd_floor"], w) if "wd_floor" in config else (w * config["wd_start"], w * config["wd_end"])
+    return {"smear": False, "induction": False, **rest, "decay": [f"{x:.2g}" for x in ends]}
 
 def read_log(path):
     """(source, about, derived settings, event lines) of a log.txt."""
@@ -217,9 +212,10 @@ class Record:
                        "comparison": None}
         if not old:
             return
-        near = lambda a, b: all(a[x] == b[x] for x in (a.keys() & b.keys()) - FREE)  # a later version adds settings
+        near = lambda a, b: all(a[x] == b[x] for x in (a.keys() & b.keys()) - FREE)
+        rerun = settings(old[0].config)
         rows = [(r.runs["new"][0].source, r.path.name) for r in records if not r.problems and r.track is self.track
-                and r is not self and r.date <= self.date and near(r.runs["new"][0].config, old[0].config)]
+                and r is not self and r.date <= self.date and near(settings(r.runs["new"][0].config), rerun)]
         if not rows or old[0].config["epochs"] != epochs:
             return self.need(False, "its old_seed logs repeat no earlier row of this track and budget")
         source, row = min(rows, key=lambda r: (r[0] != old[0].source, r[1]))

@@ -326,6 +326,16 @@ def test_committed_records(capsys):
     assert len((ROOT / "records/check.py").read_text().splitlines()) < 300
 
 
+def test_settings_of_earlier_scripts():
+    """A row can be rerun with today's script: decay said in another way, and off what that script did not have."""
+    before = {"weight_decay": 0.077, "wd_floor": 12.5, "layers": 4}
+    now = {"weight_decay": 0.8, "wd_start": 1.2, "wd_end": 0.096, "layers": 4, "smear": False, "induction": False}
+    assert check.settings(before) == check.settings(now)
+    for other in ({"induction": True}, {"layers": 5}, {"wd_end": 1.0}, {"weight_decay": 0.9}):
+        assert check.settings(before) != check.settings({**now, **other})
+
+
+
 def test_readme_submit(corpus, logs, tmp_path):  # noqa: F811
     """The README's block in a clone, with smaller settings and a single seed: a row that stands as n=1."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
