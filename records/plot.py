@@ -99,6 +99,9 @@ def main(argv):
     for label in list(rows)[1:]:
         for column, unit in ((0, "epochs"), (1, "FLOPs")):
             at = reached(rows[label], target, column)
+            if np.isnan(at).any():
+                print(f"{label} does not reach {first}'s {target:.4f} within its {unit} (in {np.isnan(at).sum()} runs)")
+                continue
             ratio = rows[first][0][-1, column] / at
             print(f"{label} reaches {first}'s {target:.4f} after {at.mean():.4g} {unit} (standard deviation "
                   f"{at.std(ddof=len(at) > 1):.2g}): {ratio.mean():.2f} times fewer")

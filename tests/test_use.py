@@ -264,6 +264,10 @@ def test_plot(run, tmp_path, capsys):
     assert (tmp_path / "x.png").stat().st_size > 5000
     printed = capsys.readouterr().out
     assert "b reaches a's" in printed and "| +0.0000 | ? | - |" in printed
+    worse = tmp_path / "worse.json"
+    worse.write_text(json.dumps([[[x, y, loss + 1] for x, y, loss in curve.tolist()]]))
+    plot.main([str(tmp_path / "x.png"), f"a={folder}/log.txt", f"b={worse}"])
+    assert capsys.readouterr().out.count("b does not reach a's") == 2  # epochs, FLOPs
 
 
 def test_compared():
