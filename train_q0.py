@@ -526,7 +526,7 @@ def param(*shape, when=True):
 
 norm = lambda x: F.rms_norm(x, (x.size(-1),), eps=1e-6)
 linear = lambda x, weight: F.linear(x, weight.to(x.dtype))
-before = lambda x: F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0))  # x [B, T, ...] of the token before; zeros first
+shifted = lambda x: F.pad(x[:, :-1], (0, 0) * (x.ndim - 2) + (1, 0))  # x [B, T, ...] of the token before; zeros first
 
 def rotate(x, cos, sin):
     """Rotary position embedding of x [B, T, H, K]; cos, sin [T, 1, K/2]."""
@@ -650,7 +650,7 @@ class Attention(nn.Module):
         q, k, own = norm(q), norm(k), self.local
         turned = (rotate(z[:, :, :own], cos, sin) for z in (q, k))
         if own < H:  # a key is that of the token before and does not rotate: found by content, at any distance
-            turned = (torch.cat(z, dim=2) for z in zip(turned, (q[:, :, own:], before(k[:, :, own:]))))
+            turned = (torch.cat(z, dim=2) for z in zip(turned, (q[:, :, own:], shifted(k[:, :, own:]))))
         y = attend(*turned, v)
         if self.gate is not None:
             y = y * torch.sigmoid(linear(x[..., :ATTN_GATE_CHANNELS], self.gate)).unsqueeze(-1)
@@ -717,7 +717,7 @@ class GPT(nn.Module):
                   for w in {self.cfg.seq_len, *self.windows}}
         x = x0 = norm(F.embedding(tokens, self.embed).to(self.dtype))
         if self.smear is not None:
-            x = x0 = norm(x + self.smear.to(x.dtype) * before(x))
+            x = x0 = norm(x + self.smear.to(x.dtype) * shifted(x))
         for i in self.order:
             if self.skip_scale is not None and i >= n - n // 2:
                 x = x + self.skip_scale[i - (n - n // 2)].to(x.dtype) * outputs[n - 1 - i]
