@@ -1019,9 +1019,8 @@ class Optimizer:
     single weights for AdamW); each rank of `world` receives the summed gradient of its own units, keeps their state and
     updates them, and the new weights are gathered. Where a gradient is not finite the step changes nothing."""
     def __init__(self, model, cfg, world=World()):
-        self.cfg, self.world = cfg, world
+        self.cfg, self.world, wd = cfg, world, cfg.weight_decay
         muon, adamw = ("muon", cfg.momentum, getattr(torch, cfg.precision)), ("adamw", (0.8, 0.95))
-        wd = cfg.weight_decay
         table = {  # label: (rule, lr, weight decay)
             "matrix": (muon, cfg.lr_matrix, wd), "embed": (adamw, cfg.lr_embed, wd), "head": (adamw, cfg.lr_head, wd),
             "resid_scale": (adamw, cfg.lr_resid, 0.0), "skip_scale": (adamw, cfg.lr_resid, 0.0),
@@ -1888,6 +1887,7 @@ def run(cfg, why, args, world):
     if world.leader:
         (folder / "predictions").mkdir(parents=True, exist_ok=True)
         log = Log(path, show=world.first)
+    world.agree({})  # waits for all: what is half-written now is not being written by another machine
     for half_written in folder.rglob("*.tmp") if world.first else ():  # by a process that was killed
         half_written.unlink()
     world.from_first(None)  # from here on all write

@@ -282,8 +282,15 @@ def all_jobs(out, limit=150):
 
 
 def command_die(how, *argv):
-    """A run whose rank 1 fails at its third micro-batch: in step 2 where two ranks share a step of four."""
-    calls, training_loss = [], q0.training_loss
+    """A run whose rank 1 fails at its third micro-batch: in step 2 where two ranks share a step of four. Its disk is
+    slow: rank 0 must not take for a killed process's what rank 1 is still writing."""
+    calls, training_loss, copyfile = [], q0.training_loss, q0.shutil.copyfile
+
+    def slow(*args):
+        copyfile(*args)
+        time.sleep(rank_now())
+
+    q0.shutil.copyfile = slow
 
     def dying(*args):
         calls.append(1)
