@@ -212,7 +212,7 @@ class Record:
                        "comparison": None}
         if not old:
             return
-        near = lambda a, b: all(a[x] == b[x] for x in (a.keys() & b.keys()) - FREE)
+        near = lambda a, b: all(a[x] == b[x] for x in (a.keys() & b.keys()) - FREE)  # a later version adds settings
         rerun = settings(old[0].config)
         rows = [(r.runs["new"][0].source, r.path.name) for r in records if not r.problems and r.track is self.track
                 and r is not self and r.date <= self.date and near(settings(r.runs["new"][0].config), rerun)]
