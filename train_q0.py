@@ -12,6 +12,7 @@ next, and a prior fitted on held-out text mixes their predictions. Method: arXiv
     python train_q0.py select RUN --k 4                   fit the prior again from a run's cached predictions
     python train_q0.py evaluate RUN --data SHARD          score a run's members and mixtures on other text, or --tasks
     python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
+    python train_q0.py average RUN                        one model in its place: mean weights of its newest members
 
 Top to bottom: config, processes, data, model, loss, optimizer, schedule, population, prior, training loop, commands.
 """
@@ -1164,8 +1165,7 @@ def flops_per_token(cfg, vocab_size, causal=True):
 def run_flops(cfg, plan, vocab_size, population=None):
     """FLOPs of all training steps by part, {"model": n, "teacher": n}; the teacher is one member or a population."""
     (model, teacher), teachers = flops_per_token(cfg, vocab_size), len(population.members) if population else 1
-    tokens = lambda cycles: sum(c.steps * c.rows * cfg.seq_len for c in cycles)
-    cycles = sum(plan, [])
+    cycles, tokens = sum(plan, []), lambda cycles: sum(c.steps * c.rows * cfg.seq_len for c in cycles)
     return {"model": model * tokens(cycles), "teacher": teachers * teacher * tokens(c for c in cycles if c.distilled)}
 
 def memory_per_device(cfg, vocab_size, ranks=1):
@@ -1968,7 +1968,7 @@ def command_use(name, argv):
     getattr(use, name)(argv)
 
 COMMANDS = {"train": command_train, "plan": command_plan,
-            **{name: functools.partial(command_use, name) for name in ("select", "evaluate", "sample")}}
+            **{name: functools.partial(command_use, name) for name in ("select", "evaluate", "sample", "average")}}
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)

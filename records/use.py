@@ -1,8 +1,11 @@
 """A population in use: `python train_q0.py select` fits its prior again; `evaluate` scores members and mixtures on token
 shards, or on downstream tasks through EleutherAI's lm-evaluation-harness; `sample` writes text. Members mix their
-probabilities token by token."""
+probabilities token by token. `average` makes one model of them, the mean of their weights."""
 import codecs
+import json
 import math
+import shutil
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -218,3 +221,83 @@ def sample(argv):
     for piece in generate(population, args.prompt, args.tokens, args.temperature, args.top_p, args.seed):
         print(piece, end="", flush=True)
     print()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One model in place of a population
+
+def average(argv):
+    """Make one model of each trajectory: the mean weights of its newest members. They become a run of their own."""
+    parser = q.Parser(prog="train_q0.py average", description=average.__doc__)
+    parser.add_argument("run", help="name of a run under logs/, or its folder")
+    parser.add_argument("--last", type=int, help="average so many [1, 2, 4, ... or all: the best on held-out text]")
+    parser.add_argument("--name", help="name of the new run under logs/ [RUN_mean]")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
+    args = parser.parse_args(argv)
+    population = q.load_population(args.run, device=args.device)
+    source, name = population.folder, args.name or f"{population.folder.resolve().name}_mean"
+    if Path(name).name != name or name in (".", ".."):
+        raise q.UserError(f"--name {name} must be a plain name: the run is written to logs/NAME")
+    if (q.LOGS / name).exists():
+        raise q.UserError(f"{q.LOGS / name} exists: give another --name")
+    with q.reading(source / "run.json"):
+        about = json.loads((source / "run.json").read_text(encoding="utf-8"))
+        cfg, hashes = q.Config(**about["config"]), about["data"].items()
+    corpus = q.load_corpus(q.find_data(cfg), cfg.seq_len, cfg.train_tokens)
+    if not corpus.hashes.items() <= hashes:
+        raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {source} any more: their hashes differ")
+    cached, curve = q.load_predictions(source), []
+    M, (split,), world = len(cached["heldout"]), set(cached) - {"heldout"}, q.World(device=population.device)
+    probs = lambda model, s: q.true_token_probs(model, corpus.eval_sequences(s), cfg.micro_batch, world)
+    found = {s: [] for s in cached}
+
+    q.LOGS.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=q.LOGS, suffix=".tmp") as unfinished:
+        folder = Path(unfinished) / "run"
+        shutil.copytree(source / "data", folder / "data")
+        (folder / "predictions").mkdir()
+        for j, first in enumerate(range(0, M, cfg.cycles)):
+            members = [i for i in reversed(range(first, min(first + cfg.cycles, M)))
+                       if (source / f"members/{i}/model.safetensors").exists()]  # --keep-members drops the oldest
+            if not 1 <= (asked := 1 if args.last is None else args.last) <= len(members):
+                raise q.UserError(f"--last {asked}: {source} has the weights of {len(members)} members of trajectory {j}")
+            losses, best = {}, math.inf
+            for count, model in means(population, members):
+                if count == (args.last or len(members)) or (not args.last and count.bit_count() == 1):
+                    p = probs(model, "heldout")
+                    losses[count] = q.mixture_loss([p], [1.0])
+                    print(f"traj:{j} last:{count} heldout_loss:{losses[count]:.5f}", flush=True)
+                    if losses[count] < best:
+                        best, last, heldout = losses[count], count, p
+                        q.save_member(folder / f"members/{j}", model, {"member": j, "traj": j, "last": count})
+            scored = probs(q.load_member(folder / f"members/{j}", device=population.device), split)
+            for s, p in {"heldout": heldout, split: scored}.items():
+                found[s].append(p)
+            path = folder / f"predictions/{j}.safetensors"
+            q.save_file({s: p[-1] for s, p in found.items()}, path)
+            curve.append({"member": j, "traj": j, "last": last, "heldout_loss_by_last": losses,
+                          **q.mixtures(found["heldout"], found[split]), "predictions": q.sha256_of(path),
+                          "weights": q.sha256_of(folder / f"members/{j}/model.safetensors")})
+            print(f"traj:{j} last:{last} {split}_loss:{curve[-1]['loss']:.5f} "
+                  f"newest_{split}_loss:{q.mixture_loss(cached[split][members[:1]], [1.0]):.5f}", flush=True)
+        table = q.population_table(np.stack(found["heldout"]), found[split])
+        if len(curve) > 1:
+            print("\n".join(q.format_table(table, split)))
+        q.save_json(folder / "run.json", {**about, "average_of": str(source)})
+        q.save_json(folder / "result.json", {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve),
+                                             "curve": curve, "table": table, **about, "average_of": str(source)})
+        folder.rename(q.LOGS / name)
+    print(f"written to {q.LOGS / name}")
+
+
+@torch.no_grad()
+def means(population, members):
+    """Yield (count, model): the mean weights of the first `count` of `members`, summed in float32, rounded to bf16 as a
+    member's are on the disk. It is the same model each time."""
+    model, sums = population.member(members[0]), None
+    for count, i in enumerate(members, 1):
+        weights = [p.float() for p in population.member(i).parameters()]
+        sums = weights if sums is None else [a.add_(b) for a, b in zip(sums, weights)]
+        for p, total in zip(model.parameters(), sums):
+            p.copy_((total / count).bfloat16())
+        yield count, model

@@ -1,4 +1,4 @@
-"""A population in use: load_population, evaluate --data, sample, and a whole run as teacher (`--teacher`)."""
+"""A population in use: load_population, evaluate --data, sample, average, and a whole run as teacher (`--teacher`)."""
 import gc
 import json
 import math
@@ -384,6 +384,87 @@ def test_generate_ends_and_contexts(run):
     assert long.asked[1] == (long.encode("b" * 100) + [97])[-64:]
     euro = fixed(run, {0xE2: 1.0})  # half a character is never shown as it stands
     assert "".join(use.generate(euro, "", tokens=1)) == "\ufffd"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# average
+
+def weights_of(folder, i):
+    return dict(q0.load_member(folder / f"members/{i}").named_parameters())
+
+
+def averaged(capsys, *argv):
+    assert q0.main(["average", *map(str, argv)]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("last", [None, 3])
+def test_average_is_the_mean_of_weights(last, run, corpus, logs, capsys):
+    """One model whose weights, predictions and losses are those of the mean worked out here; it is a run like another."""
+    out = averaged(capsys, run[0], "--name", "mean", *(["--last", last] if last else []))
+    tried = dict(re.findall(r"traj:0 last:(\d+) heldout_loss:(\S+)", out))
+    assert list(tried) == ([str(last)] if last else ["1", "2", "4"])
+    best = int(min(tried, key=lambda n: float(tried[n])))
+    mean, sequences = q0.load_member(run[0] / "members/3"), tokens_of(corpus, "val")
+    for n, loss in tried.items():
+        members = [weights_of(run[0], i) for i in range(4 - int(n), 4)]
+        with torch.no_grad():
+            for name, p in mean.named_parameters():  # a sum of float32 in another order: at most one unit of bf16 apart
+                p.copy_(torch.stack([m[name] for m in members]).double().mean(0).bfloat16())
+        p = q0.true_token_probs(mean, tokens_of(corpus, "heldout"), 8, q0.World())
+        assert q0.mixture_loss([p], [1.0]) == pytest.approx(float(loss), abs=1e-4)
+        if int(n) == best:
+            for name, p in weights_of(logs / "mean", 0).items():
+                torch.testing.assert_close(p, dict(mean.named_parameters())[name], rtol=2 ** -7, atol=0)
+            val = q0.mixture_loss([q0.true_token_probs(mean, sequences, 8, q0.World())], [1.0])
+    result = json.loads((logs / "mean/result.json").read_text())
+    assert result["final_val_loss"] == pytest.approx(val, abs=1e-4) and result["curve"][0]["last"] == best
+    newest = q0.mixture_loss([predictions_of(run[0])[3]["val"]], [1.0])
+    assert f"traj:0 last:{best} val_loss:{result['final_val_loss']:.5f} newest_val_loss:{newest:.5f}" in out
+    population = q0.load_population("mean")
+    assert population.members == [0] and population.encoding is not None
+    again = q0.true_token_probs(population.member(0), sequences, 8, q0.World())
+    assert np.array_equal(again, predictions_of(logs / "mean")[0]["val"])
+    rows = rows_of(evaluated(capsys, "mean", "--data", corpus / "val.bin"))
+    assert rows["learned, 1"][0] == pytest.approx(result["final_val_loss"], abs=1e-5)
+    assert [f.name for f in logs.iterdir()] == ["mean"]
+
+
+def test_average_of_trajectories(corpus, logs, capsys):
+    """A mean for each trajectory, of the members whose weights are still there; the prior mixes them."""
+    argv = [*MINI, "--data", str(corpus), "--trajectories", "2", "--cycles", "3", "--keep-members", "2", "--run", "two"]
+    assert q0.main([*argv, "--report", "dev"]) == 0
+    out = averaged(capsys, "two")
+    assert re.findall(r"traj:(\d) last:(\d) h", out) == [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
+    result = json.loads((logs / "two_mean/result.json").read_text())
+    assert [c["traj"] for c in result["curve"]] == [0, 1] and "dev loss of k members" in out
+    assert f"{result['final_dev_loss']:.5f}" == [line.split() for line in out.splitlines() if line[:5] == "   2 "][0][2]
+    for j in range(2):
+        members = [weights_of(logs / "two", i) for i in range(3 * j + 3 - result["curve"][j]["last"], 3 * j + 3)]
+        for name, p in weights_of(logs / "two_mean", j).items():
+            mean = torch.stack([m[name].float() for m in members]).mean(0)
+            torch.testing.assert_close(p.float(), mean, rtol=2 ** -7, atol=0)  # rounded once to bf16
+    assert q0.main([*MINI, "--data", str(corpus), "--population", "single", "--teacher", "two_mean", "--run", "s"]) == 0  # it may teach
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--last", "5"], "--last 5: .* has the weights of 4 members of trajectory 0"),
+    (["--last", "0"], "--last 0: .* has the weights of 4 members of trajectory 0"),
+    (["--name", "a/b"], "--name a/b must be a plain name"),
+    (["--name", "taken"], "taken exists: give another --name"),
+    (["other data"], "does not hold the data of .*copied any more: their hashes differ"),
+    (["no settings"], "run.json is missing or damaged")])
+def test_bad_average(argv, message, copied, logs, capsys):
+    (logs / "taken").mkdir(parents=True)
+    if argv[0] in ("other data", "no settings"):
+        about = json.loads((copied / "run.json").read_text())
+        about["data"]["val.bin"] = "0" * 64
+        (copied / "run.json").write_text(json.dumps(about if argv[0] == "other data" else {}))
+        argv = []
+    assert q0.main(["average", str(copied), *argv]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(message, err), err
+    assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
 
 
 # ----------------------------------------------------------------------------------------------------------------------
