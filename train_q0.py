@@ -115,7 +115,7 @@ class Config:
     loop_passes: int = knob(1, "how often the looped layers run in all", low=1, high=100)
     mtp_weight: float = knob(0.0, "weight of the loss on the token after next; 0 builds no block for it", low=0)
     # optimizer
-    lr_matrix: float = knob(0.02, "peak lr of Muon: every matrix inside the blocks", low=0, high=1e37)
+    lr_matrix: float = knob(0.03, "peak lr of Muon: every matrix inside the blocks", low=0, high=1e37)
     lr_embed: float = knob(0.0375, "peak lr of the embedding", low=0, high=1e37)
     lr_head: float = knob(0.02, "peak lr of the head", low=0, high=1e37)
     lr_resid: float = knob(0.00025, "peak lr of residual and skip scalars", low=0, high=1e37)
@@ -171,13 +171,13 @@ PRESETS = {
 
 flag = lambda name: "--" + name.replace("_", "-")
 digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-members_of = lambda epochs: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
-one = lambda epochs: 1
+members_of = lambda epochs, *_: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
+one = lambda *_: 1
 
-def plan(epochs):
-    """The recipe: cycles that q0 spends a budget on, in one trajectory: one below 6 epochs, else cycles of two epochs.
-    Searched for 2 to 64 epochs on the corpus wiki (records/tuning/2026-11-25_recipe.md); beyond, it extrapolates."""
-    return 1 if epochs < 6 else epochs // 2
+def plan(epochs, preset):
+    """The recipe: cycles of q0's one trajectory, 4 epochs each (larger models: 2, as published); one below 6 epochs.
+    Searched for 1 to 32 epochs (records/tuning/2026-11-26_longer_cycles.md); beyond, it extrapolates."""
+    return 1 if epochs < 6 else max(2, epochs // (4 if preset == "tiny" else 2))
 
 POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's start; weight of the teacher
     "single":    dict(trajectories=one, cycles=one, boundary="fresh", distill_weight=0.0),
@@ -196,7 +196,7 @@ def resolve(cfg):
     per, known = cfg.epochs_per_cycle, (cfg.trajectories or 1) * (cfg.cycles or 1)
     bought = max(1, cfg.epochs // (known * per)) if per else None
     many = "trajectories" if cfg.population == "ensemble" else "cycles"
-    J, C = (derive(name, bought if per and name == many else row[name](max(1, cfg.epochs // known)),
+    J, C = (derive(name, bought if per and name == many else row[name](max(1, cfg.epochs // known), cfg.preset),
                    f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
             for name in ("trajectories", "cycles"))
     cost, asked = J * C * (per or 1), f"{J} trajectories x {C} cycles x {per or 1} epochs"
@@ -211,7 +211,7 @@ def resolve(cfg):
         derive("distill_after", 1, "each member of a chain is taught by the one before")
     if cfg.preset == "q0":
         derive("distill_after", 8, "as published")
-    derive("distill_after", min(8, max(4, C // 4)), "min(8, max(4, cycles // 4))" if weight else "no distillation")
+    derive("distill_after", math.ceil(8 / each), "after 8 epochs" if weight else "no distillation")
     short = cfg.preset == "tiny" and each <= 5  # measured: records/tuning/2026-11-25_decay.md
     for name, value in (("wd_start", 1.2 if short else 0.7), ("wd_end", 1.2 * cfg.lr_floor if short else 1.0)):
         derive(name, value, "proportional to lr: pays in cycles of up to 5 epochs" if short else "as published")

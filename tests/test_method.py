@@ -136,9 +136,9 @@ def test_steps_of_a_cycle(epochs, c, C, tokens, steps):
 @pytest.mark.parametrize("population, members, boundary, weight, after", [
     ("single", lambda E: (1, 1), "fresh", 0, None),
     ("ensemble", lambda E: (min(E, max(2, E // 16)), 1), "fresh", 0, None),
-    ("chain", lambda E: (1, min(E, max(2, E // 16))), "fresh", 0.45, lambda C: 1),
-    ("snapshots", lambda E: (1, 1 if E < 6 else E // 2), "continue", 0, None),
-    ("q0", lambda E: (1, 1 if E < 6 else E // 2), "perturb", 0.45, lambda C: min(8, max(4, C // 4)))])
+    ("chain", lambda E: (1, min(E, max(2, E // 16))), "fresh", 0.45, lambda each: 1),
+    ("snapshots", lambda E: (1, 1 if E < 6 else max(2, E // 4)), "continue", 0, None),
+    ("q0", lambda E: (1, 1 if E < 6 else max(2, E // 4)), "perturb", 0.45, lambda each: -(-8 // each))])
 def test_populations(population, members, boundary, weight, after):
     for E in range(1, 101):
         cfg = resolved(population=population, epochs=E)
@@ -146,9 +146,19 @@ def test_populations(population, members, boundary, weight, after):
         assert cfg.boundary == boundary and cfg.distill_weight == weight
         assert cfg.dropout == (0.1 if E >= 32 else 0.0) and resolved(epochs=E, dropout=0.3).dropout == 0.3
         if after:
-            assert cfg.distill_after == after(cfg.cycles)
-        if population in ("q0", "snapshots") and E >= 6:
-            assert q.cycle_epochs(cfg) == [[2 + E % 2] + [2] * (E // 2 - 1)]  # an odd epoch lengthens the first cycle
+            assert cfg.distill_after == after(cfg.epochs_per_cycle)
+        if population in ("q0", "snapshots") and E >= 12:
+            rest = [4 + (c < E % 4) for c in range(E // 4)]  # epochs that are left over lengthen the first cycles
+            assert q.cycle_epochs(cfg) == [rest]
+
+
+@pytest.mark.parametrize("preset", ["small", "q0"])
+def test_larger_models_keep_the_published_cycles(preset):
+    for E in range(6, 101):
+        cfg = resolved(preset, epochs=E)
+        assert cfg.cycles == E // 2 and cfg.epochs_per_cycle == 2
+        assert cfg.distill_after == (8 if preset == "q0" else 4)
+        assert resolved(preset, epochs=E, population="chain").cycles == min(E, max(2, E // 16))
 
 
 def test_a_full_scale_chain_is_distilled_from_its_second_member():
