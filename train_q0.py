@@ -209,9 +209,9 @@ def resolve(cfg):
     weight = derive("distill_weight", row["distill_weight"] or 0.45 * bool(cfg.teacher), "0.45 where anything teaches")
     if cfg.population == "chain":
         derive("distill_after", 1, "each member of a chain is taught by the one before")
-    if cfg.preset == "q0":
-        derive("distill_after", 8, "as published")
-    derive("distill_after", math.ceil(8 / each), "after 8 epochs" if weight else "no distillation")
+    after = {"tiny": (math.ceil(8 / each), "after 8 epochs"), "q0": (8, "as published")}.get(
+        cfg.preset, (min(8, max(4, C // 4)), "min(8, max(4, cycles // 4))"))
+    derive("distill_after", after[0], after[1] if weight else "no distillation")
     short = cfg.preset == "tiny" and each <= 5  # measured: records/tuning/2026-11-25_decay.md
     for name, value in (("wd_start", 1.2 if short else 0.7), ("wd_end", 1.2 * cfg.lr_floor if short else 1.0)):
         derive(name, value, "proportional to lr: pays in cycles of up to 5 epochs" if short else "as published")

@@ -4,8 +4,8 @@ probabilities token by token. `average` makes one model of them, the mean of the
 import codecs
 import json
 import math
+import os
 import shutil
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +22,12 @@ def parser_of(command):
     parser.add_argument("--k", type=int, help="mix the members of largest weight only [all that have weight]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
     return parser
+
+
+def population_of(args, k=None):
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise q.UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or use --device cpu")
+    return q.load_population(args.run, k, args.device)
 
 
 def select(argv):
@@ -51,7 +57,7 @@ def evaluate(argv):
         raise q.UserError("evaluate needs either --data SHARD or --tasks NAMES")
     if args.limit is not None and args.limit < 1:
         raise q.UserError(f"--limit {args.limit} must be at least 1")
-    population = q.load_population(args.run, args.k, args.device)
+    population = population_of(args, args.k)
     M, k, best = len(population.heldout), len(population.members), int(np.log(population.heldout).mean(1).argmax())
     mixtures = {f"best on held-out: member {best}": replace(population, members=[best], weights=[1.0]),
                 f"uniform, all {M}": replace(population, members=list(range(M)), weights=[1 / M] * M),
@@ -216,7 +222,7 @@ def sample(argv):
     parser.add_argument("--top-p", type=float, default=1.0, help="draw from the fewest tokens of this probability [1]")
     parser.add_argument("--seed", type=int, default=0, help="[0]")
     args = parser.parse_args(argv)
-    population = q.load_population(args.run, args.k, args.device)
+    population = population_of(args, args.k)
     print(args.prompt, end="", flush=True)
     for piece in generate(population, args.prompt, args.tokens, args.temperature, args.top_p, args.seed):
         print(piece, end="", flush=True)
@@ -234,8 +240,11 @@ def average(argv):
     parser.add_argument("--name", help="name of the new run under logs/ [RUN_mean]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
     args = parser.parse_args(argv)
-    population = q.load_population(args.run, device=args.device)
-    source, name = population.folder, args.name or f"{population.folder.resolve().name}_mean"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise q.UserError("average needs no torchrun: one process does it all")
+    population = population_of(args)
+    source, M = population.folder, len(population.heldout)
+    name = args.name or f"{source.name or source.resolve().name}_mean"
     if Path(name).name != name or name in (".", ".."):
         raise q.UserError(f"--name {name} must be a plain name: the run is written to logs/NAME")
     if (q.LOGS / name).exists():
@@ -243,24 +252,27 @@ def average(argv):
     with q.reading(source / "run.json"):
         about = json.loads((source / "run.json").read_text(encoding="utf-8"))
         cfg, hashes = q.Config(**about["config"]), about["data"].items()
+    if "average_of" in about:
+        raise q.UserError(f"{source} holds averages already: average {about['average_of']}, which they were made of")
+    trajectories = [[i for i in reversed(range(first, min(first + cfg.cycles, M)))  # --keep-members drops the oldest
+                     if (source / f"members/{i}/model.safetensors").exists()] for first in range(0, M, cfg.cycles)]
+    fewest = min(map(len, trajectories))
+    if not 1 <= (1 if args.last is None else args.last) <= fewest:
+        raise q.UserError(f"{source} has the weights of {fewest} members of a trajectory"
+                          + (f": --last {args.last} is out of range" if args.last is not None else ""))
     corpus = q.load_corpus(q.find_data(cfg), cfg.seq_len, cfg.train_tokens)
     if not corpus.hashes.items() <= hashes:
         raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {source} any more: their hashes differ")
-    cached, curve = q.load_predictions(source), []
-    M, (split,), world = len(cached["heldout"]), set(cached) - {"heldout"}, q.World(device=population.device)
+    cached = {s: p[:M] for s, p in q.load_predictions(source).items()}  # the run may be under way
+    (split,), world = set(cached) - {"heldout"}, q.World(device=population.device)
     probs = lambda model, s: q.true_token_probs(model, corpus.eval_sequences(s), cfg.micro_batch, world)
-    found = {s: [] for s in cached}
+    found, curve, folder = {s: [] for s in cached}, [], q.LOGS / f"{name}.tmp"
 
-    q.LOGS.mkdir(exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=q.LOGS, suffix=".tmp") as unfinished:
-        folder = Path(unfinished) / "run"
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    try:
+        (folder / "predictions").mkdir(parents=True)
         shutil.copytree(source / "data", folder / "data")
-        (folder / "predictions").mkdir()
-        for j, first in enumerate(range(0, M, cfg.cycles)):
-            members = [i for i in reversed(range(first, min(first + cfg.cycles, M)))
-                       if (source / f"members/{i}/model.safetensors").exists()]  # --keep-members drops the oldest
-            if not 1 <= (asked := 1 if args.last is None else args.last) <= len(members):
-                raise q.UserError(f"--last {asked}: {source} has the weights of {len(members)} members of trajectory {j}")
+        for j, members in enumerate(trajectories):
             losses, best = {}, math.inf
             for count, model in means(population, members):
                 if count == (args.last or len(members)) or (not args.last and count.bit_count() == 1):
@@ -274,7 +286,7 @@ def average(argv):
             for s, p in {"heldout": heldout, split: scored}.items():
                 found[s].append(p)
             path = folder / f"predictions/{j}.safetensors"
-            q.save_file({s: p[-1] for s, p in found.items()}, path)
+            q.write_atomically(path, lambda tmp: q.save_file({s: p[-1] for s, p in found.items()}, tmp))
             curve.append({"member": j, "traj": j, "last": last, "heldout_loss_by_last": losses,
                           **q.mixtures(found["heldout"], found[split]), "predictions": q.sha256_of(path),
                           "weights": q.sha256_of(folder / f"members/{j}/model.safetensors")})
@@ -283,10 +295,13 @@ def average(argv):
         table = q.population_table(np.stack(found["heldout"]), found[split])
         if len(curve) > 1:
             print("\n".join(q.format_table(table, split)))
-        q.save_json(folder / "run.json", {**about, "average_of": str(source)})
+        about["average_of"] = str(source)
+        q.save_json(folder / "run.json", about)
         q.save_json(folder / "result.json", {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve),
-                                             "curve": curve, "table": table, **about, "average_of": str(source)})
+                                             "curve": curve, "table": table, **about})
         folder.rename(q.LOGS / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
     print(f"written to {q.LOGS / name}")
 
 

@@ -36,8 +36,8 @@ VOCAB = 100  # padded to 128
 STEPS = dict(layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, dropout=0.1, windows="SSSL", unet=True,
              x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True, smear=True, induction=True,
              loop_first=3, loop_last=4, loop_passes=3, mtp_weight=0.3, batch_tokens=256, micro_batch=2, epochs=3,
-             cycles=3, lr_matrix=0.02, lr_head=0.01, grad_clip=0.05, weight_decay=0.05, wd_start=0.7, wd_end=1.0, distill_after=2,
-             device="cpu")
+             cycles=3, lr_matrix=0.02, lr_head=0.01, grad_clip=0.05, weight_decay=0.05, wd_start=0.7, wd_end=1.0,
+             distill_after=2, device="cpu")
 # a run of a second: four micro-batches a step
 RUN = ("--layers 1 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 4 --epochs 8 "
        "--train-tokens 2000 --cycles 2 --distill-after 1 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 "

@@ -400,7 +400,7 @@ def averaged(capsys, *argv):
 
 @pytest.mark.parametrize("last", [None, 3])
 def test_average_is_the_mean_of_weights(last, run, corpus, logs, capsys):
-    """One model whose weights, predictions and losses are those of the mean worked out here; it is a run like another."""
+    """One model: weights, predictions and losses are those of the mean worked out here. It is a run like another."""
     out = averaged(capsys, run[0], "--name", "mean", *(["--last", last] if last else []))
     tried = dict(re.findall(r"traj:0 last:(\d+) heldout_loss:(\S+)", out))
     assert list(tried) == ([str(last)] if last else ["1", "2", "4"])
@@ -434,33 +434,46 @@ def test_average_of_trajectories(corpus, logs, capsys):
     """A mean for each trajectory, of the members whose weights are still there; the prior mixes them."""
     argv = [*MINI, "--data", str(corpus), "--trajectories", "2", "--cycles", "3", "--keep-members", "2", "--run", "two"]
     assert q0.main([*argv, "--report", "dev"]) == 0
-    out = averaged(capsys, "two")
+    out, by_two = averaged(capsys, "two"), averaged(capsys, "two", "--last", "2", "--name", "by_two")
+    assert re.findall(r"traj:(\d) last:(\d) h", by_two) == [("0", "2"), ("1", "2")]
     assert re.findall(r"traj:(\d) last:(\d) h", out) == [("0", "1"), ("0", "2"), ("1", "1"), ("1", "2")]
     result = json.loads((logs / "two_mean/result.json").read_text())
     assert [c["traj"] for c in result["curve"]] == [0, 1] and "dev loss of k members" in out
     assert f"{result['final_dev_loss']:.5f}" == [line.split() for line in out.splitlines() if line[:5] == "   2 "][0][2]
-    for j in range(2):
-        members = [weights_of(logs / "two", i) for i in range(3 * j + 3 - result["curve"][j]["last"], 3 * j + 3)]
-        for name, p in weights_of(logs / "two_mean", j).items():
+    for j, made in ((j, made) for j in range(2) for made in ("two_mean", "by_two")):
+        last = json.loads((logs / made / "result.json").read_text())["curve"][j]["last"]
+        members = [weights_of(logs / "two", i) for i in range(3 * j + 3 - last, 3 * j + 3)]
+        for name, p in weights_of(logs / made, j).items():
             mean = torch.stack([m[name].float() for m in members]).mean(0)
             torch.testing.assert_close(p.float(), mean, rtol=2 ** -7, atol=0)  # rounded once to bf16
-    assert q0.main([*MINI, "--data", str(corpus), "--population", "single", "--teacher", "two_mean", "--run", "s"]) == 0  # it may teach
+    student = ["--population", "single", "--teacher", "two_mean", "--run", "student"]
+    assert q0.main([*MINI, "--data", str(corpus), *student]) == 0
+    assert q0.main(["average", "two_mean", "--name", "again"]) == 2
+    assert "two_mean holds averages already: average " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--last", "5"], "--last 5: .* has the weights of 4 members of trajectory 0"),
-    (["--last", "0"], "--last 0: .* has the weights of 4 members of trajectory 0"),
+    (["--last", "5"], "has the weights of 4 members of a trajectory: --last 5 is out of range"),
+    (["--last", "0"], "has the weights of 4 members of a trajectory: --last 0 is out of range"),
     (["--name", "a/b"], "--name a/b must be a plain name"),
     (["--name", "taken"], "taken exists: give another --name"),
     (["other data"], "does not hold the data of .*copied any more: their hashes differ"),
-    (["no settings"], "run.json is missing or damaged")])
-def test_bad_average(argv, message, copied, logs, capsys):
+    (["no settings"], "run.json is missing or damaged"), (["full disk"], "cannot write .*No space left"),
+    (["torchrun"], "average needs no torchrun"), (["--device", "cuda"], "torch sees no GPU")])
+def test_bad_average(argv, message, copied, logs, monkeypatch, capsys):
     (logs / "taken").mkdir(parents=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if argv == ["full disk"]:
+        def full(*args):
+            raise q0.SafetensorError("I/O error: No space left on device")
+        monkeypatch.setattr(q0, "save_file", full)
+    if argv == ["torchrun"]:
+        monkeypatch.setenv("WORLD_SIZE", "2")
     if argv[0] in ("other data", "no settings"):
         about = json.loads((copied / "run.json").read_text())
         about["data"]["val.bin"] = "0" * 64
         (copied / "run.json").write_text(json.dumps(about if argv[0] == "other data" else {}))
-        argv = []
+    argv = argv if argv[0].startswith("--") else []
     assert q0.main(["average", str(copied), *argv]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and re.search(message, err), err
