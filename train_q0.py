@@ -77,6 +77,7 @@ class Config:
     cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
     epochs_per_cycle: int | None = knob(None, "sets how many cycles the budget buys; a rest lengthens the first", low=1)
     boundary: str | None = knob(None, "weights at a cycle's start", choices=("perturb", "continue", "fresh"))
+    average: float | None = knob(None, "last part of a cycle over which a member is averaged", low=0, high=1)
     distill_weight: float | None = knob(None, "weight a of the teacher in the loss", low=0, high=1)
     distill_after: int | None = knob(None, "cycles of a trajectory before distillation starts", low=1)
     distill_temperature: float = knob(1.2, "temperature of teacher and student in the KL term", low=0.01)
@@ -158,7 +159,7 @@ MACHINE = "device compile attention log_every save_minutes keep_members hang_min
 def method_settings(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
 
-PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1,
+PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1, average=0.0,
                  smear=False, induction=False)  # of the 1.87B run
 PRESETS = {
     "tiny": {},
@@ -205,7 +206,8 @@ def resolve(cfg):
     if per and getattr(cfg, many) and cfg.epochs // (J * C) != per:
         raise UserError(f"{asked} is not --epochs {cfg.epochs}: give --epochs {cost} or leave one of them out")
     each = derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
-    derive("boundary", row["boundary"], f"population {cfg.population}")
+    fresh = derive("boundary", row["boundary"], f"population {cfg.population}") == "fresh"
+    derive("average", 0.25 * fresh, "0.25 pays where no cycle goes on from another")
     weight = derive("distill_weight", row["distill_weight"] or 0.45 * bool(cfg.teacher), "0.45 where anything teaches")
     if cfg.population == "chain":
         derive("distill_after", 1, "each member of a chain is taught by the one before")
@@ -1111,16 +1113,6 @@ def cycle_batch_tokens(c, C, cfg):
     """Tokens per step: --batch-tokens in the middle half of the cycles, --edge-batch-tokens outside it."""
     return cfg.batch_tokens if C == 1 or 1 - abs(2 * c / (C - 1) - 1) >= 0.5 else cfg.edge_batch_tokens
 
-def cycle_epochs(cfg):
-    """[trajectory][cycle] -> epochs; they sum to --epochs, a rest lengthens the first cycles."""
-    J, C = cfg.trajectories, cfg.cycles
-    each, rest = divmod(cfg.epochs, J * C)
-    return [[each + (c * J + j < rest) for c in range(C)] for j in range(J)]
-
-def cycle_steps(cfg, epochs, c, train_tokens):
-    """Optimizer steps of cycle c that are worth `epochs` over `train_tokens`."""
-    return max(1, round(epochs * train_tokens / cycle_batch_tokens(c, cfg.cycles, cfg)))
-
 @dataclass(frozen=True)
 class Cycle:
     """One cycle of one trajectory; it ends in `member`."""
@@ -1140,12 +1132,14 @@ class Cycle:
 
 def plan_cycles(cfg, train_tokens):
     """[trajectory][cycle] -> Cycle: all that a run will do. `train_tokens` are those of one epoch."""
-    plan, before = [], 0
-    for j, lengths in enumerate(cycle_epochs(cfg)):
+    J, C, plan, before = cfg.trajectories, cfg.cycles, [], 0
+    each, rest = divmod(cfg.epochs, J * C)  # the rest lengthens the first cycles
+    for j in range(J):
         plan.append([])
-        for c, epochs in enumerate(lengths):
-            plan[j].append(Cycle(j * cfg.cycles + c, j, c, epochs, before, cycle_steps(cfg, epochs, c, train_tokens),
-                                 cycle_batch_tokens(c, cfg.cycles, cfg) // cfg.seq_len,
+        for c in range(C):
+            epochs, batch = each + (c * J + j < rest), cycle_batch_tokens(c, C, cfg)
+            plan[j].append(Cycle(j * C + c, j, c, epochs, before, max(1, round(epochs * train_tokens / batch)),
+                                 batch // cfg.seq_len,
                                  bool(cfg.distill_weight) and (bool(cfg.teacher) or c >= cfg.distill_after)))
             before += epochs
     return plan
@@ -1183,7 +1177,8 @@ def memory_per_device(cfg, vocab_size, ranks=1):
     passes, cast = len(order) + bool(cfg.mtp_weight), (act == 2) * act * ((4 + value) * D * D + 3 * D * h)
     teacher = bool(cfg.distill_weight)
     parts = {"weights": 4 * count, "gradients": 4 * count, "optimizer": (8 * count - 4 * sum(muon)) // ranks,
-             "teacher": 2 * count * teacher, "logits": act * min(GPU_CHUNK_LOGITS, rows * vocab_size) * (1 + teacher),
+             "average": 4 * count * bool(cfg.average), "teacher": 2 * count * teacher,
+             "logits": act * min(GPU_CHUNK_LOGITS, rows * vocab_size) * (1 + teacher),
              "activations": round(passes * (rows * token + cast) + rows * D * 6 + 8 * D * vocab_size),
              "update": (8 + 12 // ranks) * max(muon)}
     return {**parts, "peak": sum(parts.values()) - min(parts["activations"], parts["update"])}
@@ -1209,10 +1204,11 @@ def sha256_of(path):
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
-def save_member(folder, model, position):
-    """Write a bf16 snapshot with all that is needed to load it; `position` says where in the run it was taken."""
+def save_member(folder, model, position, mean=None):
+    """Write a bf16 snapshot of `model`, or of `mean` weights {name: tensor}, with all that is needed to load it;
+    `position` says where in the run it was taken."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in model.state_dict().items()}
+    weights = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in (mean or model.state_dict()).items()}
     write_atomically(folder / "model.safetensors", lambda tmp: save_tensors(weights, tmp))
     save_json(folder / "config.json", {"vocab_size": model.vocab_size, **position, "sha256": sha256_of(
         folder / "model.safetensors"), "config": asdict(model.cfg)})
@@ -1299,7 +1295,6 @@ def load_state(folder, trajectory, identity):
     if files:
         raise UserError(f"no state of trajectory {trajectory} in {folder} is whole: start a new run, or delete "
                         f"{folder / str(trajectory)}-* to train this trajectory again")
-    return None
 
 @torch.no_grad()
 def perturb(model, scale, *key):
@@ -1628,7 +1623,7 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
             nonlocal saved_at
             if (at.step, at.done) != saved_at:
                 tensors = {} if at.done else {**{f"model.{n}": p.detach().cpu() for n, p in raw.named_parameters()},
-                                              **optimizer.state()}
+                                              **{f"mean.{n}": p.cpu() for n, p in mean.items()}, **optimizer.state()}
                 at.log, at.kernels, saved_at = log.position(), kernels | ranks, (at.step, at.done)
                 if world.leader:
                     save_state(folder / "state", at, identity, tensors)
@@ -1637,10 +1632,12 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
                         (folder / f"members/{old['member']}/model.safetensors").unlink(missing_ok=True)
 
         for cycle in trajectory[at.cycle:]:
+            mean = {n: torch.zeros_like(p) for n, p in raw.state_dict().items() if world.leader and cfg.average}
             if resume:
                 tensors, optimizer = load_tensor_file(file) if world.leader else None, Optimizer(raw, cfg, world)
                 if world.leader:
                     raw.load_state_dict({n: tensors[f"model.{n}"] for n, _ in raw.named_parameters()})
+                    mean = {n: p.copy_(tensors[f"mean.{n}"]) for n, p in mean.items()}
                 world.same_(*(p.data for p in raw.parameters()))
                 optimizer.load(tensors)
                 if cycle.distilled and at.in_cycle < cycle.steps and not population:
@@ -1671,6 +1668,9 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
                     loss_sum += ce / micro_batches
                     trouble = torch.where(loss.isfinite(), trouble, trouble.clamp(max=at.step * micro_batches + m))
                 optimizer.step(lr_mult, wd_mult)
+                if (averaged := s + 1 - cycle.steps + math.ceil(cfg.average * cycle.steps)) > 0:
+                    for n, p in raw.state_dict().items() if mean else ():
+                        mean[n].lerp_(p, 1 / averaged)
                 at.step, at.sequences, at.in_cycle, ran = at.step + 1, at.sequences + cycle.rows, s + 1, ran + 1
                 if (before + at.step) % cfg.log_every == 0 or s == cycle.steps - 1:
                     world.sum_(loss_sum)
@@ -1695,7 +1695,7 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
             mark = time.perf_counter()
             member, path = folder / f"members/{cycle.member}", folder / f"predictions/{cycle.member}.safetensors"
             if world.leader:
-                save_member(member, raw, cycle.place)
+                save_member(member, raw, cycle.place, mean)
             set_previous(cycle.member)
             probs = {}
             for split, sequences in splits.items():
@@ -1946,7 +1946,7 @@ def command_plan(argv):
         fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and needs(m) <= 0.95 * room]
         advice = f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"
         lines.append(f"warning: that does not fit in {gb(room)}: {advice}")
-    state = parts["weights"] + memory_per_device(cfg, vocab_size)["optimizer"]
+    state = parts["weights"] + parts["average"] + memory_per_device(cfg, vocab_size)["optimizer"]
     lines.append(f"disk: members {gb(members * parts['weights'] // 2)}, predictions {gb(members * 4 * eval_tokens)}, "
                  f"resume state 2 x {gb(state)} a trajectory ({state / 1e9:.1f} s a save at 1 GB/s)")
     if on_gpus:

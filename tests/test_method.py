@@ -129,8 +129,8 @@ def test_large_batches_in_the_middle_half_of_the_cycles():
     (2, 16, 32, 100_000_000, 381), (2, 0, 32, 100_000_000, 509), (2, 31, 32, 100_000_000, 509),
     (2, 0, 1, 100_000_000, 381), (3, 16, 32, 100_000_000, 572), (1, 0, 1, 1000, 1)])
 def test_steps_of_a_cycle(epochs, c, C, tokens, steps):
-    cfg = dataclasses.replace(resolved("q0"), cycles=C)
-    assert q.cycle_steps(cfg, epochs, c, tokens) == steps
+    plan = q.plan_cycles(dataclasses.replace(resolved("q0"), epochs=C * epochs, cycles=C), tokens)
+    assert plan[0][c].steps == steps and plan[0][c].epochs == epochs
 
 
 @pytest.mark.parametrize("population, members, boundary, weight, after", [
@@ -144,12 +144,13 @@ def test_populations(population, members, boundary, weight, after):
         cfg = resolved(population=population, epochs=E)
         assert (cfg.trajectories, cfg.cycles) == members(E)
         assert cfg.boundary == boundary and cfg.distill_weight == weight
+        assert cfg.average == (0.25 if boundary == "fresh" else 0) == (resolved(boundary=boundary).average)
         assert cfg.dropout == (0.1 if E >= 32 else 0.0) and resolved(epochs=E, dropout=0.3).dropout == 0.3
         if after:
             assert cfg.distill_after == after(cfg.epochs_per_cycle)
         if population in ("q0", "snapshots") and E >= 12:
             rest = [4 + (c < E % 4) for c in range(E // 4)]  # epochs that are left over lengthen the first cycles
-            assert q.cycle_epochs(cfg) == [rest]
+            assert [c.epochs for c in q.plan_cycles(cfg, 10_000)[0]] == rest
 
 
 @pytest.mark.parametrize("preset", ["small", "q0"])
@@ -158,7 +159,8 @@ def test_larger_models_keep_the_published_cycles(preset):
         cfg = resolved(preset, epochs=E)
         assert cfg.cycles == E // 2 and cfg.epochs_per_cycle == 2
         assert cfg.distill_after == (8 if preset == "q0" else min(8, max(4, E // 8)))
-        assert resolved(preset, epochs=E, population="chain").cycles == min(E, max(2, E // 16))
+        chain = resolved(preset, epochs=E, population="chain")
+        assert chain.cycles == min(E, max(2, E // 16)) and chain.average == 0
 
 
 def test_a_full_scale_chain_is_distilled_from_its_second_member():
@@ -182,7 +184,7 @@ def test_epochs_sum_to_the_budget(population, epochs, trajectories, cycles, epoc
             resolved(**given_)
         return
     cfg = resolved(**given_)
-    lengths = [[*row] for row in q.cycle_epochs(cfg)]
+    lengths = [[c.epochs for c in row] for row in q.plan_cycles(cfg, 10_000)]
     assert len(lengths) == (trajectories or cfg.trajectories) and {len(r) for r in lengths} == {cycles or cfg.cycles}
     in_time = [e for cycle in zip(*lengths) for e in cycle]
     assert sum(in_time) == epochs and min(in_time) >= (epochs_per_cycle or 1)

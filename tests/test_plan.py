@@ -59,6 +59,7 @@ def test_weights_gradients_optimizer_and_teacher_memory(changes):
     optimizer.step(1.0, 1.0)
     state = [t for group in optimizer.groups for t in group[-1].values()]
     assert parts["optimizer"] == pytest.approx(size(state), rel=0.02)  # left out: Muon's second moments of rows
+    assert parts["average"] == 0 and q.memory_per_device(build(**changes, average=0.5)[0], VOCAB)["average"] == parts["weights"]
     assert parts["teacher"] == size(model.to(torch.bfloat16).parameters())
 
 

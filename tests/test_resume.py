@@ -27,10 +27,11 @@ import train_q0 as q0
 from test_distributed import make_shards
 
 ROOT = Path(q0.__file__).resolve().parent
-# three cycles of eight steps, two micro-batches each; dropout, a teacher from the second cycle, noise at boundaries
+# three cycles of eight steps, two micro-batches each; dropout, a teacher from the second cycle, noise at boundaries, and
+# members that are the mean of a cycle's last four steps
 RUN = ("--layers 1 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 --micro-batch 8 --epochs 6 "
        "--train-tokens 2000 --cycles 3 --distill-after 1 --lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 --dropout 0.1 "
-       "--precision float32 --device cpu --log-every 1").split()
+       "--precision float32 --device cpu --log-every 1 --average 0.5").split()
 EVERY_STEP, CYCLE_ENDS = ("--save-minutes", "0"), ("--save-minutes", "1000")  # when the state is saved
 
 
@@ -475,7 +476,8 @@ def test_what_a_state_holds(base, argv, logs):
     tensors = load_file(logs / "x/state/0-000000016.safetensors")
     cfg = q0.resolve(q0.Config(**json.loads((logs / "x/run.json").read_text())["config"]))[0]
     for name, p in q0.GPT(cfg, 300).named_parameters():
-        assert tensors[f"model.{name}"].shape == p.shape and np.abs(tensors[f"first.{name}"]).max() > 0
+        assert tensors[f"model.{name}"].shape == tensors[f"mean.{name}"].shape == p.shape
+        assert np.abs(tensors[f"first.{name}"]).max() > 0
         assert tensors[f"first.{name}"].size == p.numel() and (tensors[f"second.{name}"] >= 0).all()
     assert tensors["steps"] == 16
     at = saved["at"]

@@ -24,6 +24,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
+from safetensors.torch import load_file as load_tensors
 from scipy.optimize import minimize
 
 import train_q0 as q0
@@ -374,9 +375,9 @@ def test_population(population, trajectories, cycles, start, distilled, corpus, 
         taught.setdefault(len(ends), []).append((bool(teacher), abs(float((loss - ce).detach()))))
         return loss, ce
 
-    def spy_save(folder, model, position):
+    def spy_save(folder, model, *about):
         ends.append(weights(model))
-        save_member(folder, model, position)
+        save_member(folder, model, *about)
 
     monkeypatch.setattr(q0, "training_loss", spy_loss)
     monkeypatch.setattr(q0, "save_member", spy_save)
@@ -401,6 +402,39 @@ def test_population(population, trajectories, cycles, start, distilled, corpus, 
                 assert moved == pytest.approx(noise, rel=0.1)
             else:  # independent draws: sqrt(2) where both have one scale
                 assert moved > 0.9 and abs(np.corrcoef(starts[i].flatten(), ends[i - 1].flatten())[0, 1]) < 0.15
+
+
+@pytest.mark.parametrize("population, average", [("chain", 0.25), ("q0", 0.6), ("q0", 1e-9), ("q0", 0)])
+def test_a_member_is_the_mean_over_the_end_of_its_cycle(population, average, corpus, logs, monkeypatch):
+    """Worked out anew from the weights after each step; a cycle that goes on does so from the last weights."""
+    first, last, step, loss = [], [], q0.Optimizer.step, q0.training_loss
+    weights = lambda model: {n: p.detach().double().clone() for n, p in model.named_parameters()}
+
+    def spy_loss(model, *args):
+        first.append(weights(model))
+        return loss(model, *args)
+
+    def spy_step(self, *args):
+        step(self, *args)
+        last.append({n: p.detach().double().clone() for names, params, *_ in self.groups for n, p in zip(names, params)})
+
+    monkeypatch.setattr(q0, "training_loss", spy_loss)
+    monkeypatch.setattr(q0.Optimizer, "step", spy_step)
+    argv = ["--data", corpus, "--run", "a", "--population", population, "--cycles", "2", "--average", average]
+    if population == "chain":  # its default
+        argv = argv[:-2]
+    assert q0.main([*MINI, *map(str, argv), "--boundary", "continue" if population == "q0" else "fresh"]) == 0
+    steps = len(last) // 2
+    count = max(1, -(-steps * average // 1)) if average else 1
+    for i in range(2):
+        seen = last[i * steps:(i + 1) * steps]
+        member = load_tensors(logs / f"a/members/{i}/model.safetensors")
+        for name, weight in member.items():
+            mean = sum(w[name] for w in seen[-int(count):]) / int(count)
+            # rounded to bf16, which keeps 8 bits; float32 sums in another order move it by one of these at most
+            assert torch.allclose(weight.double(), mean, rtol=2 ** -8, atol=1e-8), (name, i)
+    moved = max(float((first[steps][n] - last[steps - 1][n]).abs().max()) for n in member)
+    assert (moved == 0) == (population == "q0") and steps == 8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
