@@ -22,7 +22,7 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran, not a later edit
 
 import argparse, base64, contextlib, ctypes, datetime, difflib, faulthandler, functools, hashlib, json, math
-import os, platform, shutil, signal, subprocess, sys, threading, time, timeit, traceback
+import os, platform, shutil, signal, subprocess, sys, threading, time, traceback
 from dataclasses import asdict, dataclass, field, fields, replace
 
 try:
@@ -1162,27 +1162,6 @@ def run_flops(cfg, plan, vocab_size, population=None):
     cycles, tokens = sum(plan, []), lambda cycles: sum(c.steps * c.rows * cfg.seq_len for c in cycles)
     return {"model": model * tokens(cycles), "teacher": teachers * teacher * tokens(c for c in cycles if c.distilled)}
 
-def memory_per_device(cfg, vocab_size, ranks=1):
-    """{part: bytes} at the peak of a step; `ranks` share a trajectory and its optimizer. Activations are those of eager
-    autograd (torch.compile keeps fewer); `update` and activations never live at the same time."""
-    D, h, order, rows = cfg.width, cfg.mlp_hidden, layer_order(cfg), cfg.micro_batch * cfg.seq_len
-    with torch.device("meta"):
-        model = GPT(cfg, vocab_size)
-    count, groups = sum(p.numel() for p in model.parameters()), Optimizer(model, cfg).groups
-    muon = [sum(p.numel() for p in params) for _, params, _, _, rule, *_ in groups if rule[0] == "muon"]
-    act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
-    value = sum(has_value_embed(cfg, i) for i in order) / len(order)
-    token = D * (16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates))
-    token += act * 5 * h + 12 * D // cfg.head_dim
-    passes, cast = len(order) + bool(cfg.mtp_weight), (act == 2) * act * ((4 + value) * D * D + 3 * D * h)
-    teacher = bool(cfg.distill_weight)
-    parts = {"weights": 4 * count, "gradients": 4 * count, "optimizer": (8 * count - 4 * sum(muon)) // ranks,
-             "average": 4 * count * bool(cfg.average), "teacher": 2 * count * teacher,
-             "logits": act * min(GPU_CHUNK_LOGITS, rows * vocab_size) * (1 + teacher),
-             "activations": round(passes * (rows * token + cast) + rows * D * 6 + 8 * D * vocab_size),
-             "update": (8 + 12 // ranks) * max(muon)}
-    return {**parts, "peak": sum(parts.values()) - min(parts["activations"], parts["update"])}
-
 # Population: members on disk (bf16 weights + configuration) and their cached p(true token) ----------------------------
 def write_atomically(path, write):
     """Call write(temporary path), then rename it: a reader sees the old file or the new one, whenever all stops."""
@@ -1815,7 +1794,7 @@ def find_run(name):
     latest = "".join(f"; there is {run.name}" for run in sorted(LOGS.glob("*"))[-3:])
     raise UserError(f"no run {name} under {LOGS}{latest}")
 
-H100_FLOPS, PUBLISHED_MFU, CPU_MFU = 989e12, 0.26, 0.26  # dense bf16; our count for the published run; tiny, measured
+H100_FLOPS = 989e12  # a second, dense bf16
 def describe(cfg, why, corpus_tokens, vocab_size, population=None):
     """Lines that say what a run will do and why, and the FLOPs of its training."""
     cycles = sum(plan := plan_cycles(cfg, corpus_tokens), [])
@@ -1920,55 +1899,15 @@ def run(cfg, why, args, world):
         save_json(folder / "result.json", {**result, **about})  # last: it says that the run is complete
         print(f"written to {folder}", flush=True)
 
-def command_plan(argv):
-    cfg, why, args = parse_config(
-        argv, gpus=dict(type=int, help="estimate for this many H100s [the device at hand]"),
-        mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
-        memory=dict(type=float, help="GB per device, to check against [80 with --gpus, else this machine's]"))
-    data, on_gpus = find_data(cfg), args.gpus or cfg.device == "cuda"
-    if (data / "manifest.json").exists():
-        corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
-        tokens, vocab_size = corpus.train_sequences * cfg.seq_len, corpus.vocab_size
-        eval_tokens = sum(corpus.eval_sequences(s).size for s in ("heldout", cfg.report))
-    else:
-        vocab_size, eval_tokens = (2048, 130_000) if cfg.data == Config.data else (50257, 10_132_000)
-        tokens = cfg.train_tokens or 100_000_000
-        print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
-    lines, flops = describe(cfg, why, tokens, vocab_size, load_teacher(cfg, vocab_size, torch.device("cpu")))
-    gpus, members = args.gpus or 1, cfg.trajectories * cfg.cycles
-    ranks = gpus // cfg.trajectories if gpus % cfg.trajectories == 0 else gpus  # that share a trajectory
-    gb = lambda n: f"{n / 1e9:.3g} GB"
-    parts, here = memory_per_device(cfg, vocab_size, ranks), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    room = 1e9 * args.memory if args.memory else 80e9 if on_gpus else here
-    lines.append(f"memory per device: {', '.join(f'{k} {gb(v)}' for k, v in parts.items())}")
-    if parts["peak"] > 0.95 * room:
-        needs = lambda m: memory_per_device(replace(cfg, micro_batch=m), vocab_size, ranks)["peak"]
-        fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and needs(m) <= 0.95 * room]
-        advice = f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"
-        lines.append(f"warning: that does not fit in {gb(room)}: {advice}")
-    state = parts["weights"] + parts["average"] + memory_per_device(cfg, vocab_size)["optimizer"]
-    lines.append(f"disk: members {gb(members * parts['weights'] // 2)}, predictions {gb(members * 4 * eval_tokens)}, "
-                 f"resume state 2 x {gb(state)} a trajectory ({state / 1e9:.1f} s a save at 1 GB/s)")
-    if on_gpus:
-        speed, mfu, of = gpus * H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{gpus} x H100"
-    else:  # the best of five square matrix products
-        a = torch.randn(1024, 1024).to(getattr(torch, cfg.precision))
-        speed = 2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
-        mfu, of = args.mfu or CPU_MFU, "this CPU, measured"
-    forward = flops_per_token(cfg, vocab_size)[1] * members * eval_tokens
-    lines.append(f"estimated time: {datetime.timedelta(seconds=round((flops + forward) / (speed * mfu)))} for "
-                 f"{flops + forward:.3g} FLOPs at {mfu:.0%} of {speed / 1e12:.3g} TFLOP/s ({of})")
-    print("\n".join(lines))
-
-def command_use(name, argv):
-    """A command on a finished population: records/use.py has it, and imports this module."""
+def command_beside(module, name, argv):
+    """A command that does not train: records/MODULE.py has it, and imports this module."""
     sys.modules.setdefault("train_q0", sys.modules[__name__])
     sys.path.insert(0, str(ROOT / "records"))
-    import use
-    getattr(use, name)(argv)
+    getattr(__import__(module), name)(argv)
 
-COMMANDS = {"train": command_train, "plan": command_plan,
-            **{name: functools.partial(command_use, name) for name in ("select", "evaluate", "sample", "average")}}
+COMMANDS = {"train": command_train, "plan": functools.partial(command_beside, "plan", "plan"),
+            **{name: functools.partial(command_beside, "use", name) for name in (
+                "select", "evaluate", "sample", "average")}}
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import plan
 import train_q0 as q
 
 BASE = dict(layers=4, width=256, mlp_hidden=768, head_dim=64, micro_batch=2, seq_len=128, batch_tokens=1024,
@@ -42,7 +43,7 @@ def kept_by_autograd(cfg, model):
 def test_activation_memory(changes):
     cfg, model = build(**changes)
     loss_part = 8 * cfg.width * VOCAB + cfg.micro_batch * cfg.seq_len * cfg.width * 6  # the loss keeps it
-    formula = q.memory_per_device(cfg, VOCAB)["activations"] - loss_part
+    formula = plan.memory_per_device(cfg, VOCAB)["activations"] - loss_part
     # 10%: the formula drops small terms (gates, rotary, embeddings) and counts float32 norms as an extra copy
     assert formula == pytest.approx(kept_by_autograd(cfg, model), rel=0.10)
 
@@ -53,13 +54,13 @@ def test_weights_gradients_optimizer_and_teacher_memory(changes):
     optimizer, tokens = q.Optimizer(model, cfg), torch.randint(VOCAB, (2, cfg.seq_len + 1))
     q.training_loss(model, [], cfg, tokens)[0].backward()
     size = lambda tensors: sum(t.numel() * t.element_size() for t in tensors)
-    parts = q.memory_per_device(cfg, VOCAB)
+    parts = plan.memory_per_device(cfg, VOCAB)
     assert parts["weights"] == size(model.parameters())
     assert parts["gradients"] == size(p.grad for p in model.parameters())
     optimizer.step(1.0, 1.0)
     state = [t for group in optimizer.groups for t in group[-1].values()]
     assert parts["optimizer"] == pytest.approx(size(state), rel=0.02)  # left out: Muon's second moments of rows
-    assert parts["average"] == 0 and q.memory_per_device(build(**changes, average=0.5)[0], VOCAB)["average"] == parts["weights"]
+    assert parts["average"] == 0 and plan.memory_per_device(build(**changes, average=0.5)[0], VOCAB)["average"] == parts["weights"]
     assert parts["teacher"] == size(model.to(torch.bfloat16).parameters())
 
 
@@ -77,7 +78,7 @@ def test_plan_states_the_resume_state(capsys, tmp_path):
     shown = float(re.search(r"resume state 2 x ([\d.]+) GB a trajectory", capsys.readouterr().out)[1])
     optimizer = q.Optimizer(model, cfg)
     size = sum(t.numel() * 4 for t in [*model.parameters(), *optimizer.state().values()])
-    parts = q.memory_per_device(cfg, VOCAB)
+    parts = plan.memory_per_device(cfg, VOCAB)
     assert parts["weights"] + parts["optimizer"] == pytest.approx(size, rel=0.02)
     assert 1.87 * 8 < shown < 1.87 * 12  # weights and one or two moments in float32
 

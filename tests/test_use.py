@@ -565,13 +565,16 @@ def test_resume_under_another_teacher(trained, corpus, logs, monkeypatch, capsys
 
 
 def test_plan_counts_every_teacher(run, corpus, capsys):
-    def flops(*argv):
+    def shown(*argv):
+        """FLOPs and the teachers' memory."""
         assert q0.main(["plan", *MINI, "--data", str(corpus), "--population", "single", *TAUGHT, str(run[0]), *argv]) == 0
-        return float(re.search(r"for (\S+) FLOPs", capsys.readouterr().out)[1])
+        out = capsys.readouterr().out
+        return [float(re.search(pattern, out)[1]) for pattern in (r"for (\S+) FLOPs", r"teacher (\S+) GB")]
 
-    one, three = flops("--teacher-k", "1"), flops("--teacher-k", "3")
-    none = flops("--distill-weight", "0")
+    (one, held), (three, thrice) = shown("--teacher-k", "1"), shown("--teacher-k", "3")
+    none, nothing = shown("--distill-weight", "0")
     assert (three - none) / (one - none) == pytest.approx(3, rel=0.05)  # shown with three digits
+    assert nothing == 0 < held and thrice == pytest.approx(3 * held, rel=0.01)
 
 
 @pytest.mark.parametrize("argv, message", [
