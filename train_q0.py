@@ -77,7 +77,7 @@ class Config:
     cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
     epochs_per_cycle: int | None = knob(None, "sets how many cycles the budget buys; a rest lengthens the first", low=1)
     boundary: str | None = knob(None, "weights at a cycle's start", choices=("perturb", "continue", "fresh"))
-    average: float | None = knob(None, "last part of a cycle over which a member is averaged", low=0, high=1)
+    average: float | None = knob(None, "share of a cycle, its end, over which a member is averaged", low=0, high=1)
     distill_weight: float | None = knob(None, "weight a of the teacher in the loss", low=0, high=1)
     distill_after: int | None = knob(None, "cycles of a trajectory before distillation starts", low=1)
     distill_temperature: float = knob(1.2, "temperature of teacher and student in the KL term", low=0.01)
@@ -207,7 +207,7 @@ def resolve(cfg):
         raise UserError(f"{asked} is not --epochs {cfg.epochs}: give --epochs {cost} or leave one of them out")
     each = derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
     fresh = derive("boundary", row["boundary"], f"population {cfg.population}") == "fresh"
-    derive("average", 0.25 * fresh, "0.25 pays where no cycle goes on from another")
+    derive("average", 0.25 * (fresh and each > 5), "0.25 in cycles of 6 epochs or more that start afresh")
     weight = derive("distill_weight", row["distill_weight"] or 0.45 * bool(cfg.teacher), "0.45 where anything teaches")
     if cfg.population == "chain":
         derive("distill_after", 1, "each member of a chain is taught by the one before")
@@ -1274,6 +1274,7 @@ def load_state(folder, trajectory, identity):
     if files:
         raise UserError(f"no state of trajectory {trajectory} in {folder} is whole: start a new run, or delete "
                         f"{folder / str(trajectory)}-* to train this trajectory again")
+    return None
 
 @torch.no_grad()
 def perturb(model, scale, *key):
@@ -1900,7 +1901,9 @@ def run(cfg, why, args, world):
         print(f"written to {folder}", flush=True)
 
 def command_beside(module, name, argv):
-    """A command that does not train: records/MODULE.py has it, and imports this module."""
+    """A command that does not train: records/MODULE.py has it, and imports this module. Raises UserError without it."""
+    if not (ROOT / f"records/{module}.py").exists():
+        raise UserError(f"{name} is in records/{module}.py, which is not beside {Path(__file__).name}: run it there")
     sys.modules.setdefault("train_q0", sys.modules[__name__])
     sys.path.insert(0, str(ROOT / "records"))
     getattr(__import__(module), name)(argv)

@@ -46,11 +46,11 @@ def rule(old, new):
 parse_python = functools.lru_cache(ast.parse)  # once for all seeds
 
 def settings(config):
-    """Settings in the terms of today's script: earlier ones had no induction heads and no smear, and said by how much
-    decay starts above its end. Decay in two digits, so that a row can be rerun in either way of saying it."""
+    """Settings in the terms of today's script: earlier ones had no induction heads, no smear and no average, and said by how
+    much decay starts above its end. Decay in two digits, so that a row can be rerun in either way of saying it."""
     w, rest = config["weight_decay"], {k: v for k, v in config.items() if k[:3] != "wd_" and k != "weight_decay"}
     ends = (w * config["wd_floor"], w) if "wd_floor" in config else (w * config["wd_start"], w * config["wd_end"])
-    return {"smear": False, "induction": False, **rest, "decay": [f"{x:.2g}" for x in ends]}
+    return {"smear": False, "induction": False, "average": 0.0, **rest, "decay": [f"{x:.2g}" for x in ends]}
 
 def read_log(path):
     """(source, about, derived settings, event lines) of a log.txt."""

@@ -13,9 +13,9 @@ PUBLISHED_MFU, CPU_MFU = 0.26, 0.26  # our count for the published run; preset t
 
 
 def memory_per_device(cfg, vocab_size, ranks=1, population=None):
-    """{part: bytes} at the peak of a step; `ranks` share a trajectory and its optimizer; `population` teaches, or
-    the previous member. Activations are those of eager autograd (torch.compile keeps fewer); `update` and activations
-    never live at the same time."""
+    """{part: bytes} at the peak of a step; `ranks` share a trajectory and its optimizer; `previous` is the member that
+    was evaluated and teaches where no `population` does. Activations are those of eager autograd (torch.compile keeps
+    fewer); `update` and activations never live at the same time."""
     D, h, order, rows = cfg.width, cfg.mlp_hidden, q.layer_order(cfg), cfg.micro_batch * cfg.seq_len
     with torch.device("meta"):
         model = q.GPT(cfg, vocab_size)
@@ -26,13 +26,13 @@ def memory_per_device(cfg, vocab_size, ranks=1, population=None):
     token = D * (16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates))
     token += act * 5 * h + 12 * D // cfg.head_dim
     passes, cast = len(order) + bool(cfg.mtp_weight), (act == 2) * act * ((4 + value) * D * D + 3 * D * h)
-    teacher = bool(cfg.distill_weight)
-    taught = 2 * count
-    if population:
-        taught = sum(p.numel() * p.element_size() for model in population.models for p in model.parameters())
+    teachers = [p for model in population.models for p in model.parameters()] if population else []
+    logits = act * (1 + bool(cfg.distill_weight))  # bytes each; a mixture is summed up in float32
+    logits += 12 * bool(population and len(population.models) > 1)
     parts = {"weights": 4 * count, "gradients": 4 * count, "optimizer": (8 * count - 4 * sum(muon)) // ranks,
-             "average": 4 * count * bool(cfg.average), "teacher": taught * teacher,
-             "logits": act * min(q.GPU_CHUNK_LOGITS, rows * vocab_size) * (1 + teacher),
+             "average": 4 * count * bool(cfg.average), "previous": act * count,
+             "teachers": sum(p.numel() * p.element_size() for p in teachers),
+             "logits": logits * min(q.GPU_CHUNK_LOGITS, rows * vocab_size),
              "activations": round(passes * (rows * token + cast) + rows * D * 6 + 8 * D * vocab_size),
              "update": (8 + 12 // ranks) * max(muon)}
     return {**parts, "peak": sum(parts.values()) - min(parts["activations"], parts["update"])}

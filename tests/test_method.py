@@ -144,7 +144,7 @@ def test_populations(population, members, boundary, weight, after):
         cfg = resolved(population=population, epochs=E)
         assert (cfg.trajectories, cfg.cycles) == members(E)
         assert cfg.boundary == boundary and cfg.distill_weight == weight
-        assert cfg.average == (0.25 if boundary == "fresh" else 0) == (resolved(boundary=boundary).average)
+        assert cfg.average == (0.25 if boundary == "fresh" and cfg.epochs_per_cycle > 5 else 0)
         assert cfg.dropout == (0.1 if E >= 32 else 0.0) and resolved(epochs=E, dropout=0.3).dropout == 0.3
         if after:
             assert cfg.distill_after == after(cfg.epochs_per_cycle)

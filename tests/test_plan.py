@@ -48,8 +48,8 @@ def test_activation_memory(changes):
     assert formula == pytest.approx(kept_by_autograd(cfg, model), rel=0.10)
 
 
-@pytest.mark.parametrize("changes", [{}, FEATURES])
-def test_weights_gradients_optimizer_and_teacher_memory(changes):
+@pytest.mark.parametrize("changes", [{}, FEATURES, {"precision": "float32", "average": 0.5}])
+def test_weights_gradients_optimizer_and_member_memory(changes):
     cfg, model = build(**changes)
     optimizer, tokens = q.Optimizer(model, cfg), torch.randint(VOCAB, (2, cfg.seq_len + 1))
     q.training_loss(model, [], cfg, tokens)[0].backward()
@@ -60,8 +60,8 @@ def test_weights_gradients_optimizer_and_teacher_memory(changes):
     optimizer.step(1.0, 1.0)
     state = [t for group in optimizer.groups for t in group[-1].values()]
     assert parts["optimizer"] == pytest.approx(size(state), rel=0.02)  # left out: Muon's second moments of rows
-    assert parts["average"] == 0 and plan.memory_per_device(build(**changes, average=0.5)[0], VOCAB)["average"] == parts["weights"]
-    assert parts["teacher"] == size(model.to(torch.bfloat16).parameters())
+    assert parts["average"] == (parts["weights"] if cfg.average else 0) and parts["teachers"] == 0
+    assert parts["previous"] == size(q.empty_member(cfg, VOCAB).parameters())
 
 
 def test_plan_names_a_micro_batch_that_fits(capsys):
@@ -81,6 +81,9 @@ def test_plan_states_the_resume_state(capsys, tmp_path):
     parts = plan.memory_per_device(cfg, VOCAB)
     assert parts["weights"] + parts["optimizer"] == pytest.approx(size, rel=0.02)
     assert 1.87 * 8 < shown < 1.87 * 12  # weights and one or two moments in float32
+    assert q.main(["plan", "--preset", "q0", "--gpus", "8", "--average", "0.5"]) == 0
+    more = float(re.search(r"resume state 2 x ([\d.]+) GB a trajectory", capsys.readouterr().out)[1])
+    assert more - shown == pytest.approx(1.87 * 4, rel=0.02)  # mean weights
 
 
 def test_plan_time_is_flops_over_speed(capsys):

@@ -329,9 +329,10 @@ def test_committed_records(capsys):
 def test_settings_of_earlier_scripts():
     """A row can be rerun with today's script: decay said in another way, and off what that script did not have."""
     before = {"weight_decay": 0.077, "wd_floor": 12.5, "layers": 4}
-    now = {"weight_decay": 0.8, "wd_start": 1.2, "wd_end": 0.096, "layers": 4, "smear": False, "induction": False}
+    now = {"weight_decay": 0.8, "wd_start": 1.2, "wd_end": 0.096, "layers": 4, "smear": False, "induction": False,
+           "average": 0.0}
     assert check.settings(before) == check.settings(now)
-    for other in ({"induction": True}, {"layers": 5}, {"wd_end": 1.0}, {"weight_decay": 0.9}):
+    for other in ({"induction": True}, {"average": 0.25}, {"layers": 5}, {"wd_end": 1.0}, {"weight_decay": 0.9}):
         assert check.settings(before) != check.settings({**now, **other})
 
 
