@@ -438,6 +438,13 @@ def test_a_member_is_the_mean_over_the_end_of_its_cycle(population, average, cor
     assert (moved == 0) == (population == "q0") and steps == 12
 
 
+def test_a_script_on_its_own_says_what_is_missing(tmp_path):
+    shutil.copy(ROOT / "train_q0.py", tmp_path / "mine.py")
+    done = user(tmp_path, "python", "mine.py", "plan", "--device", "cpu")
+    assert done.returncode == 2 and done.stderr == (
+        "train_q0.py: error: plan is in records/plan.py, which is not beside mine.py: run it there\n")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Bad input: one line, exit status 2, nothing half-written
 
