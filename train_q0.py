@@ -116,13 +116,13 @@ class Config:
     loop_passes: int = knob(1, "how often the looped layers run in all", low=1, high=100)
     mtp_weight: float = knob(0.0, "weight of the loss on the token after next; 0 builds no block for it", low=0)
     # optimizer
-    lr_matrix: float = knob(0.03, "peak lr of Muon: every matrix inside the blocks", low=0, high=1e37)
+    lr_matrix: float | None = knob(None, "peak lr of Muon: every matrix inside the blocks", low=0, high=1e37)
     lr_embed: float = knob(0.0375, "peak lr of the embedding", low=0, high=1e37)
     lr_head: float = knob(0.02, "peak lr of the head", low=0, high=1e37)
     lr_resid: float = knob(0.00025, "peak lr of residual and skip scalars", low=0, high=1e37)
     lr_x0: float = knob(0.025, "peak lr of x0 scalars", low=0, high=1e37)
     lr_mixing: float = knob(0.02, "peak lr of head mixing and smear", low=0, high=1e37)
-    weight_decay: float = knob(0.8, "of matrices, embedding and head; times lr, and its place in the cycle", low=0)
+    weight_decay: float | None = knob(None, "of matrices, embedding, head; times lr and place in the cycle", low=0)
     lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", low=0, high=1)
     wd_start: float | None = knob(None, "decay multiplier at a cycle's start", low=0)
     wd_end: float | None = knob(None, "decay multiplier at a cycle's end", low=0)
@@ -159,8 +159,8 @@ MACHINE = "device compile attention log_every save_minutes keep_members hang_min
 def method_settings(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
 
-PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, dropout=0.1, average=0.0,
-                 smear=False, induction=False)  # of the 1.87B run
+PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, wd_start=0.7, wd_end=1.0,
+                 dropout=0.1, average=0.0, smear=False, induction=False)  # of the 1.87B run
 PRESETS = {
     "tiny": {},
     "small": dict(PUBLISHED, data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16,
@@ -172,7 +172,7 @@ PRESETS = {
 
 flag = lambda name: "--" + name.replace("_", "-")
 digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-members_of = lambda epochs, *_: min(epochs, max(2, epochs // 16))  # a single model saturates near 16 epochs
+members_of = lambda epochs, preset: min(epochs, max(2, epochs // (8 if preset == "tiny" else 16)))
 one = lambda *_: 1
 
 def plan(epochs, preset):
@@ -207,17 +207,22 @@ def resolve(cfg):
         raise UserError(f"{asked} is not --epochs {cfg.epochs}: give --epochs {cost} or leave one of them out")
     each = derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
     fresh = derive("boundary", row["boundary"], f"population {cfg.population}") == "fresh"
-    derive("average", 0.25 * (fresh and each > 5), "0.25 in cycles of 6 epochs or more that start afresh")
+    once = fresh and each > 5  # members are trained once, and long enough for a mean of their weights to pay
+    derive("average", 0.25 * once, "0.25 in cycles of 6 epochs or more that start afresh")
     weight = derive("distill_weight", row["distill_weight"] or 0.45 * bool(cfg.teacher), "0.45 where anything teaches")
     if cfg.population == "chain":
         derive("distill_after", 1, "each member of a chain is taught by the one before")
     after = {"tiny": (math.ceil(8 / each), "after 8 epochs"), "q0": (8, "as published")}.get(
         cfg.preset, (min(8, max(4, C // 4)), "min(8, max(4, cycles // 4))"))
     derive("distill_after", after[0], after[1] if weight else "no distillation")
-    short = cfg.preset == "tiny" and each <= 5  # measured: records/tuning/2026-11-25_decay.md
+    # lr, decay and dropout of `tiny`, tuned for every population: records/tuning/2026-11-26_equal_effort.md
+    short, late = each <= 8, cfg.epochs >= 32 and not fresh
+    derive("lr_matrix", 0.04 if once else 0.03, "0.04 where members are averaged")
+    derive("weight_decay", 1.2 if once and short else 0.53 if late else 0.8,
+           "0.8; averaged members of up to 8 epochs 1.2, weights that go on for 32 epochs 0.53")
     for name, value in (("wd_start", 1.2 if short else 0.7), ("wd_end", 1.2 * cfg.lr_floor if short else 1.0)):
-        derive(name, value, "proportional to lr: pays in cycles of up to 5 epochs" if short else "as published")
-    derive("dropout", 0.1 if cfg.epochs >= 32 else 0.0, "0.1 pays from 32 epochs on")
+        derive(name, value, "proportional to lr in cycles of up to 8 epochs, else as published")
+    derive("dropout", 0.1 * (late or fresh and each >= 16), "0.1 where weights train for many epochs: 16, q0 32")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")

@@ -101,12 +101,27 @@ def test_decay_times_learning_rate_still_falls_and_sums_to_two_in_a_full_scale_c
 
 def test_decay_in_short_cycles_of_tiny_is_proportional_to_lr_and_sums_to_the_same():
     shape = lambda *key, **changes: (lambda c: (c.wd_start, c.wd_end))(resolved(*key, **changes))
-    assert shape() == shape(epochs=5) == shape(population="snapshots", cycles=4) == (1.2, 1.2 * 0.08)
+    assert shape() == shape(epochs=8, cycles=1) == shape(population="snapshots", cycles=4) == (1.2, 1.2 * 0.08)
     assert shape(lr_floor=0.5) == (1.2, 0.6) and shape(wd_end=0.2) == (1.2, 0.2)
-    assert shape(population="single") == shape(epochs=6, cycles=1) == shape("small") == shape("q0") == (0.7, 1.0)
+    assert shape(population="single") == shape(epochs=9, cycles=1) == shape("small") == shape("q0") == (0.7, 1.0)
     lr = np.array([q.lr_multiplier(s, 146, 0.08) for s in range(146)])  # steps of a cycle of 2 epochs
     sums = [lr @ [q.wd_multiplier(x, 0.08, *ends) for x in lr] for ends in (shape(), shape("q0"))]
     assert sums[0] == pytest.approx(sums[1], rel=0.01)
+
+
+@pytest.mark.parametrize("population, epochs, lr, decay, shape, dropout, average", [
+    ("q0", 4, 0.03, 0.8, 1.2, 0, 0), ("q0", 31, 0.03, 0.8, 1.2, 0, 0), ("q0", 32, 0.03, 0.53, 1.2, 0.1, 0),
+    ("snapshots", 32, 0.03, 0.53, 1.2, 0.1, 0), ("single", 5, 0.03, 0.8, 1.2, 0, 0),
+    ("single", 6, 0.04, 1.2, 1.2, 0, 0.25), ("single", 8, 0.04, 1.2, 1.2, 0, 0.25),
+    ("single", 9, 0.04, 0.8, 0.7, 0, 0.25), ("single", 16, 0.04, 0.8, 0.7, 0.1, 0.25),
+    ("ensemble", 8, 0.03, 0.8, 1.2, 0, 0), ("ensemble", 32, 0.04, 1.2, 1.2, 0, 0.25),
+    ("chain", 32, 0.04, 1.2, 1.2, 0, 0.25)])
+def test_tuned_settings_of_tiny(population, epochs, lr, decay, shape, dropout, average):
+    cfg = resolved(population=population, epochs=epochs)
+    assert (cfg.lr_matrix, cfg.weight_decay, cfg.wd_start, cfg.dropout, cfg.average) == (
+        lr, decay, shape, dropout, average)
+    mine = dict(lr_matrix=0.01, weight_decay=0.5, dropout=0.3, average=0.5)
+    assert all(getattr(resolved(population=population, epochs=epochs, **mine), k) == v for k, v in mine.items())
 
 
 @pytest.mark.parametrize("C", [2, 3, 4, 9, 96])
@@ -135,8 +150,8 @@ def test_steps_of_a_cycle(epochs, c, C, tokens, steps):
 
 @pytest.mark.parametrize("population, members, boundary, weight, after", [
     ("single", lambda E: (1, 1), "fresh", 0, None),
-    ("ensemble", lambda E: (min(E, max(2, E // 16)), 1), "fresh", 0, None),
-    ("chain", lambda E: (1, min(E, max(2, E // 16))), "fresh", 0.45, lambda each: 1),
+    ("ensemble", lambda E: (min(E, max(2, E // 8)), 1), "fresh", 0, None),
+    ("chain", lambda E: (1, min(E, max(2, E // 8))), "fresh", 0.45, lambda each: 1),
     ("snapshots", lambda E: (1, 1 if E < 6 else max(2, E // 4)), "continue", 0, None),
     ("q0", lambda E: (1, 1 if E < 6 else max(2, E // 4)), "perturb", 0.45, lambda each: -(-8 // each))])
 def test_populations(population, members, boundary, weight, after):
@@ -145,7 +160,6 @@ def test_populations(population, members, boundary, weight, after):
         assert (cfg.trajectories, cfg.cycles) == members(E)
         assert cfg.boundary == boundary and cfg.distill_weight == weight
         assert cfg.average == (0.25 if boundary == "fresh" and cfg.epochs_per_cycle > 5 else 0)
-        assert cfg.dropout == (0.1 if E >= 32 else 0.0) and resolved(epochs=E, dropout=0.3).dropout == 0.3
         if after:
             assert cfg.distill_after == after(cfg.epochs_per_cycle)
         if population in ("q0", "snapshots") and E >= 12:

@@ -314,7 +314,7 @@ def test_committed_records(capsys):
     assert status == 0, out
     tracks = json.loads((ROOT / "records/tracks.json").read_text())
     for epochs, members in tracks["wiki_cpu"]["reference_members"].items():
-        assert members == q0.members_of(int(epochs))
+        assert members == q0.members_of(int(epochs), "q0")
     assert tracks["wiki_cpu"]["train_tokens"] == q0.Config.train_tokens
     manifest = ROOT / "data/wiki/manifest.json"
     if manifest.exists():
