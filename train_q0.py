@@ -217,12 +217,12 @@ def resolve(cfg):
     derive("distill_after", after[0], after[1] if weight else "no distillation")
     # lr, decay and dropout of `tiny`, tuned for every population: records/tuning/2026-11-26_equal_effort.md
     short, late = each <= 8, cfg.epochs >= 32 and not fresh
-    derive("lr_matrix", 0.04 if once else 0.03, "0.04 where members are averaged")
+    derive("lr_matrix", 0.04 if once else 0.03, "0.04 where members start afresh, for 6 epochs or more")
     derive("weight_decay", 1.2 if once and short else 0.53 if late else 0.8,
-           "0.8; averaged members of up to 8 epochs 1.2, weights that go on for 32 epochs 0.53")
+           "1.2 for fresh starts of 6 to 8 epochs, 0.53 for q0 and snapshots from 32 on, else 0.8")
     for name, value in (("wd_start", 1.2 if short else 0.7), ("wd_end", 1.2 * cfg.lr_floor if short else 1.0)):
         derive(name, value, "proportional to lr in cycles of up to 8 epochs, else as published")
-    derive("dropout", 0.1 * (late or fresh and each >= 16), "0.1 where weights train for many epochs: 16, q0 32")
+    derive("dropout", 0.1 * (late or fresh and each >= 16), "0.1 for fresh starts of 16 epochs, q0, snapshots of 32")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
