@@ -172,7 +172,7 @@ PRESETS = {
 
 flag = lambda name: "--" + name.replace("_", "-")
 digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-members_of = lambda epochs, preset: min(epochs, max(2, epochs // (8 if preset == "tiny" else 16)))  # 16: saturated
+members_of = lambda epochs, preset: min(epochs, max(2, epochs // (8 if preset == "tiny" else 16)))  # saturate at 16
 one = lambda *_: 1
 
 def plan(epochs, preset):
