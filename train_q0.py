@@ -13,6 +13,7 @@ next, and a prior fitted on held-out text mixes their predictions. Method: arXiv
     python train_q0.py evaluate RUN --data SHARD          score a run's members and mixtures on other text, or --tasks
     python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
     python train_q0.py average RUN                        one model in its place: mean weights of its newest members
+    python train_q0.py pool RUN RUN                       one population of several runs
 
 Top to bottom: config, processes, data, model, loss, optimizer, schedule, population, prior, training loop, commands.
 """
@@ -1915,7 +1916,7 @@ def command_beside(module, name, argv):
 
 COMMANDS = {"train": command_train, "plan": functools.partial(command_beside, "plan", "plan"),
             **{name: functools.partial(command_beside, "use", name) for name in (
-                "select", "evaluate", "sample", "average")}}
+                "select", "evaluate", "sample", "average", "pool")}}
 
 def main(argv=None):
     argv = list(sys.argv[1:] if argv is None else argv)

@@ -1,7 +1,9 @@
 """A population in use: `python train_q0.py select` fits its prior again; `evaluate` scores members and mixtures on token
 shards, or on downstream tasks through EleutherAI's lm-evaluation-harness; `sample` writes text. Members mix their
-probabilities token by token. `average` makes one model of them, the mean of their weights."""
+probabilities token by token. `average` makes one model of them, the mean of their weights; `pool` makes one population
+of several runs."""
 import codecs
+import contextlib
 import json
 import math
 import os
@@ -230,7 +232,84 @@ def sample(argv):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One model in place of a population
+# Runs made of runs
+
+@contextlib.contextmanager
+def new_run(name, command):
+    """Yield the folder of a run `name` without a log. It appears under logs/ once all of it is there, else not at all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise q.UserError(f"{command} needs no torchrun: one process does it all")
+    if Path(name).name != name or name in (".", ".."):
+        raise q.UserError(f"--name {name} must be a plain name: the run is written to logs/NAME")
+    if (q.LOGS / name).exists():
+        raise q.UserError(f"{q.LOGS / name} exists: give another --name")
+    folder = q.LOGS / f"{name}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    try:
+        (folder / "predictions").mkdir(parents=True)
+        yield folder
+        folder.rename(q.LOGS / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"written to {q.LOGS / name}")
+
+
+def finish(folder, curve, found, split, about):
+    """Print the table of members with predictions `found` {split: [M, N]} and write run.json and result.json."""
+    table = q.population_table(np.stack(found["heldout"]), found[split])
+    if len(curve) > 1:
+        print("\n".join(q.format_table(table, split)))
+    q.save_json(folder / "run.json", about)
+    q.save_json(folder / "result.json", {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve),
+                                         "curve": curve, "table": table, **about})
+
+
+def pool(argv):
+    """Make one population of finished runs on one text, such as seeds that several machines trained. It becomes a run of
+    its own: their members, and a prior over all of them."""
+    parser = q.Parser(prog="train_q0.py pool", description=pool.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="name of a run under logs/, or its folder")
+    parser.add_argument("--name", help="name of the new run under logs/ [the first RUN's, with _pool]")
+    args = parser.parse_args(argv)
+    runs, curve, found, of, first = [q.find_run(r).resolve() for r in args.runs], [], {}, {}, None
+    with new_run(args.name or f"{runs[0].name}_pool", "pool") as folder:
+        shutil.copytree(runs[0] / "data", folder / "data")
+        for run in runs:
+            if not (run / "result.json").exists():
+                raise q.UserError(f"{run} is not complete: go on with it (--resume), then pool it")
+            cached = q.load_predictions(run)
+            with q.reading(run / "result.json"):
+                about = json.loads((run / "result.json").read_text(encoding="utf-8"))
+                entries, own = about["curve"], about.get("pool_of", {str(run): about["config"]})
+                data = {k: v for k, v in about["data"].items() if k != "teacher"}
+                mixes = [data, sorted(cached), *(about["config"][k] for k in ("seq_len", "softcap", "train_tokens"))]
+            if twice := of.keys() & own.keys():
+                raise q.UserError(f"{run} brings the members of {min(twice)} a second time: give each run once")
+            if first and mixes != first:
+                raise q.UserError(f"{run} differs from {runs[0]} in data, seq_len, softcap, --train-tokens or --report: "
+                                  "runs that mix must agree in them")
+            first, of = mixes, of | own
+            (split,) = set(cached) - {"heldout"}
+            for i, entry in enumerate(entries):
+                n = len(curve)
+                for s, p in cached.items():
+                    found.setdefault(s, []).append(p[i])
+                shutil.copyfile(run / f"predictions/{i}.safetensors", folder / f"predictions/{n}.safetensors")
+                if (run / f"members/{i}").exists():
+                    shutil.copytree(run / f"members/{i}", folder / f"members/{n}", copy_function=link)
+                curve.append({**entry, "member": n, "run": str(run), **q.mixtures(found["heldout"], found[split])})
+            print(f"run:{run.name} members:{len(entries)} learned_{split}_loss:{about[f'final_{split}_loss']:.5f} "
+                  f"pooled_{split}_loss:{curve[-1]['learned']:.5f}", flush=True)
+        finish(folder, curve, found, split, {"config": about["config"], "data": data, "pool_of": of})
+
+
+def link(source, target):
+    """Give a member's file a second name, as no file of a member is ever written again; on another disk, copy it."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
 
 def average(argv):
     """Make one model of each trajectory: the mean weights of its newest members. They become a run of their own."""
@@ -240,20 +319,16 @@ def average(argv):
     parser.add_argument("--name", help="name of the new run under logs/ [RUN_mean]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
     args = parser.parse_args(argv)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise q.UserError("average needs no torchrun: one process does it all")
     population = population_of(args)
     source, M = population.folder, len(population.heldout)
     name = args.name or f"{source.name or source.resolve().name}_mean"
-    if Path(name).name != name or name in (".", ".."):
-        raise q.UserError(f"--name {name} must be a plain name: the run is written to logs/NAME")
-    if (q.LOGS / name).exists():
-        raise q.UserError(f"{q.LOGS / name} exists: give another --name")
     with q.reading(source / "run.json"):
         about = json.loads((source / "run.json").read_text(encoding="utf-8"))
         cfg, hashes = q.Config(**about["config"]), about["data"].items()
     if "average_of" in about:
         raise q.UserError(f"{source} holds averages already: average {about['average_of']}, which they were made of")
+    if "pool_of" in about:
+        raise q.UserError(f"{source} is a pool: average the runs it was made of: {', '.join(about['pool_of'])}")
     trajectories = [[i for i in reversed(range(first, min(first + cfg.cycles, M)))  # --keep-members drops the oldest
                      if (source / f"members/{i}/model.safetensors").exists()] for first in range(0, M, cfg.cycles)]
     fewest = min(map(len, trajectories))
@@ -266,11 +341,9 @@ def average(argv):
     cached = {s: p[:M] for s, p in q.load_predictions(source).items()}  # the run may be under way
     (split,), world = set(cached) - {"heldout"}, q.World(device=population.device)
     probs = lambda model, s: q.true_token_probs(model, corpus.eval_sequences(s), cfg.micro_batch, world)
-    found, curve, folder = {s: [] for s in cached}, [], q.LOGS / f"{name}.tmp"
+    found, curve = {s: [] for s in cached}, []
 
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
-    try:
-        (folder / "predictions").mkdir(parents=True)
+    with new_run(name, "average") as folder:
         shutil.copytree(source / "data", folder / "data")
         for j, members in enumerate(trajectories):
             losses, best = {}, math.inf
@@ -292,17 +365,7 @@ def average(argv):
                           "weights": q.sha256_of(folder / f"members/{j}/model.safetensors")})
             print(f"traj:{j} last:{last} {split}_loss:{curve[-1]['loss']:.5f} "
                   f"newest_{split}_loss:{q.mixture_loss(cached[split][members[:1]], [1.0]):.5f}", flush=True)
-        table = q.population_table(np.stack(found["heldout"]), found[split])
-        if len(curve) > 1:
-            print("\n".join(q.format_table(table, split)))
-        about["average_of"] = str(source)
-        q.save_json(folder / "run.json", about)
-        q.save_json(folder / "result.json", {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve),
-                                             "curve": curve, "table": table, **about})
-        folder.rename(q.LOGS / name)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"written to {q.LOGS / name}")
+        finish(folder, curve, found, split, {**about, "average_of": str(source)})
 
 
 @torch.no_grad()

@@ -308,9 +308,14 @@ def test_pool(run, tmp_path, capsys):
     assert plot.curves_in(str(tmp_path / "k1.json"))[0][-1, 2] == pytest.approx(best, abs=2e-6)
     about["config"]["dropout"] = 0.3
     (second / "run.json").write_text(json.dumps(about))
-    for runs, why in (((first, second), "other settings"), ((first, first), "1 different runs")):
+    third, fourth = (shutil.copytree(f, tmp_path / n) for f, n in ((first, "third"), (second, "fourth")))
+    pool.main(["--mixed", "2", str(tmp_path / "mixed.json"), *map(str, (first, second, third, fourth))])
+    assert [len(rows) for rows in plot.curves_in(str(tmp_path / "mixed.json"))] == [8, 8]
+    for argv, why in (([first, second], "second has other settings or data than .*first"),
+                      ([first, first], "1 different runs"),
+                      (["--mixed", first, second, fourth, third], "fourth has other settings or data than .*first")):
         with pytest.raises(SystemExit, match=why):
-            pool.main(["2", str(tmp_path / "x.json"), *map(str, runs)])
+            pool.main(["2", str(tmp_path / "x.json"), *map(str, argv)])
     assert not (tmp_path / "x.json").exists()
 
 
@@ -481,7 +486,7 @@ def test_bad_average(argv, message, copied, logs, monkeypatch, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# --teacher
+# pool
 
 @pytest.fixture
 def trained(corpus, logs):
@@ -491,6 +496,78 @@ def trained(corpus, logs):
         return logs / name, json.loads((logs / name / "result.json").read_text())
     return made
 
+
+def pooled(capsys, *argv):
+    assert q0.main(["pool", *map(str, argv)]) == 0, capsys.readouterr().err
+    return capsys.readouterr().out
+
+
+def test_pooled_runs_are_one_population(trained, corpus, logs, capsys):
+    """Members, hashes and predictions of a chain and of q0; one prior over all; every command takes the pool, and a pool
+    of pools has the members of all."""
+    chain, q0_run, other = (trained(name, "--seed", i, *argv)[0] for i, (name, argv) in enumerate((
+        ("chain", ["--population", "chain", "--cycles", "2"]), ("q0", ["--cycles", "4"]), ("other", ["--cycles", "3"]))))
+    out = pooled(capsys, "chain", q0_run, "--name", "both")
+    result, both = json.loads((logs / "both/result.json").read_text()), predictions_of(logs / "both")
+    assert [c["member"] for c in result["curve"]] == [*range(6)] and list(result["pool_of"]) == [str(chain), str(q0_run)]
+    assert [c["run"] for c in result["curve"]] == [str(chain)] * 2 + [str(q0_run)] * 4
+    for i, (source, own) in enumerate([(chain, 0), (chain, 1), *((q0_run, j) for j in range(4))]):
+        mine, theirs = both[i], predictions_of(source)[own]
+        assert all(np.array_equal(mine[s], theirs[s]) for s in ("heldout", "val"))
+        for name, p in weights_of(logs / "both", i).items():
+            assert torch.equal(p, weights_of(source, own)[name])
+    heldout, scored = (np.stack([p[s] for p in both]) for s in ("heldout", "val"))
+    assert result["final_val_loss"] == pytest.approx(q0.mixture_loss(scored, q0.fit_prior(heldout)[0]), abs=1e-6)
+    first = q0.mixture_loss(scored[:2], q0.fit_prior(heldout[:2])[0])
+    assert f"run:chain members:2 learned_val_loss:{first:.5f} pooled_val_loss:{first:.5f}" in out
+    rows = rows_of(evaluated(capsys, "both", "--data", corpus / "val.bin"))  # members read again, their hashes checked
+    learned = [loss for name, (loss, *_) in rows.items() if name.startswith("learned")]
+    assert learned == [pytest.approx(result["final_val_loss"], abs=1e-5)]
+    assert q0.main(["average", "both"]) == 2
+    assert "both is a pool: average the runs it was made of" in capsys.readouterr().err
+    assert q0.main(["--resume", "both"]) == 0 and "both is complete" in capsys.readouterr().out
+    trained("student", "--population", "single", "--teacher", "both")
+    pooled(capsys, "both", "other", "--name", "all")
+    assert json.loads((logs / "all/result.json").read_text())["members"] == 9
+    assert q0.main(["pool", "both", "chain"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(r"chain brings the members of \S+chain a second time", err), err
+    (q0_run / "members/3/model.safetensors").unlink()  # a pool holds its members by itself
+    assert q0.load_population("both").member(5)
+    assert not (logs / "both_pool").exists() and not list(logs.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("kind, message", [
+    ("other split", "b differs from .*a in data, seq_len"), ("other length", "b differs from .*a in data, seq_len"),
+    ("other text", "b differs from .*a in data, seq_len"), ("unfinished", "b is not complete: go on with it"),
+    ("damaged", "predictions .*b/predictions/1.safetensors .* damaged"), ("no settings", "b/result.json is missing or damaged"),
+    ("taken", "b exists: give another --name"), ("torchrun", "pool needs no torchrun")])
+def test_bad_pool(kind, message, trained, logs, monkeypatch, capsys):
+    shape = ["--layers", "1", "--cycles", "2"]
+    trained("a", *shape)
+    argv = {"other split": ["--report", "dev"], "other length": ["--seq-len", "64", "--micro-batch", "8"]}.get(kind, [])
+    trained("b", *shape, "--seed", 1, *argv)
+    path = logs / "b/result.json"
+    about = json.loads(path.read_text())
+    if kind == "unfinished":
+        path.unlink()
+    if kind == "other text":
+        path.write_text(json.dumps({**about, "data": {**about["data"], "heldout.bin": "0" * 64}}))
+    if kind == "no settings":
+        path.write_text(json.dumps({k: v for k, v in about.items() if k != "config"}))
+    if kind == "damaged":
+        file = logs / "b/predictions/1.safetensors"
+        file.write_bytes(file.read_bytes()[:-4])
+    if kind == "torchrun":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    assert q0.main(["pool", "a", "b", *(["--name", "b"] if kind == "taken" else [])]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and re.search(message, err), err
+    assert sorted(f.name for f in logs.iterdir()) == ["a", "b"]  # nothing half-written
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# --teacher
 
 def test_population_teaches_one_model(run, trained, corpus, logs, monkeypatch, capsys):
     """The loss of every step is that of the mixture, from the first cycle on; FLOPs count every teacher; the student is
