@@ -44,6 +44,7 @@ try:
     import triton.language as tl
 except ImportError:  # CPU builds of torch come without it
     triton = None
+INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # asked inside a compiled step it breaks the graph
 
 ROOT = Path(__file__).resolve().parent
 LOGS = ROOT / "logs"
@@ -612,7 +613,8 @@ def choose_attention(cfg, device):
     for name in attention_names(cfg, device.type):
         try:
             attend = ATTENTION[name](cfg, device)
-            check_attention(attend, cfg, device)
+            # flex compiles itself; others run inside the compiled model, where a foreign kernel may fail by itself
+            check_attention(torch.compile(attend) if cfg.compile and name == "flash3" else attend, cfg, device)
             return name, attend
         except Exception as e:  # a kernel that does not fit the machine may fail in any way
             problem = f"attention kernel {name} does not work: {type(e).__name__}: {' '.join(str(e).split())[:150]}"
@@ -751,7 +753,7 @@ def use_triton(device_type):
     """Whether tensors there go through the Triton kernels: on a GPU, or on a CPU under Triton's interpreter (tests)."""
     if triton is None and device_type == "cuda":  # never silently
         print("notice: triton is not installed, so loss and Muon are slower: pip install triton", file=sys.stderr)
-    return triton is not None and (device_type == "cuda" or triton.knobs.runtime.interpret)
+    return triton is not None and (device_type == "cuda" or INTERPRETED)
 
 if triton is not None:
     @triton.jit
@@ -767,6 +769,7 @@ if triton is not None:
         z += row * width
         teacher += row * width
         target, cold = tl.maximum(tl.load(targets + row), 0), 1 / T  # an ignored row has scale 0
+        x_target = tl.load(z + target).to(tl.float32)  # here, because below other threads may overwrite it
         top, top_p = float("-inf"), float("-inf")  # running maxima; the sums below are relative to them
         sum_1 = tl.zeros([BLOCK], tl.float32)  # of exp(x): q
         sum_T, sum_p, dot = sum_1, sum_1, sum_1  # of exp(x / T): q^(T); of exp(y / T): p; of p (y - x) / T
@@ -785,7 +788,7 @@ if triton is not None:
                 top_p = new_p
             top = new
         log_1 = top + tl.log(tl.sum(sum_1, 0))
-        ce = log_1 - softcap * (2 * tl.sigmoid(tl.load(z + target).to(tl.float32) * (2 / softcap)) - 1)
+        ce = log_1 - softcap * (2 * tl.sigmoid(x_target * (2 / softcap)) - 1)
         loss, log_T, log_p = ce, log_1, log_1
         if TEACHER:
             log_T, log_p = top * cold + tl.log(tl.sum(sum_T, 0)), top_p * cold + tl.log(tl.sum(sum_p, 0))
@@ -917,7 +920,7 @@ def rows_probs(z, V, target, softcap):
         out = torch.empty(len(z), 2, device=z.device)
         loss_kernel[len(z),](z, z, target, z, out, V, z.size(1), softcap, 0.0, 1.0, TEACHER=False, GRAD=False,
                              BLOCK=LOSS_BLOCK, num_warps=8)
-        return out[:, 1].neg().exp_()
+        return out[:, 1].clamp_(min=0).neg_().exp_()  # fused multiply-adds may leave it below 0 by 5e-7
     return torch.log_softmax(soft_capped(z, softcap), dim=-1).gather(1, target[:, None]).squeeze(1).exp()
 
 @torch.no_grad()
@@ -980,7 +983,7 @@ def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
     out, blocks = X.new_empty(n, r, r), triton.cdiv(r, tile["BLOCK"])
     symmetric_kernel[blocks * (blocks + 1) // 2, n](
         X, X if add is None else add.contiguous(), out, r, k, *X.stride(), alpha, beta, ADD=add is not None,
-        WIDEN=triton.knobs.runtime.interpret, **tile)
+        WIDEN=INTERPRETED, **tile)
     return out
 
 def orthogonalize(G, dtype):
@@ -1058,12 +1061,13 @@ class Optimizer:
         return F.pad(units, (0, 0) * len(unit) + (0, missing)) if missing else units
 
     def state(self):
-        """{"first.NAME", "second.NAME": moments of a parameter, ...}: the same for any number of ranks."""
-        found = {"steps": self.steps, "skipped": self.skipped}
+        """{"first.NAME", "second.NAME": moments of a parameter, ...}, the same for any number of ranks, for the leader;
+        {} for the others, who send him theirs: all ranks' copies might be more than the memory of a machine."""
+        found = {"steps": self.steps, "skipped": self.skipped} if self.world.leader else {}
         for names, _, counts, *_, moments in self.groups:
             for kind, units in moments.items():
                 whole = self.world.all_gather(units)()[:sum(counts)].split(counts)  # without the padding
-                found.update({f"{kind}.{name}": x.cpu() for name, x in zip(names, whole)})
+                found.update({f"{kind}.{name}": x.cpu() for name, x in zip(names, whole)} if self.world.leader else {})
         return found
 
     def load(self, found):
@@ -1584,6 +1588,7 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
     kernels = {"attention": name, "triton": use_triton(world.device.type), "compiled": cfg.compile}
     ranks = {"device": world.device.type, "processes": world.size * world.groups}
     if cfg.compile:
+        torch._dynamo.config.recompile_limit = 32  # `updated` has a version for each shape, the preset q0 11 of them
         warm_up(cfg, raw, model, taught_by, evaluated, world)
     if not saved:
         log.event("kernels", **kernels, ready=f"{time.perf_counter() - started:.1f}s")
@@ -1608,10 +1613,12 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
         def save():
             nonlocal saved_at
             if (at.step, at.done) != saved_at:
-                tensors = {} if at.done else {**{f"model.{n}": p.detach().cpu() for n, p in raw.named_parameters()},
-                                              **{f"mean.{n}": p.cpu() for n, p in mean.items()}, **optimizer.state()}
+                tensors = {} if at.done else optimizer.state()
                 at.log, at.kernels, saved_at = log.position(), kernels | ranks, (at.step, at.done)
                 if world.leader:
+                    if not at.done:
+                        tensors |= {f"model.{n}": p.detach().cpu() for n, p in raw.named_parameters()}
+                        tensors |= {f"mean.{n}": p.cpu() for n, p in mean.items()}
                     save_state(folder / "state", at, identity, tensors)
                     # a state inside a cycle is taught by the newest member, the state before it by the one before
                     for old in at.curve[:-max(cfg.keep_members or len(at.curve), 1 if at.done else 2)]:
@@ -1632,6 +1639,7 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
             elif cycle.index == 0 or cfg.boundary == "fresh":
                 raw.init_weights(cfg.seed, j, cycle.index)
                 optimizer = Optimizer(raw, cfg, world)
+                optimizer.skipped += at.skipped
             elif cfg.boundary == "perturb":
                 noise = noise_scale(cycle.index, cfg.cycles, cfg.noise_first, cfg.noise_last)
                 perturb(raw, noise, cfg.seed, j, cycle.index)
@@ -1644,12 +1652,13 @@ def train(cfg, corpus, world, folder, log, saved=None, population=None):
                 alive(cfg)
                 lr_mult = lr_multiplier(s, cycle.steps, cfg.lr_floor)
                 wd_mult = wd_multiplier(lr_mult, cfg.lr_floor, cfg.wd_start, cfg.wd_end)
-                batch = corpus.batch(cfg.seed, j, at.sequences, cycle.rows)
+                batch = torch.from_numpy(corpus.batch(cfg.seed, j, at.sequences, cycle.rows))
+                if world.device.type == "cuda":  # a copy for which the host does not wait
+                    batch = batch.pin_memory().to(world.device, non_blocking=True)
                 loss_sum = torch.zeros((), device=world.device)
                 for m in range(world.rank, micro_batches, world.size):
                     torch.manual_seed(seed_of("dropout", cfg.seed, j, at.step, m))
-                    tokens = torch.from_numpy(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch]).to(world.device)
-                    loss, ce = training_loss(model, teacher, cfg, tokens)
+                    loss, ce = training_loss(model, teacher, cfg, batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch])
                     (loss / micro_batches).backward()
                     loss_sum += ce / micro_batches
                     trouble = torch.where(loss.isfinite(), trouble, trouble.clamp(max=at.step * micro_batches + m))

@@ -316,6 +316,13 @@ def test_skip_not_finite(base, argv, logs):
     assert all(np.isfinite(p).all() for f in (logs / "x/predictions").iterdir() for p in load_file(f).values())
 
 
+def test_skipped_updates_of_earlier_cycles(argv, logs):
+    """A fresh start has a new optimizer; the count goes on, and what one cycle left out is not told again in the next."""
+    Fork(logs, *argv, "--boundary", "fresh", "--log-every", "1", "--skip-nonfinite", plant=poison(12, "nan loss", 0)).good()
+    skipped = [m for m in metrics_of(logs / "x") if m["event"] == "skipped"]
+    assert [m["updates"] for m in skipped] == [1] and result_of(logs / "x")["skipped_updates"] == 1
+
+
 def test_not_finite_and_saved_before_it_is_noticed(argv, logs):
     """The state of a step between the fault and the logged line knows of it: the run that goes on counts it."""
     fork = Fork(logs, *argv, *EVERY_STEP, "--log-every", "5", plant=poison(12, "nan loss"))

@@ -3,6 +3,7 @@
 The tests of TestOnDevice run where the kernels do: here on a GPU if there is one; and always in a process of their own
 under Triton's interpreter, through the very dispatch that a GPU takes."""
 import json
+import math
 import os
 import re
 import subprocess
@@ -230,6 +231,39 @@ assert hidden.grad.any() and q.orthogonalize(torch.randn(1, 256, 256), torch.bfl
     done = subprocess.run([sys.executable, "-B", "-c", program], env={**bare, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+@outside
+def test_probability_of_a_certain_token_is_not_above_one(monkeypatch):
+    """A GPU fuses multiplications and additions, so the cross-entropy of a certain token may come out as -5e-7."""
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda z, teacher, target, scales, out, *rest, **options: out.copy_(torch.tensor([[0, -5e-7], [0, 1]]))
+
+    monkeypatch.setattr(q, "use_triton", lambda device: True)
+    monkeypatch.setattr(q, "loss_kernel", Kernel())
+    p = q.rows_probs(torch.zeros(2, 8), 8, torch.tensor([0, 1]), CAP)
+    assert p.tolist() == pytest.approx([1, math.exp(-1)]) and p.max() <= 1
+
+
+@outside
+@pytest.mark.parametrize("shape", [(2, 256, 512), (2, 512, 256)])
+def test_muon_with_its_kernel_is_one_graph(shape, monkeypatch):
+    """Traced as on a GPU, without a graph break: both products of the five iterations are calls of the kernel."""
+    import torch.utils._triton
+    monkeypatch.setattr(torch.utils._triton, "has_triton", lambda: True)
+    monkeypatch.setattr(q, "use_triton", lambda device: True)
+    graphs, one = [], torch.tensor(1.0)
+
+    def traced(graph, inputs):
+        graphs.append([str(node.target) for node in graph.graph.nodes])
+        return lambda *args: [torch.zeros(shape)]
+
+    compiled = torch.compile(q.updated, backend=traced, dynamic=False, fullgraph=True)
+    second = torch.zeros(shape[0], *((shape[1], 1) if shape[1] >= shape[2] else (1, shape[2])))
+    compiled(torch.ones(shape), torch.ones(shape), torch.zeros(shape), second, one, one, one, torch.tensor(True), one,
+             ("muon", 0.95, torch.bfloat16))
+    assert len(graphs) == 1 and sum("triton" in name for name in graphs[0]) == 10
 
 
 @outside

@@ -445,6 +445,15 @@ def test_choice_of_an_attention_kernel(monkeypatch, capsys):
     with pytest.raises(q.UserError, match="sdpa does not work"):
         q.choose_attention(cfg, gpu)
 
+    def fails_inside(attend):
+        raise ImportError("no fake backward")
+
+    made |= {"flash3": lambda *a: q.sdpa_attention, "flex": lambda *a: q.sdpa_attention}
+    monkeypatch.setattr(torch, "compile", fails_inside)  # a foreign kernel is checked as it will run
+    assert q.choose_attention(cfg, gpu)[0] == "flash3"
+    assert q.choose_attention(dataclasses.replace(cfg, compile=True), gpu)[0] == "flex"
+    assert "flash3 does not work: ImportError: no fake backward" in capsys.readouterr().err
+
 
 def test_flash_attention_3_is_never_downloaded(monkeypatch):
     """Its package sees HF_HUB_OFFLINE before it is imported, gets a pinned version, and the windows are right."""
