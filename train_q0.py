@@ -177,17 +177,22 @@ digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()
 members_of = lambda epochs, preset: min(epochs, max(2, epochs // (8 if preset == "tiny" else 16)))  # saturate at 16
 one = lambda *_: 1
 
+def several(epochs, preset):
+    """The recipe, q0's trajectories: one for every whole 32 epochs (larger models: one). Measured at 32, 64 and 128
+    epochs (records/tuning/2026-11-26_equal_effort.md); beyond, it extrapolates."""
+    return max(1, epochs // 32) if preset == "tiny" else 1
+
 def plan(epochs, preset):
-    """The recipe: cycles of q0's one trajectory, 4 epochs each (larger models: 2, as published); one below 6 epochs.
-    Searched for 1 to 32 epochs (records/tuning/2026-11-26_longer_cycles.md); beyond, it extrapolates."""
+    """The recipe, cycles of a trajectory: 4 epochs each (larger models: 2, as published); one below 6 epochs. Searched
+    for 1 to 32 epochs (records/tuning/2026-11-26_longer_cycles.md)."""
     return 1 if epochs < 6 else max(2, epochs // (4 if preset == "tiny" else 2))
 
 POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's start; weight of the teacher
     "single":    dict(trajectories=one, cycles=one, boundary="fresh", distill_weight=0.0),
     "ensemble":  dict(trajectories=members_of, cycles=one, boundary="fresh", distill_weight=0.0),
     "chain":     dict(trajectories=one, cycles=members_of, boundary="fresh", distill_weight=0.45),
-    "snapshots": dict(trajectories=one, cycles=plan, boundary="continue", distill_weight=0.0),
-    "q0":        dict(trajectories=one, cycles=plan, boundary="perturb", distill_weight=0.45)}
+    "snapshots": dict(trajectories=several, cycles=plan, boundary="continue", distill_weight=0.0),
+    "q0":        dict(trajectories=several, cycles=plan, boundary="perturb", distill_weight=0.45)}
 
 def resolve(cfg):
     """Fill every None of `cfg`. Returns (Config, {field: reason}). Raises UserError where settings contradict."""
@@ -196,12 +201,16 @@ def resolve(cfg):
         if getattr(cfg, name) in (None, "auto") and name not in new:
             new[name], why[name] = value, reason
         return new.get(name, getattr(cfg, name))
-    per, known = cfg.epochs_per_cycle, (cfg.trajectories or 1) * (cfg.cycles or 1)
-    bought = max(1, cfg.epochs // (known * per)) if per else None
+    per, J, C = cfg.epochs_per_cycle, cfg.trajectories or 1, cfg.cycles or 1
     many = "trajectories" if cfg.population == "ensemble" else "cycles"
-    J, C = (derive(name, bought if per and name == many else row[name](max(1, cfg.epochs // known), cfg.preset),
-                   f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
-            for name in ("trajectories", "cycles"))
+    def count(name):
+        """Trajectories or cycles; what is known of the other is paid for already."""
+        left = max(1, cfg.epochs // (J * C))
+        most, wanted = left // per if per else left, row[name](left, cfg.preset)
+        return derive(name, max(1, most if per and name == many else min(wanted, most)), f"population {cfg.population}, "
+                      f"{cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
+    J = count("trajectories")
+    C = count("cycles")
     cost, asked = J * C * (per or 1), f"{J} trajectories x {C} cycles x {per or 1} epochs"
     if cost > cfg.epochs:
         raise UserError(f"--epochs {cfg.epochs} does not pay for {asked}: give --epochs {cost} or fewer cycles")

@@ -152,19 +152,30 @@ def test_steps_of_a_cycle(epochs, c, C, tokens, steps):
     ("single", lambda E: (1, 1), "fresh", 0, None),
     ("ensemble", lambda E: (min(E, max(2, E // 8)), 1), "fresh", 0, None),
     ("chain", lambda E: (1, min(E, max(2, E // 8))), "fresh", 0.45, lambda each: 1),
-    ("snapshots", lambda E: (1, 1 if E < 6 else max(2, E // 4)), "continue", 0, None),
-    ("q0", lambda E: (1, 1 if E < 6 else max(2, E // 4)), "perturb", 0.45, lambda each: -(-8 // each))])
+    ("snapshots", lambda E: (1, 1 if E < 6 else max(2, E // 4)) if E < 64 else (E // 32, E // (E // 32) // 4),
+     "continue", 0, None),
+    ("q0", lambda E: (1, 1 if E < 6 else max(2, E // 4)) if E < 64 else (E // 32, E // (E // 32) // 4),
+     "perturb", 0.45, lambda each: -(-8 // each))])
 def test_populations(population, members, boundary, weight, after):
-    for E in range(1, 101):
+    for E in range(1, 140):
         cfg = resolved(population=population, epochs=E)
         assert (cfg.trajectories, cfg.cycles) == members(E)
         assert cfg.boundary == boundary and cfg.distill_weight == weight
         assert cfg.average == (0.25 if boundary == "fresh" and cfg.epochs_per_cycle > 5 else 0)
         if after:
             assert cfg.distill_after == after(cfg.epochs_per_cycle)
-        if population in ("q0", "snapshots") and E >= 12:
+        if population in ("q0", "snapshots") and 12 <= E < 64:
             rest = [4 + (c < E % 4) for c in range(E // 4)]  # epochs that are left over lengthen the first cycles
             assert [c.epochs for c in q.plan_cycles(cfg, 10_000)[0]] == rest
+
+
+def test_trajectories_leave_room_for_what_is_given():
+    """One for every 32 epochs of the budget that given cycles, or their length, do not take up."""
+    shape = lambda **changes: (lambda c: (c.trajectories, c.cycles, c.epochs_per_cycle))(resolved(**changes))
+    assert shape(epochs=64) == (2, 8, 4) and shape(epochs=128) == (4, 8, 4) and shape(epochs=63) == (1, 15, 4)
+    assert shape(epochs=64, cycles=16) == (1, 16, 4) and shape(epochs=64, trajectories=1) == (1, 16, 4)
+    assert shape(epochs=64, epochs_per_cycle=2) == (2, 16, 2) and shape(epochs=64, epochs_per_cycle=40) == (1, 1, 40)
+    assert shape(epochs=128, trajectories=2) == (2, 16, 4) and shape(epochs=256, cycles=2) == (4, 2, 32)
 
 
 @pytest.mark.parametrize("preset", ["small", "q0"])
@@ -182,7 +193,7 @@ def test_a_full_scale_chain_is_distilled_from_its_second_member():
 
 
 @settings(max_examples=200, deadline=None)
-@given(population=strategies.sampled_from(sorted(q.POPULATIONS)), epochs=strategies.integers(1, 40),
+@given(population=strategies.sampled_from(sorted(q.POPULATIONS)), epochs=strategies.integers(1, 140),
        **dict.fromkeys(("trajectories", "cycles", "epochs_per_cycle"), strategies.none() | strategies.integers(1, 6)))
 def test_epochs_sum_to_the_budget(population, epochs, trajectories, cycles, epochs_per_cycle):
     least = (trajectories or 1) * (cycles or 1) * (epochs_per_cycle or 1)
