@@ -71,13 +71,13 @@ def knob(default, why, **rule):
 @dataclass(frozen=True)
 class Config:
     """Every setting of a run; defaults are the preset `tiny`. None means derived by `resolve`, which says why."""
-    preset: str = knob("tiny", "row of PRESETS", choices=("tiny", "small", "q0"))
+    preset: str = knob("tiny", "settings and data; on a GPU the default is q0", choices=("tiny", "small", "q0"))
     # population (epochs are the budget: the sum over all cycles of all trajectories)
-    population: str = knob("q0", "row of POPULATIONS", choices=("q0", "snapshots", "chain", "ensemble", "single"))
+    population: str = knob("q0", "kind of population", choices=("q0", "snapshots", "chain", "ensemble", "single"))
     epochs: int = knob(16, "epochs over the training text, all members together", low=1)
     trajectories: int | None = knob(None, "independent training runs; they differ by seed alone", low=1)
     cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
-    epochs_per_cycle: int | None = knob(None, "sets how many cycles the budget buys; a rest lengthens the first", low=1)
+    epochs_per_cycle: int | None = knob(None, "sets how many cycles the budget buys; a rest goes to the first", low=1)
     boundary: str | None = knob(None, "weights at a cycle's start", choices=("perturb", "continue", "fresh"))
     average: float | None = knob(None, "share of a cycle, its end, over which a member is averaged", low=0, high=1)
     distill_weight: float | None = knob(None, "weight a of the teacher in the loss", low=0, high=1)
@@ -207,8 +207,8 @@ def resolve(cfg):
         """Trajectories or cycles; what is known of the other is paid for already."""
         left = max(1, cfg.epochs // (J * C))
         most, wanted = left // per if per else left, row[name](left, cfg.preset)
-        return derive(name, max(1, most if per and name == many else min(wanted, most)), f"population {cfg.population}, "
-                      f"{cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
+        return derive(name, max(1, most if per and name == many else min(wanted, most)),
+                      f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
     J = count("trajectories")
     C = count("cycles")
     cost, asked = J * C * (per or 1), f"{J} trajectories x {C} cycles x {per or 1} epochs"
@@ -233,7 +233,7 @@ def resolve(cfg):
            "1.2 for fresh starts of 6 to 8 epochs, 0.53 for q0 and snapshots from 32 on, else 0.8")
     for name, value in (("wd_start", 1.2 if short else 0.7), ("wd_end", 1.2 * cfg.lr_floor if short else 1.0)):
         derive(name, value, "proportional to lr in cycles of up to 8 epochs, else as published")
-    derive("dropout", 0.1 * (late or fresh and each >= 16), "0.1 for fresh starts of 16 epochs, q0, snapshots of 32")
+    derive("dropout", 0.1 * (late or fresh and each >= 16), "0.1 for fresh starts of 16+ epochs, q0, snapshots of 32+")
     derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
     derive("short_window", cfg.seq_len // 2, "half of --seq-len")
     derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
@@ -1779,7 +1779,8 @@ def parse_config(argv, **extra):
              **{of.__name__: dict(type=of, metavar=of.__name__.upper()) for of in (int, float, str)}}
     for f in fields(Config):
         shown = "derived" if f.default is None else f.default
-        p.add_argument(flag(f.name), help=f"{f.metadata['why']} [{shown}]", **kinds[f.type.split(" ")[0]])
+        of = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
+        p.add_argument(flag(f.name), help=f"{f.metadata['why']}{of} [{shown}]", **kinds[f.type.split(" ")[0]])
     known, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, vars(known)), 1)

@@ -21,7 +21,7 @@ def parser_of(command):
     """Parser with the arguments that the commands share."""
     parser = q.Parser(prog=f"train_q0.py {command.__name__}", description=command.__doc__)
     parser.add_argument("run", help="name of a run under logs/, or its folder")
-    parser.add_argument("--k", type=int, help="mix the members of largest weight only [all that have weight]")
+    parser.add_argument("--k", type=int, help="mix the best K members only, found by pruning [all that have weight]")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="[the GPU where there is one]")
     return parser
 
