@@ -174,7 +174,7 @@ PRESETS = {
 
 flag = lambda name: "--" + name.replace("_", "-")
 digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-members_of = lambda epochs, preset: min(epochs, max(2, epochs // (8 if preset == "tiny" else 16)))  # where one saturates
+members_of = lambda epochs, preset: min(epochs, max(2, epochs // (8 if preset == "tiny" else 16)))  # saturated
 one = lambda *_: 1
 
 def several(epochs, preset):
