@@ -63,200 +63,284 @@ def reading(what, advice=""):
         reason = getattr(e, "strerror", None) or f"{type(e).__name__}: " * (not isinstance(e, UserError)) + str(e)
         raise UserError(f"{what} is missing or damaged: {' '.join(reason.split())[:200]}{advice}") from None
 
-# Config: a knob is one line here; its flag, its check and its help text are made from that line -----------------------
-def knob(default, why, **rule):
-    """A Config field. `rule` may hold low, high (inclusive bounds) and choices."""
-    return field(default=default, metadata={"why": why, **rule})
+# Config: a knob is one line here; its flag, its check and its help text are made from that line ---
+# What nobody ablates has no flag: the log of a run holds the script that ran.
+ROTARY_BASE = 10_000
+MOMENTUM = 0.95  # Muon's, Nesterov
+LR_RESID = 0.00025  # peak lr of residual and skip scalars
+LR_X0 = 0.025  # peak lr of x0 scalars
+LR_MIXING = 0.02  # peak lr of head mixing and smear
+COMPILE_EPOCHS = 22  # on a CPU torch.compile pays from this budget on
+LAUNCH_BOUND = 150e6  # parameters in the blocks: a GPU waits for the launches of smaller models
+
+def knob(default, why, low=0, high=1e37, choices=""):
+    """A Config field: its default, what it is, inclusive bounds of a number, the words allowed."""
+    rule = dict(why=why, low=low, high=high, choices=choices.split())
+    return field(default=default, metadata=rule)
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run; defaults are the preset `tiny`. None means derived by `resolve`, which says why."""
-    preset: str = knob("tiny", "settings and data; on a GPU the default is q0", choices=("tiny", "small", "q0"))
-    # population (epochs are the budget: the sum over all cycles of all trajectories)
-    population: str = knob("q0", "kind of population", choices=("q0", "snapshots", "chain", "ensemble", "single"))
-    epochs: int = knob(16, "epochs over the training text, all members together", low=1)
-    trajectories: int | None = knob(None, "independent training runs; they differ by seed alone", low=1)
+    """Every setting of a run, by default of the preset `tiny`. None and "auto": see `resolve`."""
+    preset: str = knob("tiny", "settings and data; on a GPU q0", choices="tiny small q0")
+    population: str = knob("q0", "kind of population", choices="q0 snapshots chain ensemble single")
+    epochs: int = knob(16, "budget: epochs over the training text, all members together", low=1)
+    trajectories: int | None = knob(None, "independent runs; they differ by seed alone", low=1)
     cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
-    epochs_per_cycle: int | None = knob(None, "sets how many cycles the budget buys; a rest goes to the first", low=1)
-    boundary: str | None = knob(None, "weights at a cycle's start", choices=("perturb", "continue", "fresh"))
-    average: float | None = knob(None, "share of a cycle, its end, over which a member is averaged", low=0, high=1)
-    distill_weight: float | None = knob(None, "weight a of the teacher in the loss", low=0, high=1)
-    distill_after: int | None = knob(None, "cycles of a trajectory before distillation starts", low=1)
-    distill_temperature: float = knob(1.2, "temperature of teacher and student in the KL term", low=0.01)
-    teacher: str | None = knob(None, "a run whose whole population teaches, from the first cycle on, with its prior")
-    teacher_k: int | None = knob(None, "best members of --teacher that teach; None: all that have weight", low=1)
-    noise_first: float = knob(0.25, "noise at the first boundary, in standard deviations of the tensor", low=0)
-    noise_last: float = knob(0.05, "noise at the last boundary", low=0)
-    seed: int = knob(0, "initial weights, data order, dropout and noise follow from it", low=0)
+    epochs_per_cycle: int | None = knob(
+        None, "sets how many cycles the budget buys; a rest goes to the first", low=1)
+    boundary: str | None = knob(
+        None, "weights at a cycle's start", choices="perturb continue fresh")
+    average: float | None = knob(
+        None, "share of a cycle, its end, over which a member is averaged", high=1)
+    distill_weight: float | None = knob(None, "weight a of the teacher in the loss", high=1)
+    distill_after: int | None = knob(
+        None, "cycles of a trajectory before distillation starts", low=1)
+    distill_temperature: float = knob(
+        1.2, "temperature of teacher and student in the KL term", low=0.01)
+    teacher: str | None = knob(
+        None, "a run whose whole population teaches, with its prior, from the first cycle on")
+    teacher_k: int | None = knob(
+        None, "best members of --teacher that teach; None: all that have weight", low=1)
+    noise_first: float = knob(
+        0.25, "noise at the first boundary, in standard deviations of the tensor")
+    noise_last: float = knob(0.05, "noise at the last boundary")
+    seed: int = knob(0, "initial weights, order, dropout and noise follow from it")
     # data
     data: str = knob("data/wiki", "folder of token shards with a manifest.json")
-    train_tokens: int = knob(150_000, "whole training documents up to about this many tokens; 0: all of them", low=0)
+    train_tokens: int = knob(
+        150_000, "whole training documents up to about this many tokens; 0: all of them")
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
-    batch_tokens: int = knob(2048, "tokens per optimizer step in the middle half of the cycles", low=1)
-    edge_batch_tokens: int | None = knob(None, "tokens per step in the first and last quarter of the cycles", low=1)
+    batch_tokens: int = knob(2048, "tokens per step in the middle half of the cycles", low=1)
+    edge_batch_tokens: int | None = knob(
+        None, "tokens per step in the first and last quarter of the cycles", low=1)
     micro_batch: int = knob(8, "sequences per forward pass", low=1)
-    report: str = knob("val", "split to report on; choices between settings are made on dev", choices=("val", "dev"))
+    report: str = knob(
+        "val", "split to report on; choose between settings on dev", choices="val dev")
     # model
     layers: int = knob(4, "transformer blocks", low=1, high=1000)
     width: int = knob(128, "channels of the residual stream", low=32)
     head_dim: int = knob(64, "channels per attention head", low=16)
     mlp_hidden: int | None = knob(384, "channels inside the SwiGLU", low=1)
-    softcap: float = knob(15.0, "logits are softcap * tanh(z / softcap)", low=0.1)
-    rotary_base: float = knob(10_000.0, "base of the rotary frequencies", low=1)
-    dropout: float | None = knob(None, "on the output of both branches of a block", low=0, high=0.9)
-    windows: str = knob("L", "attention windows by layer, repeated: S short, L all; the last layer is L")
-    short_window: int | None = knob(None, "tokens that a short window spans, the own one included", low=1)
+    softcap: float = knob(15.0, "logits are softcap * tanh(z / softcap); 0: no cap", high=1000)
+    dropout: float | None = knob(None, "on the output of both branches of a block", high=0.9)
+    windows: str = knob(
+        "L", "attention windows by layer, repeated: S short, L all; the last layer is L")
+    short_window: int | None = knob(
+        None, "tokens that a short window spans, the own one included", low=1)
     unet: bool = knob(False, "learned skips from layer i to layer n-1-i")
-    x0_mix: bool = knob(False, "learned mix of the stream with the embedding before every block")
-    value_embeds: bool = knob(True, "gated projection of the embedding added to the values of every second layer")
+    x0_mix: bool = knob(False, "learned mix of stream and embedding before every block")
+    value_embeds: bool = knob(
+        True, "gated projection of the embedding added to the values of every second layer")
     attn_gates: bool = knob(False, "input-dependent output gate per attention head")
     head_mixing: bool = knob(False, "learned mixing of the heads of q, k and v")
     smear: bool = knob(True, "adds a learned share of the token before to each embedding")
-    induction: bool = knob(True, "half of the heads start out looking for what followed the same token")
-    loop_first: int = knob(0, "first looped layer", low=0)
-    loop_last: int = knob(0, "last looped layer", low=0)
+    induction: bool = knob(
+        True, "half of the heads start out looking for what followed the same token")
+    loop_first: int = knob(0, "first looped layer")
+    loop_last: int = knob(0, "last looped layer")
     loop_passes: int = knob(1, "how often the looped layers run in all", low=1, high=100)
-    mtp_weight: float = knob(0.0, "weight of the loss on the token after next; 0 builds no block for it", low=0)
+    mtp_weight: float = knob(
+        0.0, "weight of the loss on the token after next; 0 builds no block for it")
     # optimizer
-    lr_matrix: float | None = knob(None, "peak lr of Muon: every matrix inside the blocks", low=0, high=1e37)
-    lr_embed: float = knob(0.0375, "peak lr of the embedding", low=0, high=1e37)
-    lr_head: float = knob(0.02, "peak lr of the head", low=0, high=1e37)
-    lr_resid: float = knob(0.00025, "peak lr of residual and skip scalars", low=0, high=1e37)
-    lr_x0: float = knob(0.025, "peak lr of x0 scalars", low=0, high=1e37)
-    lr_mixing: float = knob(0.02, "peak lr of head mixing and smear", low=0, high=1e37)
-    weight_decay: float | None = knob(None, "of matrices, embedding, head; times lr and place in the cycle", low=0)
-    lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", low=0, high=1)
-    wd_start: float | None = knob(None, "decay multiplier at a cycle's start", low=0)
-    wd_end: float | None = knob(None, "decay multiplier at a cycle's end", low=0)
-    momentum: float = knob(0.95, "Nesterov momentum of Muon", low=0, high=0.999)
-    grad_clip: float = knob(1.0, "largest global gradient norm", low=0)
+    lr_matrix: float | None = knob(None, "peak lr of Muon: every matrix inside the blocks")
+    lr_embed: float = knob(0.0375, "peak lr of the embedding")
+    lr_head: float = knob(0.02, "peak lr of the head")
+    weight_decay: float | None = knob(
+        None, "of matrices, embedding, head; times lr and place in the cycle")
+    lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", high=1)
+    wd_start: float | None = knob(None, "decay multiplier at a cycle's start")
+    wd_end: float | None = knob(None, "decay multiplier at a cycle's end")
+    grad_clip: float = knob(1.0, "largest global gradient norm; 0: no clipping")
     # machine
-    device: str = knob("auto", "auto takes the GPU where there is one", choices=("auto", "cpu", "cuda"))
-    precision: str = knob("auto", "of matrix products; weights are float32", choices=("auto", "bfloat16", "float32"))
-    compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
-    attention: str = knob("auto", "auto: the fastest", choices=("auto", "flash3", "flex", "matmul", "sdpa", "plain"))
-    save_minutes: float = knob(10, "between saves of the state that --resume goes on from; also at cycle ends", low=0)
-    keep_members: int | None = knob(None, "newest members of a trajectory whose weights are kept; None: all", low=1)
-    hang_minutes: float = knob(15, "a step that takes longer ends the run and shows where it hangs; 0: never", low=0)
-    skip_nonfinite: bool = knob(False, "go on after a loss or gradient that is not finite; its update is left out")
+    device: str = knob("auto", "auto takes the GPU where there is one", choices="auto cpu cuda")
+    precision: str = knob(
+        "auto", "of matrix products; weights are float32", choices="auto bfloat16 float32")
+    compile: bool | None = knob(None, "torch.compile; derived: on a GPU, on a CPU for long runs")
+    graphs: bool | None = knob(
+        None, "replay CUDA graphs; derived: on for models that are launch bound, on a GPU")
+    recompute: bool = knob(
+        False, "recompute looped layers in the backward pass: less memory, more time")
+    attention: str = knob("auto", "auto: the fastest", choices="auto flash3 flex matmul sdpa plain")
+    save_minutes: float = knob(
+        10, "between saves of the state that --resume goes on from; also at cycle ends")
+    keep_members: int | None = knob(
+        None, "newest members of a trajectory whose weights are kept; None: all", low=1)
+    hang_minutes: float = knob(
+        15, "a step that takes longer ends the run and shows where it hangs; 0: never")
+    skip_nonfinite: bool = knob(
+        False, "go on after a loss or gradient that is not finite; its update is left out")
     log_every: int = knob(10, "steps between logged lines (each one waits for the device)", low=1)
 
     def __post_init__(self):
         for f in fields(self):
-            value, rule, name = getattr(self, f.name), f.metadata, flag(f.name)
-            if value is None:
-                continue
-            kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[f.type.split(" ")[0]]
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise UserError(f"{name} {value!r} is not of type {f.type}")
-            if value not in rule.get("choices", [value]):
-                raise UserError(f"{name} {value} is not one of: {', '.join(rule['choices'])}")
-            for bound, word, ok in (("low", "least", lambda x: value >= x), ("high", "most", lambda x: value <= x)):
-                if bound in rule and not ok(rule[bound]):  # so is NaN
-                    raise UserError(f"{name} {value} is out of range: at {word} {rule[bound]}")
+            value = getattr(self, f.name)
+            if value is not None:
+                check_value(f, value)
 
+GROUPS = {  # of --help: the first field of each
+    "preset": "population", "data": "data", "layers": "model", "lr_matrix": "optimizer",
+    "device": "machine"}
 # settings that may change when a run goes on: rounding may, the method does not
-MACHINE = "device compile attention log_every save_minutes keep_members hang_minutes skip_nonfinite".split()
+MACHINE = ("device compile graphs recompute attention save_minutes keep_members hang_minutes "
+           "skip_nonfinite log_every").split()
+
+def check_value(f, value):
+    """Raise UserError where `value` is not of the type, the choices or the range of field `f`."""
+    said = f"{flag(f.name)} {value}"
+    rule = f.metadata
+    kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[f.type.split(" ")[0]]
+    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+        raise UserError(f"{flag(f.name)} {value!r} is not of type {f.type}")
+    if rule["choices"] and value not in rule["choices"]:
+        raise UserError(f"{said} is not one of: {', '.join(rule['choices'])}")
+    if kind is not str and not rule["low"] <= value <= rule["high"]:  # NaN is in no range
+        raise UserError(f"{said} is out of range: {rule['low']} to {rule['high']:g}")
+
+def flag(name):
+    return "--" + name.replace("_", "-")
+
+def digest(value):
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 def method_settings(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
 
-PUBLISHED = dict(lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, wd_start=0.7, wd_end=1.0,
-                 dropout=0.1, average=0.0, smear=False, induction=False)  # of the 1.87B run
+PUBLISHED = dict(  # the 1.87B run, in batches of 524,288 tokens: lr x decay sum to 2.2 in a cycle
+    data="data/fineweb", train_tokens=0, mlp_hidden=None, lr_matrix=0.01, lr_head=0.0005,
+    weight_decay=1.3, wd_start=0.7, wd_end=1.0, dropout=0.1, average=0.0, smear=False,
+    induction=False)
 PRESETS = {
     "tiny": {},
-    "small": dict(PUBLISHED, data="data/fineweb", train_tokens=0, seq_len=1024, batch_tokens=131_072, micro_batch=16,
-                  layers=12, width=768, mlp_hidden=2048, value_embeds=False),
-    "q0": dict(PUBLISHED, epochs=64, data="data/fineweb", train_tokens=0, seq_len=2048, batch_tokens=524_288,
-               edge_batch_tokens=393_216, micro_batch=2, layers=30, width=2048, head_dim=128, mlp_hidden=None,
-               windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
-               loop_first=15, loop_last=24, loop_passes=5, mtp_weight=0.3)}
+    "small": dict(
+        PUBLISHED, seq_len=1024, batch_tokens=131_072, micro_batch=16, layers=12, width=768,
+        value_embeds=False,
+        weight_decay=0.325,  # a quarter: a cycle has four times the steps, and keeps its sum
+        lr_head=0.0013),  # as 1 / width, which no run has tested
+    "q0": dict(
+        PUBLISHED, epochs=64, seq_len=2048, batch_tokens=524_288, edge_batch_tokens=393_216,
+        micro_batch=2, layers=30, width=2048, head_dim=128, windows="SSSL", short_window=1025,
+        unet=True, x0_mix=True, attn_gates=True, head_mixing=True, loop_first=15, loop_last=24,
+        loop_passes=5, mtp_weight=0.3)}
 
-flag = lambda name: "--" + name.replace("_", "-")
-digest = lambda value: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-members_of = lambda epochs, preset: min(epochs, max(2, epochs // (8 if preset == "tiny" else 16)))  # saturated
-one = lambda *_: 1
+# Recipes, measured with `tiny` (records/tuning/2026-11-26_equal_effort.md); the others: published
+LENGTHS = {  # in epochs: a trajectory, a cycle, a member that starts afresh; before any teacher
+    "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
+    "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
+    "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
+COLUMNS = "lr_matrix", "weight_decay", "wd_start", "wd_end", "dropout", "average"
+AFRESH = {  # from so many epochs a member on; measured: up to 5, 8 and 16
+    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),  # decay falls with lr
+    6: (0.04, 1.2, 1.2, 0.096, 0.0, 0.25),
+    12: (0.04, 0.8, 0.7, 1.0, 0.1, 0.25)}  # decay rises while lr falls, as published
+RESTARTED = {  # from so many epochs in all on
+    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),
+    32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0)}
+POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
+    "single": ("fresh", 0.0, AFRESH),
+    "ensemble": ("fresh", 0.0, AFRESH),
+    "chain": ("fresh", 0.45, AFRESH),
+    "snapshots": ("continue", 0.0, RESTARTED),
+    "q0": ("perturb", 0.45, RESTARTED)}
 
-def several(epochs, preset):
-    """The recipe, q0's trajectories: one for every whole 32 epochs (larger models: one). Measured at 32, 64 and 128
-    epochs (records/tuning/2026-11-26_equal_effort.md); beyond, it extrapolates."""
-    return max(1, epochs // 32) if preset == "tiny" else 1
+def allocate(cfg):
+    """(trajectories, cycles) that the budget buys; where one is given, the other gets the rest."""
+    length = LENGTHS[cfg.preset]
+    per = cfg.epochs_per_cycle
+    left = max(1, cfg.epochs // ((cfg.trajectories or 1) * (cfg.cycles or 1)))
+    trajectories = 1
+    member = length["member"]
+    if cfg.population in ("q0", "snapshots"):
+        member = length["cycle"]
+        if not cfg.trajectories:
+            trajectories = max(1, left // max(length["trajectory"], per or 1))
+    each = left // trajectories
+    many = 1  # below 6 epochs two are worse
+    if per:
+        many = max(1, each // per)
+    elif each >= 6:
+        many = max(2, (each + (member - 1) // 2) // member)  # the nearest number
+    counts = {"single": (1, 1), "ensemble": (many, 1), "chain": (1, many)}
+    wanted = counts.get(cfg.population, (trajectories, many))
+    return cfg.trajectories or wanted[0], cfg.cycles or wanted[1]
 
-def plan(epochs, preset):
-    """The recipe, cycles of a trajectory: 4 epochs each (larger models: 2, as published); one below 6 epochs. Searched
-    for 1 to 32 epochs (records/tuning/2026-11-26_longer_cycles.md)."""
-    return 1 if epochs < 6 else max(2, epochs // (4 if preset == "tiny" else 2))
+def derive_budget(cfg):
+    J, C = allocate(cfg)
+    each = cfg.epochs // (J * C)
+    per = cfg.epochs_per_cycle or max(1, each)
+    others = C if cfg.population == "ensemble" else J  # per * others: what one more would cost
+    if each < per or (each > per and cfg.epochs - J * C * per >= per * others):
+        raise UserError(f"--epochs {cfg.epochs} is not {J} trajectories x {C} cycles x {per} "
+                        f"epochs: give --epochs {J * C * per} or leave one of them out")
+    reason = f"population {cfg.population}, {cfg.epochs} epochs"
+    yield "trajectories", J, reason
+    yield "cycles", C, reason
+    yield "epochs_per_cycle", each, "the budget shared evenly"
 
-POPULATIONS = {  # trajectories and cycles by epoch budget; weights at a cycle's start; weight of the teacher
-    "single":    dict(trajectories=one, cycles=one, boundary="fresh", distill_weight=0.0),
-    "ensemble":  dict(trajectories=members_of, cycles=one, boundary="fresh", distill_weight=0.0),
-    "chain":     dict(trajectories=one, cycles=members_of, boundary="fresh", distill_weight=0.45),
-    "snapshots": dict(trajectories=several, cycles=plan, boundary="continue", distill_weight=0.0),
-    "q0":        dict(trajectories=several, cycles=plan, boundary="perturb", distill_weight=0.45)}
+def derive_recipe(cfg):
+    boundary, weight, rows = POPULATIONS[cfg.population]
+    yield "boundary", boundary, f"population {cfg.population}"
+    yield "distill_weight", 0.45 if cfg.teacher else weight, "0.45 where anything teaches"
+    members = cfg.trajectories * cfg.cycles
+    untaught = LENGTHS[cfg.preset]["untaught"]
+    after = 1 if cfg.population == "chain" else max(1, round(untaught * members / cfg.epochs))
+    yield "distill_after", after, f"after {untaught} epochs; in a chain after one member"
+    each = cfg.epochs // members
+    epochs = each if rows is AFRESH else cfg.epochs
+    row = rows[max(n for n in rows if n <= epochs)]
+    for name, value in zip(COLUMNS, row):
+        yield name, value, f"{cfg.population}, {each} epochs a member, {cfg.epochs} in all"
 
-def resolve(cfg):
-    """Fill every None of `cfg`. Returns (Config, {field: reason}). Raises UserError where settings contradict."""
-    row, why, new = POPULATIONS[cfg.population], {}, {}
-    def derive(name, value, reason):
-        if getattr(cfg, name) in (None, "auto") and name not in new:
-            new[name], why[name] = value, reason
-        return new.get(name, getattr(cfg, name))
-    per, J, C = cfg.epochs_per_cycle, cfg.trajectories or 1, cfg.cycles or 1
-    many = "trajectories" if cfg.population == "ensemble" else "cycles"
-    def count(name):
-        """Trajectories or cycles; what is known of the other is paid for already."""
-        left = max(1, cfg.epochs // (J * C))
-        most, wanted = left // per if per else left, row[name](left, cfg.preset)
-        return derive(name, max(1, most if per and name == many else min(wanted, most)),
-                      f"population {cfg.population}, {cfg.epochs} epochs" + (f", {per} a cycle" if per else ""))
-    J = count("trajectories")
-    C = count("cycles")
-    cost, asked = J * C * (per or 1), f"{J} trajectories x {C} cycles x {per or 1} epochs"
-    if cost > cfg.epochs:
-        raise UserError(f"--epochs {cfg.epochs} does not pay for {asked}: give --epochs {cost} or fewer cycles")
-    if per and getattr(cfg, many) and cfg.epochs // (J * C) != per:
-        raise UserError(f"{asked} is not --epochs {cfg.epochs}: give --epochs {cost} or leave one of them out")
-    each = derive("epochs_per_cycle", cfg.epochs // (J * C), "the budget shared evenly")
-    fresh = derive("boundary", row["boundary"], f"population {cfg.population}") == "fresh"
-    once = fresh and each > 5  # members are trained once, and long enough for a mean of their weights to pay
-    derive("average", 0.25 * once, "0.25 in cycles of 6 epochs or more that start afresh")
-    weight = derive("distill_weight", row["distill_weight"] or 0.45 * bool(cfg.teacher), "0.45 where anything teaches")
-    if cfg.population == "chain":
-        derive("distill_after", 1, "each member of a chain is taught by the one before")
-    after = {"tiny": (math.ceil(8 / each), "after 8 epochs"), "q0": (8, "as published")}.get(
-        cfg.preset, (min(8, max(4, C // 4)), "min(8, max(4, cycles // 4))"))
-    derive("distill_after", after[0], after[1] if weight else "no distillation")
-    # lr, decay and dropout of `tiny`, tuned for every population: records/tuning/2026-11-26_equal_effort.md
-    short, late = each <= 8, cfg.epochs >= 32 and not fresh
-    derive("lr_matrix", 0.04 if once else 0.03, "0.04 where members start afresh, for 6 epochs or more")
-    derive("weight_decay", 1.2 if once and short else 0.53 if late else 0.8,
-           "1.2 for fresh starts of 6 to 8 epochs, 0.53 for q0 and snapshots from 32 on, else 0.8")
-    for name, value in (("wd_start", 1.2 if short else 0.7), ("wd_end", 1.2 * cfg.lr_floor if short else 1.0)):
-        derive(name, value, "proportional to lr in cycles of up to 8 epochs, else as published")
-    derive("dropout", 0.1 * (late or fresh and each >= 16), "0.1 for fresh starts of 16+ epochs, q0, snapshots of 32+")
-    derive("edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens")
-    derive("short_window", cfg.seq_len // 2, "half of --seq-len")
-    derive("mlp_hidden", 256 * math.ceil(8 * cfg.width / 3 / 256), "8/3 of the width, rounded up to 256")
-    cuda = torch.cuda.is_available()
-    if cfg.device == "cuda" and not cuda:
-        raise UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or use --device cpu")
-    cuda = derive("device", *(("cuda", "a GPU is present") if cuda else ("cpu", "no GPU"))) == "cuda"
-    if cuda or torch.cpu._is_avx512_bf16_supported():
-        derive("precision", "bfloat16", "supported here")
-    derive("precision", "float32", "this CPU lacks bfloat16 instructions: slower")
-    derive("compile", cuda, "pays on a GPU; on a CPU from about 22 epochs on")
-    cfg = replace(cfg, **new)
+def derive_sizes(cfg):
+    yield "edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens"
+    yield "short_window", cfg.seq_len // 2, "half of --seq-len"
+    hidden = 256 * math.ceil(8 * cfg.width / 3 / 256)
+    yield "mlp_hidden", hidden, "8/3 of the width, rounded up to 256"
+    if torch.cuda.is_available():
+        yield "device", "cuda", "a GPU is present"
+    elif cfg.device == "cuda":
+        raise UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or "
+                        "use --device cpu")
+    yield "device", "cpu", "no GPU"
+
+def derive_machine(cfg):
+    gpu = cfg.device == "cuda"
+    if gpu or torch.cpu._is_avx512_bf16_supported():
+        yield "precision", "bfloat16", "supported here"
+    yield "precision", "float32", "this CPU lacks bfloat16 instructions: slower"
+    pays = gpu or (cfg.epochs >= COMPILE_EPOCHS and shutil.which("g++") is not None)
+    yield "compile", pays, f"pays on a GPU; with g++ on a CPU from {COMPILE_EPOCHS} epochs on"
+    parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
+    small = gpu and parameters < LAUNCH_BOUND
+    yield "graphs", small, f"on a GPU with fewer than {LAUNCH_BOUND:.3g} parameters in blocks"
+
+def check_model(cfg):
+    """Raise UserError where sizes do not fit together."""
     if cfg.width % cfg.head_dim or cfg.head_dim % 2:
-        raise UserError(f"--width {cfg.width} is not a multiple of --head-dim {cfg.head_dim} (which must be even)")
+        raise UserError(f"--width {cfg.width} is not a multiple of --head-dim {cfg.head_dim} "
+                        f"(which must be even)")
     if cfg.induction and cfg.width == cfg.head_dim:
         raise UserError("--induction needs a second head: lower --head-dim or give --no-induction")
-    for name, tokens in (("--batch-tokens", cfg.batch_tokens), ("--edge-batch-tokens", cfg.edge_batch_tokens)):
-        if tokens % (unit := cfg.seq_len * cfg.micro_batch):
-            raise UserError(f"{name} {tokens} is not a multiple of --seq-len x --micro-batch = {unit}")
+    unit = cfg.seq_len * cfg.micro_batch
+    for name in ("batch_tokens", "edge_batch_tokens"):
+        if getattr(cfg, name) % unit:
+            raise UserError(f"{flag(name)} {getattr(cfg, name)} is not a multiple of "
+                            f"--seq-len x --micro-batch = {unit}")
     if not cfg.windows or set(cfg.windows) - set("SL"):
         raise UserError(f"--windows {cfg.windows!r} must be a pattern of S and L, such as SSSL")
-    if cfg.loop_passes > 1 and not (first := cfg.loop_first) <= (last := cfg.loop_last) < cfg.layers:
-        raise UserError(f"--loop-first {first} to --loop-last {last} is not a range of the {cfg.layers} layers")
+    if cfg.loop_passes > 1 and not cfg.loop_first <= cfg.loop_last < cfg.layers:
+        raise UserError(f"--loop-first {cfg.loop_first} to --loop-last {cfg.loop_last} is not a "
+                        f"range of the {cfg.layers} layers")
+
+def resolve(cfg):
+    """Fill every None and "auto" of `cfg`; a group of settings sees what those before it gave.
+    Returns (Config, {field: reason}). Raises UserError where settings contradict."""
+    why = {}
+    for derive in (derive_budget, derive_recipe, derive_sizes, derive_machine):
+        for name, value, reason in derive(cfg):
+            if getattr(cfg, name) in (None, "auto"):
+                cfg = replace(cfg, **{name: value})
+                why[name] = reason
+    check_model(cfg)
     return cfg, why
 
 # Processes: a group of ranks trains each trajectory where they divide; only the prior joins them ----------------------
@@ -700,7 +784,7 @@ class GPT(nn.Module):
         self.mtp_block, self.smear = Block(cfg) if cfg.mtp_weight else None, param(D, when=cfg.smear)
         self.order, self.windows, self.dtype = layer_order(cfg), layer_windows(cfg), getattr(torch, cfg.precision)
         T = torch.arange(cfg.seq_len)
-        angle = T[:, None, None] / cfg.rotary_base ** (torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
+        angle = T[:, None, None] / ROTARY_BASE ** (torch.arange(0, cfg.head_dim, 2) / cfg.head_dim)
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
         self.register_buffer("short_mask", window_mask(cfg.seq_len, min(self.windows)), persistent=False)
@@ -1041,12 +1125,12 @@ class Optimizer:
     updates them, and the new weights are gathered. Where a gradient is not finite the step changes nothing."""
     def __init__(self, model, cfg, world=World()):
         self.cfg, self.world, wd = cfg, world, cfg.weight_decay
-        muon, adamw = ("muon", cfg.momentum, getattr(torch, cfg.precision)), ("adamw", (0.8, 0.95))
+        muon, adamw = ("muon", MOMENTUM, getattr(torch, cfg.precision)), ("adamw", (0.8, 0.95))
         table = {  # label: (rule, lr, weight decay)
             "matrix": (muon, cfg.lr_matrix, wd), "embed": (adamw, cfg.lr_embed, wd), "head": (adamw, cfg.lr_head, wd),
-            "resid_scale": (adamw, cfg.lr_resid, 0.0), "skip_scale": (adamw, cfg.lr_resid, 0.0),
-            "x0_scale": (("adamw", (0.96, 0.95)), cfg.lr_x0, 0.0), "mixing": (adamw, cfg.lr_mixing, 0.0),
-            "smear": (adamw, cfg.lr_mixing, 0.0)}
+            "resid_scale": (adamw, LR_RESID, 0.0), "skip_scale": (adamw, LR_RESID, 0.0),
+            "x0_scale": (("adamw", (0.96, 0.95)), LR_X0, 0.0), "mixing": (adamw, LR_MIXING, 0.0),
+            "smear": (adamw, LR_MIXING, 0.0)}
         stacks = {}
         for name, p in model.named_parameters():
             kind = name.rsplit(".", 1)[-1]
@@ -1151,15 +1235,20 @@ class Cycle:
 
 def plan_cycles(cfg, train_tokens):
     """[trajectory][cycle] -> Cycle: all that a run will do. `train_tokens` are those of one epoch."""
-    J, C, plan, before = cfg.trajectories, cfg.cycles, [], 0
-    each, rest = divmod(cfg.epochs, J * C)  # the rest lengthens the first cycles
-    for j in range(J):
+    plan = []
+    before = 0
+    members = cfg.trajectories * cfg.cycles
+    for j in range(cfg.trajectories):
         plan.append([])
-        for c in range(C):
-            epochs, batch = each + (c * J + j < rest), cycle_batch_tokens(c, C, cfg)
-            plan[j].append(Cycle(j * C + c, j, c, epochs, before, max(1, round(epochs * train_tokens / batch)),
-                                 batch // cfg.seq_len,
-                                 bool(cfg.distill_weight) and (bool(cfg.teacher) or c >= cfg.distill_after)))
+        for c in range(cfg.cycles):
+            earlier = c * cfg.trajectories + j  # a rest lengthens the first cycles
+            epochs = math.ceil((cfg.epochs - earlier) / members)
+            batch = cycle_batch_tokens(c, cfg.cycles, cfg)
+            taught = bool(cfg.teacher) or c >= cfg.distill_after
+            plan[j].append(Cycle(
+                member=j * cfg.cycles + c, trajectory=j, index=c, epochs=epochs,
+                epochs_before=before, steps=max(1, round(epochs * train_tokens / batch)),
+                rows=batch // cfg.seq_len, distilled=taught and cfg.distill_weight > 0))
             before += epochs
     return plan
 
@@ -1779,8 +1868,10 @@ def parse_config(argv, **extra):
              **{of.__name__: dict(type=of, metavar=of.__name__.upper()) for of in (int, float, str)}}
     for f in fields(Config):
         shown = "derived" if f.default is None else f.default
-        of = f" ({', '.join(f.metadata['choices'])})" if "choices" in f.metadata else ""
-        p.add_argument(flag(f.name), help=f"{f.metadata['why']}{of} [{shown}]", **kinds[f.type.split(" ")[0]])
+        of = f" ({', '.join(f.metadata['choices'])})" if f.metadata["choices"] else ""
+        if f.name in GROUPS:
+            group = p.add_argument_group(GROUPS[f.name])
+        group.add_argument(flag(f.name), help=f"{f.metadata['why']}{of} [{shown}]", **kinds[f.type.split(" ")[0]])
     known, unknown = p.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, vars(known)), 1)
@@ -1794,7 +1885,7 @@ def parse_config(argv, **extra):
             saved = json.loads(path.read_text(encoding="utf-8"))["config"]
             if saved.keys() != {f.name for f in fields(Config)}:
                 raise ValueError("settings are missing or unknown")
-            base = asdict(Config(**{**saved, "device": "auto", "compile": None, "attention": "auto"}))
+            base = asdict(Config(**{**saved, "device": "auto", "compile": None, "graphs": None, "attention": "auto"}))
             resolve(Config(**base))  # values of another kind raise here
         if differ := [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items() if k not in MACHINE and v != base[k]]:
             raise UserError(f"--resume {known.resume} has settings of its own: leave out {', '.join(differ)}")
