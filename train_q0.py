@@ -222,8 +222,8 @@ PRESETS = {
         unet=True, x0_mix=True, attn_gates=True, head_mixing=True, loop_first=15, loop_last=24,
         loop_passes=5, mtp_weight=0.3)}
 
-# Recipes, measured with `tiny` (records/tuning/2026-11-26_equal_effort.md); the others: published
-LENGTHS = {  # in epochs: a trajectory, a cycle, a member that starts afresh; before any teacher
+# Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
+LENGTHS = {  # epochs: of a trajectory, a cycle, a member that starts afresh; before a teacher helps
     "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
     "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
     "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
@@ -264,6 +264,7 @@ def allocate(cfg):
     return cfg.trajectories or wanted[0], cfg.cycles or wanted[1]
 
 def derive_budget(cfg):
+    """(field, value, reason) of what the epochs buy. Raises UserError as `resolve` does."""
     J, C = allocate(cfg)
     each = cfg.epochs // (J * C)
     per = cfg.epochs_per_cycle or max(1, each)
@@ -277,6 +278,7 @@ def derive_budget(cfg):
     yield "epochs_per_cycle", each, "the budget shared evenly"
 
 def derive_recipe(cfg):
+    """What is tuned or published for the population."""
     boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
     yield "distill_weight", 0.45 if cfg.teacher else weight, "0.45 where anything teaches"
@@ -291,6 +293,7 @@ def derive_recipe(cfg):
         yield name, value, f"{cfg.population}, {each} epochs a member, {cfg.epochs} in all"
 
 def derive_sizes(cfg):
+    """What follows from other sizes, and the device."""
     yield "edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens"
     yield "short_window", cfg.seq_len // 2, "half of --seq-len"
     hidden = 256 * math.ceil(8 * cfg.width / 3 / 256)
@@ -303,6 +306,7 @@ def derive_sizes(cfg):
     yield "device", "cpu", "no GPU"
 
 def derive_machine(cfg):
+    """What suits the device and the model."""
     gpu = cfg.device == "cuda"
     if gpu or torch.cpu._is_avx512_bf16_supported():
         yield "precision", "bfloat16", "supported here"
