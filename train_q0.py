@@ -1879,12 +1879,16 @@ class Trainer:
     # Trajectories and cycles
 
     def claimed(self, cycles_by_trajectory):
-        """Yield the cycles of each trajectory that is neither done nor held by another launch; it
-        is held until the next is asked for."""
-        for cycles in cycles_by_trajectory:
-            if self.run.claim(cycles[0].trajectory, self.world):
-                yield cycles
-                self.run.release()
+        """Yield the cycles of each trajectory that is neither done nor held by another launch, also
+        of those whose launch ended meanwhile; it is held until the next is asked for."""
+        claimed = True
+        while claimed:
+            claimed = False
+            for cycles in cycles_by_trajectory:
+                if self.run.claim(cycles[0].trajectory, self.world):
+                    claimed = True
+                    yield cycles
+                    self.run.release()
 
     def start_trajectory(self, cycles):
         """Progress of the trajectory: of its newest whole state, or none."""
