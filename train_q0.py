@@ -2913,6 +2913,8 @@ def finish_run(trainer, about):
     if not lock.acquire():  # another launch ended just now
         return
     try:
+        if (run.folder / "result.json").exists():  # and wrote it before we held the lock
+            return
         states = [run.load_state(j)[0] for j in trajectories]
         log = run.open_log(0, states[0].log)
         for j in trajectories[1:]:
