@@ -2028,14 +2028,13 @@ class Trainer:
         so_far = [i for i in range(cycle.member + 1) if self.predictions.has(i)]
         mixed = mixtures(self.predictions.of("heldout", so_far),
                          self.predictions.of(self.cfg.report, so_far))
-        n = len(so_far)
+        entry = {**cycle.place, **mixed, "of": len(so_far),
+                 "weights": sha256_of(folder / "model.safetensors"),
+                 "predictions": sha256_of(self.predictions.path(cycle.member))}
         self.log.event(**cycle.place, **{key: mixed["loss"]})
-        self.log.event("ensemble", members=n, k=n, prior="uniform", **{key: mixed["uniform"]})
-        self.log.event("ensemble", members=n, k=n, prior="learned", **{key: mixed["learned"]},
-                       gap=mixed["gap"])
-        return {**cycle.place, **mixed, "of": n,
-                "weights": sha256_of(folder / "model.safetensors"),
-                "predictions": sha256_of(self.predictions.path(cycle.member))}
+        for pairs in ensembles(entry, key):
+            self.log.event("ensemble", **pairs)
+        return entry
 
     def finish_trajectory(self):
         self.at.done = True
@@ -2619,15 +2618,30 @@ class Log:
         print(text, flush=True)
 
     def event(self, *flags, **pairs):
-        """A line of key:value pairs, in the metrics too; a pair of numbers is shown as a/b."""
-        kind = flags[0] if flags else next(iter(pairs))
-        self.metrics.write(json.dumps({"event": kind, **pairs}) + "\n")
-        self.line(" ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())]))
+        text, data = event_lines(*flags, **pairs)
+        self.metrics.write(data + "\n")
+        self.line(text)
 
-    def append(self, path, metrics_path):
-        """Add the files of another trajectory."""
-        self.text.write(path.read_text(encoding="utf-8"))
-        self.metrics.write(metrics_path.read_text(encoding="utf-8"))
+    def append(self, parts, events):
+        """Add the files of another trajectory, with these `events` of its ensembles."""
+        for i, file in enumerate((self.text, self.metrics)):
+            known = iter(events)
+            for line in parts[i].read_text(encoding="utf-8").splitlines(keepends=True):
+                file.write(next(known)[i] + "\n" if "ensemble" in line else line)
+
+
+def event_lines(*flags, **pairs):
+    """An event as key:value pairs, where a pair of numbers is shown as a/b, and as JSON."""
+    kind = flags[0] if flags else next(iter(pairs))
+    text = " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
+    return text, json.dumps({"event": kind, **pairs})
+
+
+def ensembles(entry, key):
+    """What the log says of a curve's entry: the losses of all members so far."""
+    n = entry["of"]
+    yield {"members": n, "k": n, "prior": "uniform", key: entry["uniform"]}
+    yield {"members": n, "k": n, "prior": "learned", key: entry["learned"], "gap": entry["gap"]}
 
 
 def shown(key, value):
@@ -2917,9 +2931,11 @@ def finish_run(trainer, about):
             return
         states = [run.load_state(j)[0] for j in trajectories]
         log = run.open_log(0, states[0].log)
-        for j in trajectories[1:]:
-            log.append(*run.log_files(j))
         result = summarize(trainer, states)
+        for at in states[1:]:  # as if one launch had trained all in turn
+            events = [event_lines("ensemble", **pairs) for entry in at.curve
+                      for pairs in ensembles(entry, f"{cfg.report}_loss")]
+            log.append(run.log_files(at.trajectory), events)
         log_final(log, cfg, result, trainer.corpus.name, about["machine"])
         everyone = range(len(result["curve"]))
         heldout = trainer.predictions.of("heldout", everyone)
