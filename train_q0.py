@@ -2887,21 +2887,23 @@ def open_run(run, about, data):
     lock = Lock(folder / "state/setup.lock")
     while not lock.acquire():  # another launch starts now
         time.sleep(0.2)
-    if (folder / "run.json").exists():
-        with reading(folder / "run.json"):
-            saved = load_json(folder / "run.json")
-            identity = {**saved["config"], **saved["data"]}
-        differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
-        if differ:
-            raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
-                            "--run name, or the settings and data it began with")
-    else:
-        for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
-            if (data / file).exists():
-                copy = functools.partial(shutil.copyfile, data / file)
-                write_atomically(folder / "data" / file, copy)
-        save_json(folder / "run.json", about)
-    lock.release()
+    try:
+        if (folder / "run.json").exists():
+            with reading(folder / "run.json"):
+                saved = load_json(folder / "run.json")
+                identity = {**saved["config"], **saved["data"]}
+            differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+            if differ:
+                raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
+                                "--run name, or the settings and data it began with")
+        else:
+            for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
+                if (data / file).exists():
+                    copy = functools.partial(shutil.copyfile, data / file)
+                    write_atomically(folder / "data" / file, copy)
+            save_json(folder / "run.json", about)
+    finally:
+        lock.release()
 
 
 def resume_line(run):
