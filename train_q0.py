@@ -2135,7 +2135,7 @@ NEWER_SCRIPT = "use the train_q0.py at the head of its run's log"
 
 def write_atomically(path, write):
     """Call write(temporary path), then rename it: a reader sees the old file or the new one."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f"{path.name}.tmp")  # of one name: what a kill left is overwritten
     try:
         write(tmp)
         with open(tmp, "rb+") as f:
