@@ -2395,7 +2395,8 @@ class Run:
 
     def is_done(self, trajectory):
         newest = self.generations(trajectory)[:1]
-        return bool(newest) and newest[0].stem.endswith("-done")
+        named_done = bool(newest) and newest[0].stem.endswith("-done")
+        return named_done and self.load_state(trajectory)[0].done  # which may be damaged
 
     def generations(self, trajectory):
         """States of a trajectory, newest first: JSON files, each beside its tensors."""
