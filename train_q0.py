@@ -2437,12 +2437,11 @@ class Run:
                     at.check(trajectory, self.identity["cycles"])
                 return at, tensors
             except UserError as e:
-                more = ": going back to the one before" if path != files[-1] else ""
-                print(f"notice: {e}{more}", file=sys.stderr)
-        if files:
-            raise UserError(f"no state of trajectory {trajectory} in {self.folder} is whole: start "
-                            f"a new run, or delete {self.state}/{trajectory}-* to train this "
-                            "trajectory again")
+                if path == files[-1]:
+                    raise UserError(f"{e}; no other state of trajectory {trajectory} is whole: start "
+                                    f"a new run, or delete {self.state}/{trajectory}-* to train it "
+                                    "again") from None
+                print(f"notice: {e}: going back to the one before", file=sys.stderr)
         return None
 
     def log_files(self, trajectory):
