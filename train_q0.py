@@ -2757,8 +2757,10 @@ def saved_config(run, given):
     path = find_run(run) / "run.json"
     with reading(path, "; start a new run"):
         saved = load_json(path)["config"]
-        if saved.keys() != {f.name for f in fields(Config)}:
-            raise ValueError("settings are missing or unknown")
+        same_fields = saved.keys() == {f.name for f in fields(Config)}
+    if not same_fields:
+        raise UserError(f"{path} has other settings than this script knows: {NEWER_SCRIPT}")
+    with reading(path, "; start a new run"):
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
         resolve(Config(**base))  # values of another kind raise here
