@@ -2194,7 +2194,7 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
         if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
             raise ValueError("the sha256 of model.safetensors is not the recorded one")
         weights = load_tensor_file(folder / "model.safetensors")
-        cfg = Config(**about["config"])
+        cfg, _ = resolve(replace(Config(**about["config"]), device="cpu"))
         vocab_size = int(about["vocab_size"])
     cfg = replace(cfg, precision=precision or cfg.precision)
     wanted = {n: row.bank_shape for n, row in parameter_table(cfg, vocab_size).items()}
