@@ -2438,9 +2438,9 @@ class Run:
                 return at, tensors
             except UserError as e:
                 if path == files[-1]:
-                    raise UserError(f"{e}; no other state of trajectory {trajectory} is whole: start "
-                                    f"a new run, or delete {self.state}/{trajectory}-* to train it "
-                                    "again") from None
+                    raise UserError(f"{e}; no other state of trajectory {trajectory} is whole: "
+                                    f"start a new run, or delete {self.state}/{trajectory}-* to "
+                                    "train it again") from None
                 print(f"notice: {e}: going back to the one before", file=sys.stderr)
         return None
 

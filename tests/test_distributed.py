@@ -62,10 +62,6 @@ def trained(base, size, *more):
     return place / "logs/x", holds
 
 
-def relative_error(found, wanted):
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
-
-
 @pytest.mark.parametrize("size, more, tolerance", [
     (2, EVERYTHING, 1e-4), (4, EVERYTHING, 1e-4), (2, HALF, 0.1)])
 def test_any_number_of_processes(size, more, tolerance, base):
@@ -75,9 +71,8 @@ def test_any_number_of_processes(size, more, tolerance, base):
     files = [r / "state/0-000000003.safetensors" for r in (one, run)]
     wanted, found = map(load_file, files)
     assert {n: x.shape for n, x in found.items()} == {n: x.shape for n, x in wanted.items()}
-    errors = {n: relative_error(found[n], wanted[n]) for n in wanted if wanted[n].norm() > 0}
-    print(sorted(errors.items(), key=lambda e: -e[1])[:6])
-    assert max(errors.values()) < tolerance
+    for name, tensor in wanted.items():
+        assert (found[name] - tensor).norm() <= tolerance * tensor.norm(), name
     assert len({rank["weights"] for rank in holds}) == 1  # gathered, not computed apart
     for rank in holds:  # ceil(units / size) of each bank
         assert rank["moments"] <= alone["moments"] / size + alone["units"]
@@ -253,7 +248,8 @@ def test_two_launches(killed, base, logs):
         third = Fork(logs, *argv).good()
         assert third.out.splitlines()[1:] == [
             "other launches train x: the last to finish writes the result"]
-        Fork(logs, *argv, "--lr-head", "0.02").fails("x exists and differs in lr_head: give another")
+        other = Fork(logs, *argv, "--lr-head", "0.02")
+        other.fails("x exists and differs in lr_head: give another --run name")
     for name in sorted(forks, key=lambda name: name != killed):  # the one to be killed first
         (logs / f"{name} goes on").touch()
         if killed in (name, "both"):

@@ -171,7 +171,7 @@ def free_port():
 
 
 def ranks(size, logs, *argv, own={}, plants={}, call=None, **env):
-    """Forks with the environment that torchrun sets; own {rank: more of argv}, plants {rank: plant}."""
+    """Forks with the environment that torchrun sets; own {rank: flags}, plants {rank: plant}."""
     port = free_port()
     address = dict(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
     return [Fork(logs, *argv, *own.get(rank, ()), plant=plants.get(rank), call=call, RANK=rank,
