@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 
 import train_q0 as q
 from tiny import (
-    EVERY_STEP, RUN, TWO, Fork, all_good, at_call, command, die, differences, planted, ranks,
-    reference, result_of, shards, steps_of, wait_for, weights_of)
+    EVERY_STEP, RUN, TWO, Fork, all_good, at_step, command, die, differences, files_of,
+    losses_of, planted, ranks, reference, result_of, resume, shards, start, wait_for,
+    weights_of)
 
 # Every feature of the model; one step a cycle, so that three steps see the noise of two boundaries
 # and a teacher. Little weight decay: it acts where update and weight have one sign, so an update
@@ -105,11 +106,12 @@ def test_state_goes_through_other_processes_unchanged(base, logs):
 def close(one, two):
     """Whether runs on other numbers of processes have about the same losses. They sum in another
     order, which gave 1e-6; another seed gives 1e-2."""
-    curves = [[entry["learned"] for entry in result_of(run)["curve"]] for run in (one, two)]
-    steps = [[event["loss"] for event in steps_of(run)] for run in (one, two)]
-    assert len(steps[0]) == 15
-    return (curves[1] == pytest.approx(curves[0], abs=1e-3)
-            and steps[1] == pytest.approx(steps[0], abs=1e-3))
+    found = []
+    for run in (one, two):
+        learned = [entry["learned"] for entry in result_of(run)["curve"]]
+        found.append([*learned, *losses_of(run)])
+    assert len(found[0]) == 3 + 15
+    return found[1] == pytest.approx(found[0], abs=1e-3)
 
 
 def test_two_processes(base):
@@ -121,12 +123,12 @@ def test_two_processes(base):
 def test_from_one_process_to_two_and_back(base, logs):
     """Three processes' worth of turns on one run: one, two, one."""
     argv = command(base, *EVERY_STEP)
-    Fork(logs, *argv, plant=planted(q.Optimizer, "step", 5)).dies()
-    stop = planted(q.Optimizer, "step", 4, act=lambda: os.kill(os.getpid(), signal.SIGTERM))
+    Fork(logs, *argv, plant=at_step(5)).dies()
+    stop = at_step(4, lambda: os.kill(os.getpid(), signal.SIGTERM))
     two = ranks(2, logs, *argv, plants={1: stop})
     assert [fork.wait() for fork in two] == [128, 143]  # told to one, all stop at one step
     assert two[0].went_on_from == {0: 4} and not two[1].out
-    last = Fork(logs, "--resume", "x").good()
+    last = resume(logs).good()
     assert last.went_on_from == {0: 8}
     assert "'processes': 2}, now" in last.out
     assert close(reference(base), logs / "x")
@@ -134,7 +136,7 @@ def test_from_one_process_to_two_and_back(base, logs):
 
 def test_evaluation_is_the_same_on_two_processes(base, logs):
     """Killed where all that is left to do is the last member: the very same bits."""
-    Fork(logs, *command(base), plant=planted(q, "save_member", 3)).dies()
+    start(base, logs, plant=planted(q, "save_member", 3)).dies()
     all_good(ranks(2, logs, "--resume", "x"))
     assert weights_of(logs / "x") == weights_of(reference(base))
 
@@ -145,7 +147,7 @@ def test_a_rank_that_dies_ends_the_others(how, base, logs):
     def fail():
         raise RuntimeError("planted")
     act = die if how == "killed" else fail
-    plant = planted(q.Optimizer, "step", 8, act=act)
+    plant = at_step(8, act)
     first, second = ranks(2, logs, *command(base, *EVERY_STEP), plants={1: plant})
     code = second.wait()
     mark = time.monotonic()
@@ -276,10 +278,10 @@ def test_two_launches_that_nothing_disturbs(base, logs):
     assert "written to" in first.good().out
     assert differences(reference(base, *TWO), logs / "x", NUMBERS) == []
     nothing_is_held(logs / "x")
-    before = {file: file.read_bytes() for file in (logs / "x").rglob("*") if file.is_file()}
+    before = files_of(logs / "x")
     again = Fork(logs, *argv).good()
     assert again.out == f"x is complete: {logs / 'x'}\n"
-    assert {file: file.read_bytes() for file in before} == before
+    assert files_of(logs / "x") == before
 
 
 def test_a_launch_that_starts_while_the_result_is_written(base, logs):
@@ -287,9 +289,10 @@ def test_a_launch_that_starts_while_the_result_is_written(base, logs):
     run = shutil.copytree(reference(base, *TWO), logs / "x")
     result = (run / "result.json").rename(run / "later")
     before = (run / "log.txt").read_bytes()
-    late = Fork(logs, *command(base, *TWO), plant=planted(
-        q.Lock, "acquire", 4, act=lambda: result.rename(run / "result.json")))
-    late.good()
+
+    def appear():
+        result.rename(run / "result.json")
+    start(base, logs, *TWO, plant=planted(q.Lock, "acquire", 4, act=appear)).good()
     assert (run / "log.txt").read_bytes() == before
 
 
@@ -329,6 +332,6 @@ def test_a_file_system_without_locks(number, base, logs):
         def flock(*args):
             raise OSError(number, os.strerror(number))
         q.fcntl.flock = flock
-    fork = Fork(logs, *command(base), plant=no_locks).good()
+    fork = start(base, logs, plant=no_locks).good()
     assert re.search(r"^notice: .*/0.lock cannot be locked \(.*start no second", fork.err, re.M)
     assert differences(reference(base), logs / "x") == []

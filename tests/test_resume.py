@@ -18,8 +18,9 @@ from safetensors.numpy import load_file
 
 import train_q0 as q
 from tiny import (
-    CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_call, command, die, differences, log_of, metrics_of,
-    planted, reference, result_of, states_of, steps_of, weights_of)
+    CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_call, at_step, command, die, differences, files_of,
+    log_of, losses_of, planted, reference, result_of, resume, start, states_of, steps_of,
+    weights_of)
 
 
 def half_written(where, n):
@@ -42,7 +43,7 @@ def half_written(where, n):
 
 def resumed(base, logs, *more):
     """--resume it to its end, which is that of a run that nothing disturbed; returns the fork."""
-    fork = Fork(logs, "--resume", "x", *more).good()
+    fork = resume(logs, *more).good()
     assert differences(reference(base), logs / "x") == [], fork.out
     return fork
 
@@ -51,7 +52,7 @@ def resumed(base, logs, *more):
 def killed(base):
     """A run that was killed in its step 12, with a state after every step; copy it."""
     logs = base / "killed/logs"
-    Fork(logs, *command(base, *EVERY_STEP), plant=planted(q.Optimizer, "step", 12)).dies()
+    start(base, logs, *EVERY_STEP, plant=at_step(12)).dies()
     return logs / "x"
 
 
@@ -65,13 +66,12 @@ def test_the_reference_is_worth_comparing(base):
     assert sorted(states_of(run)) == ["0-000000015", "0-000000015-done"]
     assert differences(run, run) == []
     changes = {
-        "members/1/model.safetensors": ("weights", None), "log.txt": ("log", b" loss:"),
-        "predictions/2.safetensors": ("weights", None), "metrics.jsonl": ("metrics", b'"loss": ')}
-    for name, (kind, before) in changes.items():
+        "members/1/model.safetensors": "weights", "predictions/2.safetensors": "weights",
+        "log.txt": "log", "metrics.jsonl": "metrics"}
+    for name, kind in changes.items():
         copy = shutil.copytree(run, run.with_name("copy"), dirs_exist_ok=True)
         raw = bytearray((copy / name).read_bytes())
-        at = raw.rindex(before) + len(before) + 2 if before else -5
-        raw[at] ^= 1
+        raw[raw.rfind(b"_loss") + 10] ^= 1  # a digit, or a byte of the head
         (copy / name).write_bytes(raw)
         assert differences(run, copy) == [kind], name
 
@@ -83,8 +83,8 @@ def tensors_renamed(n):
 
 
 MOMENTS = {  # what happens there: (saves, what is planted, the step that it goes on from)
-    "before the first state": (CYCLE_ENDS, planted(q.Optimizer, "step", 4), None),
-    "in a step": (EVERY_STEP, planted(q.Optimizer, "step", 12), 11),
+    "before the first state": (CYCLE_ENDS, at_step(4), None),
+    "in a step": (EVERY_STEP, at_step(12), 11),
     "tensors of a state": (EVERY_STEP, half_written(r"state/.*\.safetensors$", 12), 11),
     "tensors written, JSON not": (EVERY_STEP, tensors_renamed(7), 6),
     "JSON of a state": (EVERY_STEP, half_written(r"state/.*\.json$", 9), 8),
@@ -93,14 +93,14 @@ MOMENTS = {  # what happens there: (saves, what is planted, the step that it goe
     "fit of the prior": (CYCLE_ENDS, planted(q, "fit_prior", 2), 10),
     "the result": (CYCLE_ENDS, half_written(r"result\.json$", 1), "done")}
 SLOW = {
-    "in a step, states at cycle ends": (CYCLE_ENDS, planted(q.Optimizer, "step", 9), 5),
+    "in a step, states at cycle ends": (CYCLE_ENDS, at_step(9), 5),
     "between step and save": (EVERY_STEP, planted(q.Run, "save_state", 7), 6),
     "tensors written, not synced": (EVERY_STEP, planted(os, "fsync", 20), None),
     "first state": (CYCLE_ENDS, half_written(r"state/.*\.safetensors$", 1), None),
     "state saved, before the member": (CYCLE_ENDS, planted(q, "save_member", 2), 10),
     "configuration of a member": (EVERY_STEP, half_written(r"members/2/config\.json$", 1), 15),
     "predictions": (CYCLE_ENDS, half_written(r"predictions/1\.", 1), 10),
-    "next cycle": (CYCLE_ENDS, planted(q.Optimizer, "step", 11), 10),
+    "next cycle": (CYCLE_ENDS, at_step(11), 10),
     "done, not yet saved": (EVERY_STEP, half_written("-done.json$", 1), 15),
     "table of the result": (EVERY_STEP, planted(q, "population_table", 1), "done")}
 
@@ -109,7 +109,7 @@ SLOW = {
     *MOMENTS, *(pytest.param(moment, marks=pytest.mark.slow) for moment in SLOW)])
 def test_killed_at(moment, base, logs):
     saves, plant, step = {**MOMENTS, **SLOW}[moment]
-    Fork(logs, *command(base, *saves), plant=plant).dies()
+    start(base, logs, *saves, plant=plant).dies()
     assert not (logs / "x/result.json").exists()
     fork = resumed(base, logs)
     assert step is None or fork.went_on_from == {0: step}
@@ -118,7 +118,7 @@ def test_killed_at(moment, base, logs):
 def test_killed_with_two_trajectories(base, logs):
     """In the second, then after their logs were joined: --run goes on, too."""
     argv = command(base, *TWO)
-    Fork(logs, *argv, plant=planted(q.Optimizer, "step", 15 + 9)).dies()
+    Fork(logs, *argv, plant=at_step(15 + 9)).dies()
     again = Fork(logs, *argv, plant=planted(q, "population_table", 1)).dies()
     assert again.went_on_from == {0: "done", 1: 5}
     Fork(logs, *argv).good()
@@ -182,7 +182,7 @@ def test_signal(number, base, logs):
     def plant():
         signal.signal(number, signal.SIG_DFL)  # tests in the background ignore SIGINT
         at_call(q.Optimizer, "step", 7, act=lambda: os.kill(os.getpid(), number))
-    fork = Fork(logs, *command(base, *CYCLE_ENDS), plant=plant)
+    fork = start(base, logs, *CYCLE_ENDS, plant=plant)
     assert fork.wait() == 128 + number, fork.err
     assert fork.err.splitlines() == [
         "stopping after this step; once more to stop at once",
@@ -196,19 +196,19 @@ def test_a_second_signal_stops_at_once(base, logs):
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
-    plant = planted(q.Optimizer, "step", 7, act=twice)
-    Fork(logs, *command(base, *CYCLE_ENDS), plant=plant).dies(signal.SIGTERM)
+    plant = at_step(7, twice)
+    start(base, logs, *CYCLE_ENDS, plant=plant).dies(signal.SIGTERM)
     assert sorted(states_of(logs / "x")) == ["0-000000005"]
 
 
 def test_where_a_state_stands(killed):
     saved = json.loads((killed / "state/0-000000011.json").read_text())["body"]
     at = saved["at"]
-    assert (at["step"], at["sequences"], at["in_cycle"], at["cycle"]) == (11, 11 * 16, 1, 2)
+    wanted = {"step": 11, "sequences": 11 * 16, "in_cycle": 1, "cycle": 2}
+    assert wanted.items() <= at.items()
     assert [entry["member"] for entry in at["curve"]] == [0, 1]
     log = (killed / "log.txt").read_bytes()[:at["log"][0]].decode()
-    assert log.splitlines()[-1].startswith("step:11/15 ") and log.endswith("\n")
-    assert saved["identity"]["lr_matrix"] == 0.04 and "save_minutes" not in saved["identity"]
+    assert re.search(r"\nstep:11/15 [^\n]*\n$", log)
     tensors = load_file(killed / "state/0-000000011.safetensors")
     assert tensors["steps"] == 11
 
@@ -217,16 +217,16 @@ def test_where_a_state_stands(killed):
 
 def test_a_finished_run_is_left_alone(base, logs):
     run = shutil.copytree(reference(base), logs / "x")
-    kept = {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
-    assert "x is complete" in Fork(logs, "--resume", "x").good().out
-    assert {file: file.read_bytes() for file in run.rglob("*") if file.is_file()} == kept
+    kept = files_of(run)
+    assert "x is complete" in resume(logs).good().out
+    assert files_of(run) == kept
 
 
 def test_resume_by_path_and_of_nothing(base, killed, logs, tmp_path):
     moved = shutil.copytree(killed, tmp_path / "moved")
     Fork(logs, "--resume", moved).good()
     assert differences(reference(base), moved) == []
-    Fork(logs, "--resume", "x").fails("no run x under")
+    resume(logs).fails("no run x under")
     (logs / "y").mkdir()
     Fork(logs, "--resume", "y").fails(r"y/run\.json is missing or damaged.*start a new run")
 
@@ -235,19 +235,18 @@ def test_changed_settings(base, killed, logs):
     """Those of the method are refused, all in one line; those of the machine may change."""
     shutil.copytree(killed, logs / "x")
     before = (logs / "x/log.txt").read_bytes()
-    line = Fork(logs, "--resume", "x", "--lr-matrix", "0.03", "--no-unet", "--epochs", "6",
+    line = resume(logs, "--lr-matrix", "0.03", "--no-unet", "--epochs", "6",
                 "--precision", "bfloat16", "--log-every", "2").fails("x has settings of its own")
     assert line.split("leave out ")[1].split(", ") == [
         "--lr-matrix 0.03 (not 0.04)", "--precision bfloat16 (not float32)"]
     assert (logs / "x/log.txt").read_bytes() == before
-    again = Fork(logs, "--resume", "x", "--hang-minutes", "1", "--keep-members", "9",
+    again = resume(logs, "--hang-minutes", "1", "--keep-members", "9",
                  "--lr-matrix", "0.04", "--attention", "plain").good()
     assert again.went_on_from == {0: 11}
     assert re.search("notice: step 11 was reached with .*, now .*'plain'.*: rounding",
                      again.out)
-    losses = [[event["loss"] for event in steps_of(r)] for r in (reference(base), logs / "x")]
     # attention computed in another order: rounding of float32, grown over four steps
-    assert losses[1] == pytest.approx(losses[0], abs=1e-3)
+    assert losses_of(logs / "x") == pytest.approx(losses_of(reference(base)), abs=1e-3)
 
 
 def test_the_log_goes_on_where_the_state_left_it(base, killed, logs):
@@ -256,8 +255,9 @@ def test_the_log_goes_on_where_the_state_left_it(base, killed, logs):
     with open(logs / "x/log.txt", "a") as log, open(logs / "x/metrics.jsonl", "a") as metrics:
         log.write("step:12/15 what was logged after the state\nhalf a li")
         metrics.write('{"event": "st')
-    Fork(logs, "--resume", "x", "--log-every", "2").good()
-    assert [event["step"][0] for event in steps_of(logs / "x")] == [*range(1, 12), 12, 14, 15]
+    resume(logs, "--log-every", "2").good()
+    steps = [step for step, _ in steps_of(logs / "x")]
+    assert steps == [*range(1, 13), 14, 15]
     assert "half a li" not in log_of(logs / "x")
     assert weights_of(logs / "x") == weights_of(reference(base))
 
@@ -267,7 +267,7 @@ def test_a_log_shorter_than_the_state_says(killed, logs):
     shutil.copytree(killed, logs / "x")
     log = logs / "x/log.txt"
     os.truncate(log, log.stat().st_size - 500)
-    Fork(logs, "--resume", "x").good()
+    resume(logs).good()
     assert b"\0" not in log.read_bytes()
 
 
@@ -276,16 +276,17 @@ def test_keep_members(keep, damage, base, logs):
     """Weights of the newest alone, predictions of all. Killed after the last evaluation: the newest
     state is that of the last cycle's end, or the one before where that is damaged."""
     plant = half_written("-done.safetensors$", 1)
-    Fork(logs, *command(base, "--keep-members", keep, *CYCLE_ENDS), plant=plant).dies()
+    start(base, logs, "--keep-members", keep, *CYCLE_ENDS, plant=plant).dies()
     assert sorted(states_of(logs / "x")) == ["0-000000010", "0-000000015"]
     if damage:
         (logs / "x/state/0-000000015.json").write_text("{}")
-    Fork(logs, "--resume", "x").good()
+    resume(logs).good()
     kept = sorted(file.parent.name for file in logs.glob("x/members/*/model.safetensors"))
     assert kept == ["0", "1", "2"][-keep:]
     assert result_of(logs / "x") == result_of(reference(base))
     found = weights_of(logs / "x")
-    assert found.items() <= weights_of(reference(base)).items() and len(found) == 3 + keep
+    assert found.items() <= weights_of(reference(base)).items()
+    assert len(found) == 3 + keep
 
 
 # torchrun
@@ -311,8 +312,7 @@ def test_torchrun_restarts(processes, base, logs):
     logs.mkdir()
     argv = command(base, *EVERY_STEP)
     argv[argv.index("--run")] = "--name"  # torchrun would take --run for an option of its own
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    environment |= {"TEST_LOGS": str(logs), "PYTHONPATH": str(q.ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "TEST_LOGS": str(logs), "PYTHONPATH": str(q.ROOT)}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--max-restarts=1",
               f"--nproc_per_node={processes}", __file__, *map(str, argv)]
     run = subprocess.Popen(launch, text=True, env=environment, stdout=subprocess.PIPE,

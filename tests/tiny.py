@@ -189,6 +189,15 @@ def command(base, *more):
     return [*RUN, "--data", shards(base / "shards"), "--run", "x", *more]
 
 
+def start(base, logs, *more, plant=None):
+    """A fork that trains run x, or goes on with it."""
+    return Fork(logs, *command(base, *more), plant=plant)
+
+
+def resume(logs, *more):
+    return Fork(logs, "--resume", "x", *more)
+
+
 @functools.cache
 def reference(base, *more, size=1):
     """The folder of a run that nothing disturbed, of `size` processes."""
@@ -226,6 +235,11 @@ def planted(*args, **kwargs):
     return functools.partial(at_call, *args, **kwargs)
 
 
+def at_step(n, act=die):
+    """Plant `act` before the n-th optimizer step."""
+    return planted(q.Optimizer, "step", n, act=act)
+
+
 def wait_for(path, limit=60):
     end = time.monotonic() + limit
     while not path.exists():
@@ -257,13 +271,23 @@ def metrics_of(run):
 
 
 def steps_of(run):
-    return [event for event in metrics_of(run) if event["event"] == "step"]
+    """[(step, loss), ...] as logged."""
+    steps = [event for event in metrics_of(run) if event["event"] == "step"]
+    return [(event["step"][0], event["loss"]) for event in steps]
+
+
+def losses_of(run):
+    return [loss for _, loss in steps_of(run)]
 
 
 def result_of(run):
     timed = ("seconds", "per_second", "memory_mb", "command", "time", "machine", "config")
     result = json.loads((run / "result.json").read_text())
     return {k: v for k, v in result.items() if not k.endswith(timed)}
+
+
+def files_of(run):
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 
 def weights_of(run):
