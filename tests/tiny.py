@@ -315,3 +315,8 @@ KINDS = {"weights": weights_of, "log": log_of, "metrics": metrics_of, "result": 
 def differences(one, two, kinds=tuple(KINDS)):
     """What differs between two finished runs; [] where they are the same bits but for times."""
     return [kind for kind in kinds if KINDS[kind](one) != KINDS[kind](two)]
+
+
+def disturbed(base, logs, *more, size=1, kinds=tuple(KINDS)):
+    """What differs between run x and one that nothing disturbed."""
+    return differences(reference(base, *more, size=size), logs / "x", kinds)
