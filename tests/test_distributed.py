@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 import train_q0 as q
-from tiny import (
+from forks import (
     EVERY_STEP, RUN, TWO, Fork, all_good, at_step, command, die, disturbed, files_of, losses_of,
     planted, ranks, reference, result_of, resume, shards, start, wait_for, weights_of)
 

@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import train_q0 as q
-from tiny import (
+from forks import (
     CYCLE_ENDS, EVERY_STEP, RUN, Fork, at_call, at_step, command, differences, disturbed,
     metrics_of, planted, ranks, reference, result_of, resume, shards, start, states_of,
     weights_of)

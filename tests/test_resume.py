@@ -18,7 +18,7 @@ from safetensors.numpy import load_file
 from torch.distributed.run import main as torchrun
 
 import train_q0 as q
-from tiny import (
+from forks import (
     CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_call, at_step, command, die, differences, disturbed,
     files_of, log_of, losses_of, planted, reference, result_of, resume, start, states_of,
     steps_of, weights_of)
