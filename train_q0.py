@@ -25,7 +25,6 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran
 
 import argparse
-import base64
 import collections
 import contextlib
 import ctypes
@@ -1694,8 +1693,6 @@ class Population:
     members: list  # numbers of those that take part, the largest weight first
     weights: list  # theirs; they sum to 1
     heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
-    manifest: dict  # of the data they were trained on
-    encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
     device: torch.device
 
     def member(self, i):
@@ -1707,38 +1704,13 @@ class Population:
     def models(self):
         return list(map(self.member, self.members))
 
-    @torch.no_grad()
-    def log_probs(self, tokens):
-        """log p(next token) after each of tokens [B, T] (documents begin with encoding.eot_token), float32 [B, T, V]"""
-        logits = (F.linear(m(tokens)[0].float(), m.head[:m.vocab_size].float()) for m in self.models)
-        return mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()
-
-    def encode(self, text):
-        """Tokens of a document that begins with `text`. Raises UserError where the run has no tokenizer."""
-        if self.encoding is None:
-            raise UserError(f"{self.folder} has no tokenizer, because its data came without one")
-        return [self.encoding.eot_token, *self.encoding.encode_ordinary(text)]
-
-def load_tokenizer(folder):
-    """(manifest, tiktoken.Encoding or None) of a data folder. Raises UserError where they are missing or damaged."""
-    with reading(f"tokenizer in {folder}"):
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if "file" not in (entry := manifest["tokenizer"] or {}):  # prepare.py could not load GPT-2's
-            return manifest, None
-        if sha256_of(path := folder / entry["file"]) != entry["sha256"]:
-            raise ValueError(f"the sha256 of {path.name} is not the manifest's")
-        import tiktoken
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
-        return manifest, tiktoken.Encoding(entry["kind"], pat_str=entry["pattern"], mergeable_ranks=ranks,
-                                           special_tokens={"<|endoftext|>": entry["eot"]})
-
 def load_population(run, k=None, device=None):
     """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight, or the best `k`, on
     `device` (default: the GPU where there is one). Raises UserError for what is missing or damaged."""
     folder = find_run(str(run))
     heldout = load_predictions(folder)["heldout"]
-    return Population(folder, *best_members(heldout, k), heldout, *load_tokenizer(folder / "data"),
-                      torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Population(folder, *best_members(heldout, k), heldout, torch.device(device))
 
 def load_teacher(cfg, vocab_size, device):
     """The Population of --teacher, or None. Raises UserError where it cannot teach this run."""
@@ -2008,25 +1980,22 @@ class Trainer:
                                 f"{probs[split].min()}: lower --lr-matrix or --softcap")
         if self.world.leader:
             self.predictions.write(cycle.member, probs)
-            self.at.curve.append(self.curve_entry(cycle, folder))
+            self.at.curve.append(self.curve_entry(cycle))
         self.at.cycle = cycle.index + 1
         self.at.in_cycle = 0
         self.at.eval_seconds += time.perf_counter() - started
 
-    def curve_entry(self, cycle, folder):
+    def curve_entry(self, cycle):
         """Log and return the losses of the newest member and of all so far."""
         key = f"{self.cfg.report}_loss"
         so_far = [i for i in range(cycle.member + 1) if self.predictions.has(i)]
-        mixed = mixtures(self.predictions.of("heldout", so_far),
-                         self.predictions.of(self.cfg.report, so_far))
+        mixed = self.predictions.mixtures(so_far)
         n = len(so_far)
         self.log.event(**cycle.place, **{key: mixed["loss"]})
         self.log.event("ensemble", members=n, k=n, prior="uniform", **{key: mixed["uniform"]})
         self.log.event("ensemble", members=n, k=n, prior="learned", **{key: mixed["learned"]},
                        gap=mixed["gap"])
-        return {**cycle.place, **mixed, "of": n,
-                "weights": sha256_of(folder / "model.safetensors"),
-                "predictions": sha256_of(self.predictions.path(cycle.member))}
+        return {**cycle.place, **mixed, **hashes_of(self.run.folder, cycle.member)}
 
     def finish_trajectory(self):
         self.at.done = True
@@ -2248,6 +2217,17 @@ class Predictions:
             if member not in self.cached:
                 self.load(member)
         return [self.cached[member][split] for member in members]
+
+    def mixtures(self, members):
+        """Losses of the newest of `members`, of all uniformly and under their prior; how many."""
+        found = [self.of(split, members) for split in self.splits]
+        return {**mixtures(*found), "of": len(members)}
+
+
+def hashes_of(run, member):
+    """sha256 of a member's weights and predictions."""
+    return {"weights": sha256_of(run / f"members/{member}/model.safetensors"),
+            "predictions": sha256_of(run / f"predictions/{member}.safetensors")}
 
 
 def recorded_hashes(run, kind, members):
@@ -2652,28 +2632,6 @@ def peak_memory_mb(device):
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def draw_curve(path, result, split):
-    """curve.png: loss against epochs for single members, their uniform mixture and the prior."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("curve.png is not drawn: pip install matplotlib")
-        return
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    epochs = [entry["epochs"] for entry in result["curve"]]
-    for name, style, label in (("loss", "o:", "newest member alone"),
-                               ("uniform", "s--", "all so far, uniform"),
-                               ("learned", "D-", "all so far, learned prior")):
-        losses = [entry[name] for entry in result["curve"]]
-        axis.plot(epochs, losses, style, markersize=4, label=label)
-    axis.set(xlabel="epochs over the training text, all members together",
-             ylabel=f"{split} loss (nats per token)")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
-
-
 # Commands ---------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -2759,6 +2717,12 @@ def find_run(name):
     raise UserError(f"no run {name} under {LOGS}{''.join(latest)}")
 
 
+def check_plain(option, name):
+    """Raise UserError where `name` cannot be the name of a new run."""
+    if Path(name).name != name or name in (".", ".."):
+        raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
+
+
 H100_FLOPS = 989e12  # a second, dense bf16
 
 
@@ -2803,8 +2767,8 @@ def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     name = args.resume or args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = world.broadcast_object(name)
-    if not args.resume and (Path(name).name != name or name in (".", "..")):
-        raise UserError(f"--run {name} must be a plain name: the run is written to logs/NAME")
+    if not args.resume:
+        check_plain("--run", name)
     if world.leader:
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
@@ -2915,7 +2879,11 @@ def finish_run(trainer, about):
         result["table"] = population_table(np.stack(heldout),
                                            trainer.predictions.of(cfg.report, everyone))
         log.line("\n".join(format_table(result["table"], cfg.report)))
-        draw_curve(run.folder / "curve.png", result, cfg.report)
+        try:
+            from records.plot import draw_curve
+            draw_curve(run.folder / "curve.png", result["curve"], cfg.report)
+        except ImportError as e:
+            print(f"curve.png is not drawn: {e}")
         save_json(run.folder / "result.json", {**result, **about})  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
@@ -2934,9 +2902,7 @@ def summarize(trainer, states):
     for n, entry in enumerate(curve, 1):
         predictions.load(entry["member"], entry["predictions"])
         if entry["of"] != n:  # fitted before the other trajectories' members were there
-            entry |= mixtures(predictions.of("heldout", range(n)),
-                              predictions.of(cfg.report, range(n)))
-            entry["of"] = n
+            entry |= predictions.mixtures(range(n))
     seconds = sum(at.train_seconds for at in states)
     evaluated = sum(at.eval_seconds for at in states)
     cycles = trainer.run.cycles
@@ -2968,29 +2934,32 @@ def log_final(log, cfg, result, corpus_name, hardware):
               peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
 
 
-def command_beside(module, name, argv):
-    """A command that does not train: records/MODULE.py has it, and imports this module."""
-    path = ROOT / f"records/{module}.py"
-    if not path.exists():
-        raise UserError(f"{name} is in records/{module}.py, which is not beside "
-                        f"{Path(__file__).name}: run it there")
-    sys.modules.setdefault("train_q0", sys.modules[__name__])
-    sys.path.insert(0, str(ROOT / "records"))
-    getattr(__import__(module), name)(argv)
+def command_beside(name, argv):
+    """A command that does not train. What has it imports this script by its name, so a script that
+    is run lives twice; all of the command is of the imported copy, its mistakes included."""
+    try:
+        import train_q0
+        from records.commands import COMMANDS
+    except ModuleNotFoundError as e:
+        raise UserError(f"{name} needs train_q0.py and records/ beside it: {e}") from None
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}: give flags, or one of {', '.join(COMMANDS)}")
+    if train_q0.SOURCE != SOURCE:
+        raise UserError(f"{name} is a command of train_q0.py, and this script differs from it")
+    return train_q0.main(argv, COMMANDS[name])
 
 
-COMMANDS = {"train": command_train, "plan": functools.partial(command_beside, "plan", "plan"),
-            **{name: functools.partial(command_beside, "use", name)
-               for name in ("select", "evaluate", "sample", "average", "pool")}}
-
-
-def main(argv=None):
+def main(argv=None, command=None):
+    """Run `command`, or the one that argv begins with, or train. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS[argv.pop(0) if argv and argv[0] in COMMANDS else "train"]
+    if command is None:
+        named = argv and not argv[0].startswith("-")
+        name = argv.pop(0) if named else "train"
+        command = functools.partial(command_beside, name) if name != "train" else command_train
     rank = int(os.environ.get("RANK", 0))
     whose = f"rank {rank}: " if rank else ""
     try:
-        command(argv)
+        return command(argv) or 0
     except (UserError, OSError) as e:
         if rank:
             time.sleep(2)  # a mistake that all ranks see is told by rank 0, whose end stops all
@@ -3010,7 +2979,6 @@ def main(argv=None):
         print(f"train_q0.py: error: rank {rank} is out of memory: halve --micro-batch (plan shows "
               f"what a run needs): {one_line(e)}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

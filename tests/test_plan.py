@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-import plan
 import train_q0 as q
+from records import plan
 
 BASE = dict(layers=4, width=256, mlp_hidden=768, head_dim=64, micro_batch=2, seq_len=128, batch_tokens=1024,
             precision="bfloat16", device="cpu")
