@@ -1592,11 +1592,12 @@ def flops_per_token(cfg, vocab_size, causal=True):
 
 def run_flops(cfg, cycles, vocab_size, population=None):
     """FLOPs of all training steps by part; the teacher is one member or a population."""
-    model, teacher = flops_per_token(cfg, vocab_size)
-    teachers = len(population.members) if population else 1
+    teachers = [model.cfg for model in population.models] if population else [cfg]
+    model, _ = flops_per_token(cfg, vocab_size)
+    teacher = sum(flops_per_token(of, vocab_size)[1] for of in teachers)
     tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
     taught = sum(c.steps * c.rows for c in cycles if c.distilled) * cfg.seq_len
-    return {"model": model * tokens, "teacher": teachers * teacher * taught}
+    return {"model": model * tokens, "teacher": teacher * taught}
 
 
 # Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate ----------------
