@@ -1605,96 +1605,193 @@ def run_flops(cfg, cycles, vocab_size, population=None):
     return {"model": model * tokens, "teacher": teacher * taught}
 
 
-# Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate ----------------
+# Prior ------------------------------------------------------------------------------------------
+# Weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate.
+
+FEW_MEMBERS = 64  # so many are fitted from a cold start with a whole Hessian, as in all records
+TOKEN_CHUNK = 4096  # a float64 block of hundreds of members stays at some megabytes
+
+
+def mixture_losses(P, weights):
+    """Nats per token of R mixtures, float64 [R], in one pass over P.
+
+    P [M, N] (or M rows): p(true token) of each member. weights [R, M].
+    """
+    weights = torch.from_numpy(np.asarray(weights, dtype=np.float64))
+    N = len(P[0])
+    total = torch.zeros(len(weights), dtype=torch.float64)
+    for begin in range(0, N, TOKEN_CHUNK):
+        block = np.stack([p[begin:begin + TOKEN_CHUNK] for p in P], dtype=np.float64)
+        mixed = weights @ torch.from_numpy(block)
+        total -= mixed.log().sum(dim=1)
+    return (total / N).numpy()
+
+
 def mixture_loss(P, w):
-    """Nats per token of the mixture: P [M, N] (or M rows) p(true token) per member, w [M]; float64, a row at a time."""
-    return float(-np.log(sum(x * p.astype(np.float64) for x, p in zip(w, P, strict=True))).mean())
+    """Nats per token of the mixture of P [M, N] (or M rows) with weights w [M]."""
+    return float(mixture_losses(P, [w])[0])
 
-def fit_prior(P, tolerance=1e-7, max_passes=100):
-    """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex by a primal-dual interior-point method.
 
-    P [M, N] > 0. Returns (w float64 [M], gap): F(w) - min F <= gap = log(max_i g_i), g_i = (1/N) sum_n P_in / (w.P_n).
-    F(c w) = F(w) - log c, so minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself; its conditions are
-    1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step towards w z = mu with mu ever smaller."""
+def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
+    """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex: (w float64 [M], gap).
+
+    P [M, N] > 0. The certificate: F(w) - min F <= gap = log(max_i g_i), where
+    g_i = (1/N) sum_n P_in / (w.P_n). The method is a primal-dual interior point. As
+    F(c w) = F(w) - log c, minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself;
+    its conditions are 1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step
+    towards w z = mu with mu ever smaller. `start` [M] > 0: weights close to the optimum, which
+    save half of the passes.
+    """
     M, N = P.shape
-    if not np.isfinite(P).all() or (P <= 0).any():
+    if not ((P > 0) & (P < np.inf)).all():
         raise ValueError("fit_prior: every probability must be positive and finite")
-    P, w = torch.from_numpy(np.ascontiguousarray(P)), torch.full((M,), 1 / M, dtype=torch.float64)
-    z, best, best_gap = torch.full_like(w, 0.1), w, math.inf
+    P = torch.from_numpy(np.ascontiguousarray(P))
+    w = torch.full((M,), 1 / M, dtype=torch.float64)
+    mu = 0.1 / M
+    if start is not None:
+        w = torch.from_numpy(start / start.sum())
+        mu = 1e-4 / M
+    z = mu / w
+    best = w
+    best_gap = math.inf
     for _ in range(max_passes):
-        g, hessian = torch.zeros_like(w), torch.zeros(M, M, dtype=torch.float64)
-        for p in P.split(16384, dim=1):
-            ratio = p.double()
-            ratio /= w @ ratio
-            g += ratio.sum(1) / N
-            ratio = ratio.float()
-            hessian += (ratio @ ratio.T).double() / N  # float32 product: it shapes the step, not the certificate
+        # where z / w is large it alone decides the step, and no Hessian is needed
+        active = (z < 10 * w) | (M <= FEW_MEMBERS)
+        g = torch.zeros_like(w)
+        hessian = torch.diag((z / w)[active])
+        for p in P.split(TOKEN_CHUNK, dim=1):
+            p = p.double()
+            inverse = 1 / (w @ p)
+            g += p @ inverse / N
+            ratio = (p[active] * inverse).float()  # it shapes the step, not the certificate
+            hessian += (ratio @ ratio.T).double() / N
         gap = max(0.0, float(g.max().log()))
         if gap < best_gap:
-            best, best_gap = w, gap
+            best = w
+            best_gap = gap
         if gap <= tolerance:
             break
         mu = 0.1 * float(w @ z) / M
-        dw = torch.linalg.solve(hessian + torch.diag(z / w), g - 1 + mu / w)
+        slope = g - 1 + mu / w
+        dw = slope * w / z
+        dw[active] = torch.linalg.solve(hessian, slope[active])
         dz = mu / w - z - z / w * dw
-        inside = lambda x, dx: x + dx * min(1.0, 0.99 / max(1e-300, float((-dx / x).max())))  # stay positive
-        w, z = inside(w, dw), inside(z, dz)
+        w = keep_positive(w, dw)
         w = w / w.sum()
+        z = keep_positive(z, dz)
+    if start is not None and best_gap > tolerance:  # it was far from the optimum
+        return fit_prior(P.numpy(), tolerance, max_passes)
     return best.numpy(), best_gap
 
-def mixtures(heldout, scored):
-    """Losses on `scored` (M rows) of the newest member, of all uniformly and under the prior of `heldout` (M rows)."""
-    w, gap = fit_prior(np.stack(heldout))
-    return {"loss": mixture_loss(scored[-1:], [1.0]), "uniform": mixture_loss(scored, np.full(len(w), 1 / len(w))),
-            "learned": mixture_loss(scored, w), "gap": gap}
 
-def pruned(heldout):
-    """Yield (members, weights), largest weight first: those that the prior fitted on heldout [M, N] gives weight, then
-    ever fewer, as the least of them leaves and it is fitted again. A few members pruned to beat the few of largest
-    weight, which are much alike, and match greedy selection (records/tuning)."""
+def keep_positive(x, dx):
+    """x + dx, or 0.99 of the way to the first zero."""
+    nearest = float((-dx / x).max())
+    return x + dx * min(1.0, 0.99 / max(1e-300, nearest))
+
+
+def mixtures(heldout, scored):
+    """A curve's entry: losses on `scored` (M rows) of the newest member, of all members uniformly
+    and under the prior of `heldout` (M rows)."""
+    w, gap = fit_prior(np.stack(heldout))
+    M = len(w)
+    newest = np.eye(M)[-1]
+    uniform = np.full(M, 1 / M)
+    losses = mixture_losses(scored, [newest, uniform, w]).tolist()
+    return {"loss": losses[0], "uniform": losses[1], "learned": losses[2], "gap": gap}
+
+
+def pruned(heldout, weights=None):
+    """Yield (members, weights), largest weight first: those that the prior of heldout [M, N]
+    (`weights`, where it is known) gives weight, then ever fewer, as the least of them leaves and
+    it is fitted again; of 64 and more, 1 in 32 leave at a time.
+
+    A few members pruned to beat the few of largest weight, which are much alike, and match greedy
+    selection (records/tuning).
+    """
+    w = fit_prior(heldout)[0] if weights is None else weights
     members = np.arange(len(heldout))
-    while len(members):
-        w, _ = fit_prior(heldout[members])
-        members, w = members[w > 1e-6], w[w > 1e-6]  # below is the solver's tolerance
-        order = np.argsort(-w, kind="stable")
-        yield members[order].tolist(), (w[order] / w.sum()).tolist()
-        members = np.delete(members, w.argmin())
+    while True:
+        ranked = np.argsort(-w, kind="stable")
+        ranked = ranked[w[ranked] > 1e-6]  # below is the solver's tolerance
+        members = members[ranked]
+        w = w[ranked] / w[ranked].sum()
+        yield members.tolist(), w.tolist()
+        left = len(members) - max(1, len(members) // 32)
+        if not left:
+            return
+        members = members[:left]
+        start = w[:left] if left > FEW_MEMBERS else None
+        w, _ = fit_prior(heldout[members], start=start)
+
 
 def best_members(heldout, k=None):
-    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k below 1."""
+    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k
+    below 1."""
     if k is not None and k < 1:
         raise UserError(f"--k {k} must be at least 1")
-    return next(found for found in pruned(heldout) if len(found[0]) <= (k or len(heldout)))
+    k = k or len(heldout)
+    return next(found for found in pruned(heldout) if len(found[0]) <= k)
+
+
+def table_sizes(M):
+    """Numbers of members worth a row: all up to M, or from 33 members on 1, 2, 3, 4, 6, 8, 11, 16,
+    ... and M."""
+    if M <= 32:
+        return [*range(1, M + 1)]
+    return sorted({min(M, round(2 ** (i / 2))) for i in range(2 * M.bit_length() + 1)})
+
 
 def population_table(heldout, scored):
-    """Rows for each K: loss on `scored` (M rows) of the K members of largest weight, uniformly and under the prior
-    renormalised (the paper's rule), and of those pruned to K. heldout [M, N] is all that a fit sees."""
-    (w, gap), path, rows = fit_prior(heldout), list(pruned(heldout)), []
-    loss, ranked = lambda members, x: mixture_loss([scored[i] for i in members], x), np.argsort(-w, kind="stable")
-    M = len(w)  # all K up to 32, then doubling, and M; `select --k` shows any other
-    for k in sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M}):
+    """Rows for each K: loss on `scored` (M rows) of the K members of largest weight, uniformly and
+    under the prior renormalised (the paper's rule), and of those pruned to K. heldout [M, N] is
+    all that a fit sees."""
+    w, gap = fit_prior(heldout)
+    M = len(w)
+    ranked = np.argsort(-w, kind="stable")
+    path = list(pruned(heldout, w))
+    sizes = table_sizes(M)
+    weights = np.zeros((len(sizes), 3, M))
+    for row, k in zip(weights, sizes):
         top = ranked[:k]
-        rows.append({"k": k, "uniform": loss(top, np.full(k, 1 / k)), "learned": loss(top, w[top] / w[top].sum()),
-                     "pruned": loss(*next(found for found in path if len(found[0]) <= k))})
+        row[0, top] = 1 / k
+        row[1, top] = w[top] / w[top].sum()
+        members, least = next(found for found in path if len(found[0]) <= k)
+        row[2, members] = least
+    losses = mixture_losses(scored, weights.reshape(-1, M)).reshape(-1, 3)
+    rows = [{"k": k, "uniform": uniform, "learned": learned, "pruned": least}
+            for k, (uniform, learned, least) in zip(sizes, losses.tolist())]
     return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
 
+
 def format_table(table, split):
+    """Lines of the log."""
     lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'pruned':>9}   {split} loss of k members"]
-    lines += [f"{r['k']:>4} {r['uniform']:>9.5f} {r['learned']:>9.5f} {r['pruned']:>9.5f}" for r in table["rows"]]
-    used = [f"{i}:{table['weights'][i]:.3f}" for i in table["ranked"] if table["weights"][i] >= 0.0005]
-    return lines + [f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}"]
+    for row in table["rows"]:
+        lines.append("{k:>4} {uniform:>9.5f} {learned:>9.5f} {pruned:>9.5f}".format(**row))
+    weights = table["weights"]
+    used = [f"{i}:{weights[i]:.3f}" for i in table["ranked"] if weights[i] >= 0.0005]
+    lines.append(f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}")
+    return lines
+
 
 def data_efficiency(loss):
-    """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text; no extrapolation."""
-    tokens, losses = (200, 400, 600, 800, 1000, 2000), (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
-    if losses[-1] <= loss <= losses[0]:
-        return f"{np.interp(-loss, np.negative(losses), tokens) / 100:.2f}x"
-    return ">20x" if loss < losses[-1] else "<2x"
+    """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text."""
+    times = (2, 4, 6, 8, 10, 20)
+    losses = (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
+    if loss > losses[0]:  # no extrapolation
+        return "<2x"
+    if loss < losses[-1]:
+        return ">20x"
+    return f"{np.interp(-loss, np.negative(losses), times):.2f}x"
 
-# Mixture: a population in use; it mixes probabilities token by token --------------------------------------------------
+
+# Mixture ----------------------------------------------------------------------------------------
+# A population in use: members mix their probabilities token by token.
+
 @dataclass(frozen=True, eq=False)
 class Population:
-    """Members of a run and their weights: p(token) = sum_i weights_i p_i(token). `load_population` makes it."""
+    """Members of a run and their weights: p(token) = sum_i weights_i p_i(token)."""
     folder: Path
     members: list  # numbers of those that take part, the largest weight first
     weights: list  # theirs; they sum to 1
@@ -1708,11 +1805,12 @@ class Population:
 
     @functools.cached_property
     def models(self):
-        return list(map(self.member, self.members))
+        return [self.member(i) for i in self.members]
 
 def load_population(run, k=None, device=None):
-    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight, or the best `k`, on
-    `device` (default: the GPU where there is one). Raises UserError for what is missing or damaged."""
+    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight,
+    or the best `k`, on `device` (default: the GPU where there is one). Raises UserError for what
+    is missing or damaged."""
     folder = find_run(str(run))
     heldout = load_predictions(folder)["heldout"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -1723,12 +1821,16 @@ def load_teacher(cfg, vocab_size, device):
     if not cfg.teacher:
         return None
     population = load_population(cfg.teacher, cfg.teacher_k, device)
-    of, its = (lambda c, vocab: (vocab, c.softcap, c.seq_len)), population.models[0].cfg
-    if (found := of(its, population.models[0].vocab_size)) != (needed := of(cfg, vocab_size)):
-        raise UserError(f"--teacher {cfg.teacher}: its (vocabulary, softcap, seq_len) is {found}, this run's {needed}")
+    first = population.models[0]
+    found = (first.vocab_size, first.cfg.softcap, first.cfg.seq_len)
+    needed = (vocab_size, cfg.softcap, cfg.seq_len)
+    if found != needed:
+        raise UserError(f"--teacher {cfg.teacher}: its (vocabulary, softcap, seq_len) is {found}, "
+                        f"this run's {needed}")
     for model in population.models:
         _, model.attend = choose_attention(replace(model.cfg, attention=cfg.attention), device)
     return population
+
 
 # Training loop ----------------------------------------------------------------------------------
 

@@ -81,9 +81,8 @@ def load_tokenizer(folder):
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
             ranks[base64.b64decode(token)] = int(rank)
-        special = {"<|endoftext|>": entry["eot"]}
-        pattern = entry["pattern"]
-    import tiktoken
-    encoding = tiktoken.Encoding(
-        entry["kind"], pat_str=pattern, mergeable_ranks=ranks, special_tokens=special)
+        import tiktoken
+        encoding = tiktoken.Encoding(
+            entry["kind"], pat_str=entry["pattern"], mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": entry["eot"]})
     return {"manifest": manifest, "encoding": encoding}
