@@ -1807,6 +1807,7 @@ class Population:
     def models(self):
         return [self.member(i) for i in self.members]
 
+
 def load_population(run, k=None, device=None):
     """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight,
     or the best `k`, on `device` (default: the GPU where there is one). Raises UserError for what
@@ -1815,6 +1816,7 @@ def load_population(run, k=None, device=None):
     heldout = load_predictions(folder)["heldout"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Population(folder, *best_members(heldout, k), heldout, torch.device(device))
+
 
 def load_teacher(cfg, vocab_size, device):
     """The Population of --teacher, or None. Raises UserError where it cannot teach this run."""

@@ -1,11 +1,17 @@
-"""Shared by all tests: the repository and its scripts on sys.path, and --slow for the tests marked slow."""
+"""Shared by all tests: the repository on sys.path, --slow, and a corpus and a run to look at."""
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "records"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import torch  # noqa: E402
+
+import records.plot  # noqa: E402
+import tiny  # noqa: E402
+import train_q0 as q  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -21,3 +27,46 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A data folder of ~180k tokens."""
+    folder = tmp_path_factory.mktemp("text") / "shards"
+    return tiny.make_data(folder, tiny.learnable_documents(1400))
+
+
+@pytest.fixture(scope="session")
+def repo(tmp_path_factory):
+    """A copy of the repository, whose logs/ hold `run`."""
+    return tiny.clone(tmp_path_factory.mktemp("clone") / "repo")
+
+
+@pytest.fixture(scope="session")
+def run(repo, corpus):
+    """(folder, stdout) of one q0 run of four members, in a process of its own."""
+    done = tiny.user(repo, "python", "train_q0.py", *tiny.SEVERAL, "--data", corpus, "--run", "first")
+    assert done.returncode == 0, done.stderr
+    return repo / "logs/first", done.stdout
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    """Runs of this process go here. No curve is drawn, which takes longer than such a run, and one
+    thread adds in one order."""
+    monkeypatch.setattr(q, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(records.plot, "draw_curve", lambda *args: None)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield tmp_path / "logs"
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trained(corpus, logs):
+    """Runs in this process: trained(name, *flags) -> folder."""
+    def train(name, *flags):
+        argv = [*tiny.MINI, "--data", corpus, "--run", name, *flags]
+        assert q.main([str(a) for a in argv]) == 0
+        return logs / name
+    return train
