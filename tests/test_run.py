@@ -762,6 +762,13 @@ def test_readme_tags():
     assert any("pytest" in line for line in commands) and any("prepare.py fineweb" in line for line in commands)
 
 
+def test_links():
+    """Every relative link of a page leads to a file of this repository."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("records/**/*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page, target)
+
+
 def test_readme_runs_here(corpus, tmp_path):
     """In a clone whose default corpus is a made-up one: no download."""
     clone, ran = copy_repo(tmp_path / "clone"), 0
