@@ -740,14 +740,14 @@ def test_torchrun(trajectories, repo, corpus, logs):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# README: `<!-- runs here -->`, `<!-- needs a GPU -->` or `<!-- needs a network -->` stands above each block of commands
+# README and data/README: `<!-- runs here -->`, `<!-- needs a GPU -->`, ... stands above each block of commands
 
 KINDS = ("runs here", "needs lm_eval", "needs a GPU", "needs a network")
 
 
 def readme():
-    """[(kind or None, [command, ...])] of the bash blocks, continued lines joined."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    """[(kind or None, [command, ...])] of the bash blocks of both pages, continued lines joined."""
+    text = "".join((ROOT / page).read_text(encoding="utf-8") for page in ("README.md", "data/README.md"))
     found = re.findall(r"(?:<!-- ([^\n]*) -->\n)?^```(bash|sh|console|python)\n(.*?)^```", text, re.M | re.S)
     lines = lambda body: [x for x in map(str.strip, body.replace("\\\n", " ").splitlines()) if x and x[0] != "#"]
     return [(kind or None, [f"python -c {shlex.quote(body)}"] if language == "python" else lines(body))
@@ -760,6 +760,13 @@ def test_readme_tags():
     commands = [line for _, lines in blocks for line in lines]
     assert any("pip install" in line and "python train_q0.py" in line for line in commands)
     assert any("pytest" in line for line in commands) and any("prepare.py fineweb" in line for line in commands)
+
+
+def test_links():
+    """Every relative link of a page leads to a file of this repository."""
+    for page in (*ROOT.glob("*.md"), *ROOT.glob("data/*.md"), *ROOT.glob("records/**/*.md")):
+        for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
+            assert (page.parent / target).exists(), (page, target)
 
 
 def test_readme_runs_here(corpus, tmp_path):

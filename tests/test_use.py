@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import figures
 import plot
 import pool
 import prior
@@ -233,7 +234,7 @@ def test_short_or_foreign_shard(run, tmp_path, capsys):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# records/prior.py and records/plot.py
+# records/prior.py , records/plot.py and records/figures.py
 
 def test_prior_rows(run):
     result, rows = json.loads((run[0] / "result.json").read_text()), prior.rows_of(str(run[0]))
@@ -268,6 +269,17 @@ def test_plot(run, tmp_path, capsys):
     worse.write_text(json.dumps([[[x, y, loss + 1] for x, y, loss in curve.tolist()]]))
     plot.main([str(tmp_path / "x.png"), f"a={folder}/log.txt", f"b={worse}"])
     assert capsys.readouterr().out.count("b does not reach a's") == 2  # epochs, FLOPs
+
+
+def test_figures(monkeypatch, capsys):
+    """The pages' figures can be drawn again, and the ratios they quote are those of the committed curves."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, name: drawn.append(name))
+    figures.main()
+    assert sorted(drawn) == ["loss.png", "method.png", "ratio.png"]
+    printed = capsys.readouterr().out
+    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65", "seed 202, 208 epochs: 3.34"):
+        assert line in printed
 
 
 def test_compared():
