@@ -6,13 +6,16 @@ loss.png    loss against epochs at 1.4M and 12.6M parameters
 ratio.png   how many times fewer epochs q0 needs than the independent ensemble, at both sizes
 method.png  the method in one drawing
 """
+import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch
 
-from plot import curves_in, reached
+if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records.plot import curves_in, reached
 
 FIGURES = Path(__file__).resolve().parent / "figures"
 COLORS = {
