@@ -1,4 +1,5 @@
 """Shared by all tests: the repository on sys.path, --slow, and a corpus and a run to look at."""
+import functools
 import sys
 from pathlib import Path
 
@@ -45,7 +46,8 @@ def repo(tmp_path_factory):
 @pytest.fixture(scope="session")
 def run(repo, corpus):
     """(folder, stdout) of one q0 run of four members, in a process of its own."""
-    done = tiny.user(repo, "python", "train_q0.py", *tiny.SEVERAL, "--data", corpus, "--run", "first")
+    flags = [*tiny.SEVERAL, "--data", corpus, "--run", "first"]
+    done = tiny.user(repo, "python", "train_q0.py", *flags)
     assert done.returncode == 0, done.stderr
     return repo / "logs/first", done.stdout
 
@@ -63,10 +65,32 @@ def logs(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def trained(corpus, logs):
-    """Runs in this process: trained(name, *flags) -> folder."""
-    def train(name, *flags):
-        argv = [*tiny.MINI, "--data", corpus, "--run", name, *flags]
+def flags(corpus, logs):
+    """A run of a fraction of a second; it is called x."""
+    return [*tiny.MINI, "--data", str(corpus), "--run", "x"]
+
+
+@pytest.fixture
+def trained(flags, logs):
+    """Runs in this process: trained(name, *more flags) -> folder."""
+    def train(name, *more):
+        argv = [*flags, "--run", name, *more]
         assert q.main([str(a) for a in argv]) == 0
         return logs / name
     return train
+
+
+@pytest.fixture
+def harness(monkeypatch, tmp_path):
+    """Whether lm-evaluation-harness is here; with the tasks of a --task-folder alone, as its own
+    14,000 files take seconds to read. It finds no network."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    try:
+        import lm_eval.tasks
+    except ImportError:
+        return False
+    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    return True

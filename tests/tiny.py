@@ -23,8 +23,8 @@ MINI = (
     "--precision float32 --device cpu --log-every 1").split()
 # seconds; members close enough that the prior mixes several, so its optimum is inside
 SEVERAL = (
-    "--layers 2 --width 64 --head-dim 32 --mlp-hidden 128 --seq-len 64 --batch-tokens 1024 "
-    "--micro-batch 8 --train-tokens 4000 --epochs 24 --cycles 4 --distill-after 1 "
+    "--layers 1 --width 64 --head-dim 32 --mlp-hidden 128 --seq-len 64 --batch-tokens 1024 "
+    "--micro-batch 16 --train-tokens 4000 --epochs 24 --cycles 4 --distill-after 1 "
     "--distill-weight 0.1 --lr-matrix 0.04 --lr-head 0.01 "
     "--precision float32 --device cpu --log-every 1").split()
 VOCABULARY = 300  # no multiple of 64: the head is padded to 320
@@ -109,9 +109,10 @@ def user(cwd, *argv, **env):
 def clone(to):
     """A copy of the repository without data and runs."""
     def left_out(folder, names):
-        hidden = [n for n in names if n.startswith(".") or n in ("logs", "__pycache__")]
-        prepared = [n for n in names if Path(folder) == ROOT / "data" and (Path(folder) / n).is_dir()]
-        return hidden + prepared
+        found = [n for n in names if n.startswith(".") or n in ("logs", "__pycache__")]
+        if Path(folder) == ROOT / "data":
+            found += [n for n in names if (ROOT / "data" / n).is_dir()]
+        return found
     return shutil.copytree(ROOT, to, ignore=left_out)
 
 
@@ -132,6 +133,20 @@ def fails(capsys, pattern, *argv):
     assert status == 2 and error.count("\n") == 1 and error.endswith("\n"), (status, error)
     assert error.startswith("train_q0.py: error: ")
     assert re.search(pattern, error), error
+
+
+# Damage
+
+def flip(path, at=-101):
+    """Change one bit."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def shorten(path, size):
+    """Keep so many bytes; negative: lose so many."""
+    path.write_bytes(path.read_bytes()[:size])
 
 
 # Runs
