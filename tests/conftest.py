@@ -1,14 +1,16 @@
 """Shared by all tests: the repository on sys.path, --slow, and a corpus and a run to look at."""
 import functools
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+# models this small gain nothing from two threads, and one adds in one order; a waiting one sleeps
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
-
-import torch  # noqa: E402
 
 import records.plot  # noqa: E402
 import tiny  # noqa: E402
@@ -52,16 +54,18 @@ def run(repo, corpus):
     return repo / "logs/first", done.stdout
 
 
+@pytest.fixture(scope="session")
+def finished(run):
+    """Its folder."""
+    return run[0]
+
+
 @pytest.fixture
 def logs(tmp_path, monkeypatch):
-    """Runs of this process go here. No curve is drawn, which takes longer than such a run, and one
-    thread adds in one order."""
+    """Runs of this process go here, and no curve is drawn, which takes longer than such a run."""
     monkeypatch.setattr(q, "LOGS", tmp_path / "logs")
     monkeypatch.setattr(records.plot, "draw_curve", lambda *args: None)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path / "logs"
-    torch.set_num_threads(threads)
+    return tmp_path / "logs"
 
 
 @pytest.fixture
