@@ -102,7 +102,6 @@ MOMENTUM = 0.95  # Muon's, Nesterov
 LR_RESID = 0.00025  # peak lr of residual and skip scalars
 LR_X0 = 0.025  # peak lr of x0 scalars
 LR_MIXING = 0.02  # peak lr of head mixing and smear
-COMPILE_EPOCHS = 22  # on a CPU torch.compile pays from this budget on
 LAUNCH_BOUND = 150e6  # parameters in the blocks: a GPU waits for the launches of smaller models
 
 def knob(default, why, low=0, high=1e37, choices=""):
@@ -187,7 +186,7 @@ class Config:
     device: str = knob("auto", "auto takes the GPU where there is one", choices="auto cpu cuda")
     precision: str = knob(
         "auto", "of matrix products; weights are float32", choices="auto bfloat16 float32")
-    compile: bool | None = knob(None, "torch.compile; derived: on a GPU, on a CPU for long runs")
+    compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
     graphs: bool | None = knob(
         None, "replay CUDA graphs; derived: on for models that are launch bound, on a GPU")
     recompute: bool = knob(
@@ -343,8 +342,7 @@ def derive_machine(cfg):
     if gpu or torch.cpu._is_avx512_bf16_supported():
         yield "precision", "bfloat16", "supported here"
     yield "precision", "float32", "this CPU lacks bfloat16 instructions: slower"
-    pays = gpu or (cfg.epochs >= COMPILE_EPOCHS and shutil.which("g++") is not None)
-    yield "compile", pays, f"pays on a GPU; with g++ on a CPU from {COMPILE_EPOCHS} epochs on"
+    yield "compile", gpu, "pays on a GPU; on a CPU it gains less than it takes"
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
     small = gpu and parameters < LAUNCH_BOUND
     yield "graphs", small, f"on a GPU with fewer than {LAUNCH_BOUND:.3g} parameters in blocks"
@@ -1860,8 +1858,6 @@ class Trainer:
         """Compile and capture all that a run will use before its first step; nothing of it stays."""
         cfg = self.cfg
         reset_watchdog(cfg.hang_minutes and max(cfg.hang_minutes, WARM_UP_MINUTES))
-        init_weights(self.student.table, self.optimizer.masters, "warm-up")
-        self.optimizer.refresh()
         with torch.no_grad():
             self.newest(self.tokens[:, :-1])
         for taught in (False, True) if cfg.distill_weight else (False,):
@@ -2370,11 +2366,13 @@ class Run:
 
     def claim(self, trajectory, world):
         """Whether this launch trains the trajectory: it is neither done nor held by another."""
-        mine = False
         if world.leader:
-            self.lock = Lock(self.state / f"{trajectory}.lock")
-            mine = self.lock.acquire() and not self.is_done(trajectory)
-        return world.broadcast_object(mine)
+            lock = Lock(self.state / f"{trajectory}.lock")
+            if lock.acquire():
+                self.lock = lock
+                if self.is_done(trajectory):
+                    self.release()
+        return world.broadcast_object(self.lock is not None)
 
     def alive(self, hang_minutes):
         """Say that this launch is at work: to its own watchdog, and to others."""
@@ -2388,7 +2386,8 @@ class Run:
             self.lock = None
 
     def is_done(self, trajectory):
-        return any(f.stem.endswith("-done") for f in self.generations(trajectory))
+        newest = self.generations(trajectory)[:1]
+        return bool(newest) and newest[0].stem.endswith("-done")
 
     def generations(self, trajectory):
         """States of a trajectory, newest first: JSON files, each beside its tensors."""
@@ -2886,10 +2885,9 @@ def resume_line(run):
     """What a run's states say of its trajectories, or "" where it has none."""
     found = []
     for j in range(run.identity["trajectories"]):
-        state = run.load_state(j)
-        if state:
-            at, _ = state
-            found.append(f"trajectory {j} " + ("is done" if at.done else f"at step {at.step}"))
+        for newest in run.generations(j)[:1]:
+            step, *done = newest.stem.split("-")[1:]
+            found.append(f"trajectory {j} " + ("is done" if done else f"at step {int(step)}"))
     return f"resuming {run.folder.name}: {', '.join(found)}" if found else ""
 
 
