@@ -1373,11 +1373,7 @@ class Optimizer:
                 raise UserError(f"weight {name} has no row in parameter_table: give it one, which "
                                 "says how it starts and what updates it")
             bank = Bank(weight, model.table[name], self.dtype, world)
-            if bank.copied:
-                weight.data = bank.master.to(self.dtype)
-            else:
-                weight.data = bank.master
-                weight.grad = bank.grad
+            weight.data = bank.master.to(self.dtype) if bank.copied else bank.master
             self.banks[name] = bank
         device = next(model.parameters()).device
         self.steps = torch.zeros((), device=device)  # that were not skipped
@@ -1409,11 +1405,12 @@ class Optimizer:
 
     @torch.no_grad()
     def add_gradients(self):
-        """Add a micro-batch's gradients of the working copies to the float32 gradients."""
-        for bank in self.banks.values():
-            if bank.copied:
-                bank.grad.add_(bank.weight.grad)
-                bank.weight.grad = None
+        """Add a micro-batch's gradients, all passes of looped layers, to the float32 gradients."""
+        for name, bank in self.banks.items():
+            if bank.weight.grad is None:
+                raise UserError(f"weight {name} has no gradient: the forward pass does not use it")
+            bank.grad.add_(bank.weight.grad)
+            bank.weight.grad = None
 
     @torch.no_grad()
     def reset(self):
