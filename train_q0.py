@@ -1111,7 +1111,8 @@ def teacher_logits(teacher, rows, V, softcap):
     if len(teacher) == 1:
         return next(logits)
     shares = [share for share, _, _ in teacher]
-    y = mixed_probs((z[:, :V] for z in logits), shares, softcap).log_()
+    y = mixed_probs((z[:, :V] for z in logits), shares, softcap)
+    y.clamp_(min=1e-38).log_()  # of 0 it would make the KL term NaN
     if softcap:
         y -= (y.amax(-1, keepdim=True) + y.amin(-1, keepdim=True)) / 2
         y.div_(softcap).clamp_(-1 + 1e-6, 1 - 1e-6).atanh_().mul_(softcap)
