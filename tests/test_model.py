@@ -2,6 +2,7 @@
 references in numpy float64. Last, a user's edits."""
 import copy
 import dataclasses
+import functools
 import importlib.util
 import math
 import sys
@@ -48,14 +49,12 @@ def test_attention_kernels(name, T, window):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
-@pytest.mark.parametrize("window", [16, 5])
-def test_flex_attention(window, monkeypatch):
-    """Forward, all that it has on a CPU; not compiled, which takes half a minute."""
-    monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)
+def test_flex_attention(monkeypatch):
+    """Forward, all that it has on a CPU. Traced only: to compile it takes half a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     inputs = torch.randn(3, 2, 16, 2, 32, generator=seeded(0))
-    found = q.flex_attention(small(), CPU, window)(*inputs)
-    wanted = attention_by_loops(*inputs, window)
+    found = q.flex_attention(small(), CPU, 5)(*inputs)
+    wanted = attention_by_loops(*inputs, 5)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
 
 
