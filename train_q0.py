@@ -813,7 +813,7 @@ def sdpa_attention(cfg, device, window):
 
 
 def matmul_attention(cfg, device, window):
-    """Two batched products and a softmax: on a CPU faster than SDPA up to 1,024 tokens."""
+    """Two batched products and a softmax: in bf16 on a CPU faster than SDPA, up to 1,024 tokens."""
     T = cfg.seq_len
     bias = torch.zeros(T, T, dtype=getattr(torch, cfg.precision), device=device)
     bias.masked_fill_(~visible(T, window, device), -math.inf)
@@ -875,7 +875,8 @@ def attention_names(cfg, device_type, window):
     if cfg.attention != "auto":
         return [cfg.attention]
     if device_type == "cpu":
-        return ["matmul", "sdpa"] if cfg.seq_len <= 1024 else ["sdpa"]
+        short = cfg.precision == "bfloat16" and cfg.seq_len <= 1024
+        return ["matmul", "sdpa"] if short else ["sdpa"]
     return ["sdpa"] if window >= cfg.seq_len else ["flex", "sdpa"]
 
 
@@ -1202,17 +1203,17 @@ def true_token_probs(model, sequences, batch, world):
     probs = torch.zeros(n, sequences.shape[1] - 1, device=world.device)
     exact = model.dtype == torch.bfloat16  # 8 bits of mantissa fit in TF32's 11
     for i in range(batch * world.rank, n, batch * world.size):
-        part = sequences[i:i + batch].astype(np.int64)
-        filled = np.pad(part, ((0, batch - len(part)), (0, 0)))  # one shape, compiled once
-        tokens = torch.from_numpy(filled).to(world.device)
+        part = np.arange(i, i + batch).clip(max=n - 1)  # one shape, compiled once
+        tokens = torch.from_numpy(sequences[part].astype(np.int64)).to(world.device)
         hidden = model(tokens[:, :-1])[0].flatten(0, 1).float()
         targets = tokens[:, 1:].flatten()
-        found = probs[i:i + batch].view(-1)
-        for j in range(0, len(found), rows):
+        found = []
+        for j in range(0, len(hidden), rows):
             with tf32(exact):
                 logits = F.linear(hidden[j:j + rows], head)
-            p = rows_probs(logits, model.vocab_size, targets[j:j + rows], model.cfg.softcap)
-            found[j:j + rows] = p[:len(found) - j]
+            found.append(rows_probs(logits, model.vocab_size, targets[j:j + rows],
+                                    model.cfg.softcap))
+        probs[i:i + batch] = torch.cat(found).view(batch, -1)[:n - i]
     world.all_reduce(probs)
     return probs.flatten().cpu().numpy()
 
@@ -1340,12 +1341,12 @@ class Bank:
         self.row = row
         self.weight = weight  # the model's, which forward passes read
         unit = weight.shape[-2:] if row.rule == "muon" else ()
-        units = weight.numel() // math.prod(unit)
-        padded = world.size * math.ceil(units / world.size)
+        self.units = weight.numel() // math.prod(unit)
+        padded = world.size * math.ceil(self.units / world.size)
         self.master_units = torch.zeros(padded, *unit, device=weight.device)
         self.grad_units = torch.zeros_like(self.master_units)
-        self.master = self.master_units[:units].view(weight.shape)
-        self.grad = self.grad_units[:units].view(weight.shape)
+        self.master = self.master_units[:self.units].view(weight.shape)
+        self.grad = self.grad_units[:self.units].view(weight.shape)
         self.own = world.shard(self.master_units)
         self.first = torch.zeros_like(self.own)
         self.second = torch.zeros_like(self.own)
@@ -1459,17 +1460,21 @@ class Optimizer:
             X = self.muon_momentum(g, first, clip, ok, self.dtype)
             self.muon_update(own, polar_express(X), second, lr, wd, ok)
 
-    def state(self):
-        """{"first.NAME", "second.NAME": moments, ...}, the same for any number of ranks, for the
-        leader; {} for the others: all ranks' copies might be more than a machine's memory."""
-        found = {"steps": self.steps, "skipped": self.skipped}
+    def moments(self):
+        """(name in a state, bank, this rank's slice) of every moment."""
         for name, bank in self.banks.items():
-            for kind, own in (("first", bank.first), ("second", bank.second)):
-                whole = own.new_empty(len(bank.master_units), *own.shape[1:])
-                self.world.all_gather(own, whole)
-                units = bank.master.numel() // math.prod(bank.own.shape[1:])
-                if self.world.leader:
-                    found[f"{kind}.{name}"] = whole[:units].cpu()
+            yield f"first.{name}", bank, bank.first
+            yield f"second.{name}", bank, bank.second
+
+    def state(self):
+        """{name: moments, ...}, the same for any number of ranks, for the leader; {} for the
+        others: all ranks' copies might be more than a machine's memory."""
+        found = {"steps": self.steps, "skipped": self.skipped}
+        for name, bank, own in self.moments():
+            whole = own.new_empty(len(bank.master_units), *own.shape[1:])
+            self.world.all_gather(own, whole)
+            if self.world.leader:
+                found[name] = whole[:bank.units].cpu()
         return found if self.world.leader else {}
 
     def load(self, found):
@@ -1478,14 +1483,14 @@ class Optimizer:
             self.steps.copy_(found["steps"])
             self.skipped.copy_(found["skipped"])
         self.world.broadcast(self.steps, self.skipped)
-        for name, bank in self.banks.items():
-            for kind, own in (("first", bank.first), ("second", bank.second)):
-                whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
-                if found is not None:
-                    units = found[f"{kind}.{name}"]
-                    whole[:len(units)] = units
-                self.world.broadcast(whole)
-                own.copy_(self.world.shard(whole))
+        for name, bank, own in self.moments():
+            whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
+            if found is not None:
+                whole[:bank.units] = found[name]
+            self.world.broadcast(whole)
+            own.copy_(self.world.shard(whole))
+
+
 
 
 # Schedule ---------------------------------------------------------------------------------------
