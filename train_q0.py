@@ -999,7 +999,7 @@ def check_kernels(device_type):
     target = torch.arange(4, device=device_type)
     scale = torch.full((4,), 0.25, device=device_type)
     arguments = (100, target, scale, 15.0, 0.5, 1.2)
-    *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z, *arguments)
+    *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z.clone(), *arguments)
     out = launch_loss_kernel(z, teacher_z, *arguments, grad=True)
     assert_close(out.mean(0), torch.stack(losses), 1e-4)  # rounding of float32
     assert_close(z, gradient, 1e-4)
@@ -1111,7 +1111,8 @@ def teacher_logits(teacher, rows, V, softcap):
     if len(teacher) == 1:
         return next(logits)
     shares = [share for share, _, _ in teacher]
-    y = mixed_probs((z[:, :V] for z in logits), shares, softcap).log_()
+    y = mixed_probs((z[:, :V] for z in logits), shares, softcap)
+    y.clamp_(min=1e-38).log_()  # of 0 it would make the KL term NaN
     if softcap:
         y -= (y.amax(-1, keepdim=True) + y.amin(-1, keepdim=True)) / 2
         y.div_(softcap).clamp_(-1 + 1e-6, 1 - 1e-6).atanh_().mul_(softcap)
@@ -1373,11 +1374,7 @@ class Optimizer:
                 raise UserError(f"weight {name} has no row in parameter_table: give it one, which "
                                 "says how it starts and what updates it")
             bank = Bank(weight, model.table[name], self.dtype, world)
-            if bank.copied:
-                weight.data = bank.master.to(self.dtype)
-            else:
-                weight.data = bank.master
-                weight.grad = bank.grad
+            weight.data = bank.master.to(self.dtype) if bank.copied else bank.master
             self.banks[name] = bank
         device = next(model.parameters()).device
         self.steps = torch.zeros((), device=device)  # that were not skipped
@@ -1409,11 +1406,12 @@ class Optimizer:
 
     @torch.no_grad()
     def add_gradients(self):
-        """Add a micro-batch's gradients of the working copies to the float32 gradients."""
-        for bank in self.banks.values():
-            if bank.copied:
-                bank.grad.add_(bank.weight.grad)
-                bank.weight.grad = None
+        """Add a micro-batch's gradients, all passes of looped layers, to the float32 gradients."""
+        for name, bank in self.banks.items():
+            if bank.weight.grad is None:
+                raise UserError(f"weight {name} has no gradient: the forward pass does not use it")
+            bank.grad.add_(bank.weight.grad)
+            bank.weight.grad = None
 
     @torch.no_grad()
     def reset(self):
