@@ -1954,12 +1954,16 @@ class Trainer:
     # Trajectories and cycles
 
     def claimed(self, cycles_by_trajectory):
-        """Yield the cycles of each trajectory that is neither done nor held by another launch; it
-        is held until the next is asked for."""
-        for cycles in cycles_by_trajectory:
-            if self.run.claim(cycles[0].trajectory, self.world):
-                yield cycles
-                self.run.release()
+        """Yield the cycles of each trajectory that is neither done nor held by another launch, also
+        of those whose launch ended meanwhile; it is held until the next is asked for."""
+        claimed = True
+        while claimed:
+            claimed = False
+            for cycles in cycles_by_trajectory:
+                if self.run.claim(cycles[0].trajectory, self.world):
+                    claimed = True
+                    yield cycles
+                    self.run.release()
 
     def start_trajectory(self, cycles):
         """Progress of the trajectory: of its newest whole state, or none."""
@@ -2098,12 +2102,11 @@ class Trainer:
         key = f"{self.cfg.report}_loss"
         so_far = [i for i in range(cycle.member + 1) if self.predictions.has(i)]
         mixed = self.predictions.mixtures(so_far)
-        n = len(so_far)
+        entry = {**cycle.place, **mixed, **hashes_of(self.run.folder, cycle.member)}
         self.log.event(**cycle.place, **{key: mixed["loss"]})
-        self.log.event("ensemble", members=n, k=n, prior="uniform", **{key: mixed["uniform"]})
-        self.log.event("ensemble", members=n, k=n, prior="learned", **{key: mixed["learned"]},
-                       gap=mixed["gap"])
-        return {**cycle.place, **mixed, **hashes_of(self.run.folder, cycle.member)}
+        for pairs in ensembles(entry, key):
+            self.log.event("ensemble", **pairs)
+        return entry
 
     def finish_trajectory(self):
         self.at.done = True
@@ -2204,7 +2207,7 @@ NEWER_SCRIPT = "use the train_q0.py at the head of its run's log"
 
 def write_atomically(path, write):
     """Call write(temporary path), then rename it: a reader sees the old file or the new one."""
-    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    tmp = path.with_name(f"{path.name}.tmp")  # of one name: what a kill left is overwritten
     try:
         write(tmp)
         with open(tmp, "rb+") as f:
@@ -2263,7 +2266,7 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
         if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
             raise ValueError("the sha256 of model.safetensors is not the recorded one")
         weights = load_tensor_file(folder / "model.safetensors")
-        cfg = Config(**about["config"])
+        cfg, _ = resolve(replace(Config(**about["config"]), device="cpu"))
         vocab_size = int(about["vocab_size"])
     cfg = replace(cfg, precision=precision or cfg.precision)
     wanted = {n: row.bank_shape for n, row in parameter_table(cfg, vocab_size).items()}
@@ -2475,7 +2478,8 @@ class Run:
 
     def is_done(self, trajectory):
         newest = self.generations(trajectory)[:1]
-        return bool(newest) and newest[0].stem.endswith("-done")
+        named_done = bool(newest) and newest[0].stem.endswith("-done")
+        return named_done and self.load_state(trajectory)[0].done  # which may be damaged
 
     def generations(self, trajectory):
         """States of a trajectory, newest first: JSON files, each beside its tensors."""
@@ -2516,12 +2520,11 @@ class Run:
                     at.check(trajectory, self.identity["cycles"])
                 return at, tensors
             except UserError as e:
-                more = ": going back to the one before" if path != files[-1] else ""
-                print(f"notice: {e}{more}", file=sys.stderr)
-        if files:
-            raise UserError(f"no state of trajectory {trajectory} in {self.folder} is whole: start "
-                            f"a new run, or delete {self.state}/{trajectory}-* to train this "
-                            "trajectory again")
+                if path == files[-1]:
+                    raise UserError(f"{e}; no other state of trajectory {trajectory} is whole: "
+                                    f"start a new run, or delete {self.state}/{trajectory}-* to "
+                                    "train it again") from None
+                print(f"notice: {e}: going back to the one before", file=sys.stderr)
         return None
 
     def log_files(self, trajectory):
@@ -2698,15 +2701,30 @@ class Log:
         print(text, flush=True)
 
     def event(self, *flags, **pairs):
-        """A line of key:value pairs, in the metrics too; a pair of numbers is shown as a/b."""
-        kind = flags[0] if flags else next(iter(pairs))
-        self.metrics.write(json.dumps({"event": kind, **pairs}) + "\n")
-        self.line(" ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())]))
+        text, data = event_lines(*flags, **pairs)
+        self.metrics.write(data + "\n")
+        self.line(text)
 
-    def append(self, path, metrics_path):
-        """Add the files of another trajectory."""
-        self.text.write(path.read_text(encoding="utf-8"))
-        self.metrics.write(metrics_path.read_text(encoding="utf-8"))
+    def append(self, parts, events):
+        """Add the files of another trajectory, with these `events` of its ensembles."""
+        for i, file in enumerate((self.text, self.metrics)):
+            known = iter(events)
+            for line in parts[i].read_text(encoding="utf-8").splitlines(keepends=True):
+                file.write(next(known)[i] + "\n" if "ensemble" in line else line)
+
+
+def event_lines(*flags, **pairs):
+    """An event as key:value pairs, where a pair of numbers is shown as a/b, and as JSON."""
+    kind = flags[0] if flags else next(iter(pairs))
+    text = " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
+    return text, json.dumps({"event": kind, **pairs})
+
+
+def ensembles(entry, key):
+    """What the log says of a curve's entry: the losses of all members so far."""
+    n = entry["of"]
+    yield {"members": n, "k": n, "prior": "uniform", key: entry["uniform"]}
+    yield {"members": n, "k": n, "prior": "learned", key: entry["learned"], "gap": entry["gap"]}
 
 
 def shown(key, value):
@@ -2800,8 +2818,10 @@ def saved_config(run, given):
     path = find_run(run) / "run.json"
     with reading(path, "; start a new run"):
         saved = load_json(path)["config"]
-        if saved.keys() != {f.name for f in fields(Config)}:
-            raise ValueError("settings are missing or unknown")
+        same_fields = saved.keys() == {f.name for f in fields(Config)}
+    if not same_fields:
+        raise UserError(f"{path} has other settings than this script knows: {NEWER_SCRIPT}")
+    with reading(path, "; start a new run"):
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
         resolve(Config(**base))  # values of another kind raise here
@@ -2936,21 +2956,23 @@ def open_run(run, about, data):
     lock = Lock(folder / "state/setup.lock")
     while not lock.acquire():  # another launch starts now
         time.sleep(0.2)
-    if (folder / "run.json").exists():
-        with reading(folder / "run.json"):
-            saved = load_json(folder / "run.json")
-            identity = {**saved["config"], **saved["data"]}
-        differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
-        if differ:
-            raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
-                            "--run name, or the settings and data it began with")
-    else:
-        for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
-            if (data / file).exists():
-                copy = functools.partial(shutil.copyfile, data / file)
-                write_atomically(folder / "data" / file, copy)
-        save_json(folder / "run.json", about)
-    lock.release()
+    try:
+        if (folder / "run.json").exists():
+            with reading(folder / "run.json"):
+                saved = load_json(folder / "run.json")
+                identity = {**saved["config"], **saved["data"]}
+            differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+            if differ:
+                raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
+                                "--run name, or the settings and data it began with")
+        else:
+            for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
+                if (data / file).exists():
+                    copy = functools.partial(shutil.copyfile, data / file)
+                    write_atomically(folder / "data" / file, copy)
+            save_json(folder / "run.json", about)
+    finally:
+        lock.release()
 
 
 def resume_line(run):
@@ -2976,11 +2998,15 @@ def finish_run(trainer, about):
     if not lock.acquire():  # another launch ended just now
         return
     try:
+        if (run.folder / "result.json").exists():  # and wrote it before we held the lock
+            return
         states = [run.load_state(j)[0] for j in trajectories]
         log = run.open_log(0, states[0].log)
-        for j in trajectories[1:]:
-            log.append(*run.log_files(j))
         result = summarize(trainer, states)
+        for at in states[1:]:  # as if one launch had trained all in turn
+            events = [event_lines("ensemble", **pairs) for entry in at.curve
+                      for pairs in ensembles(entry, f"{cfg.report}_loss")]
+            log.append(run.log_files(at.trajectory), events)
         log_final(log, cfg, result, trainer.corpus.name, about["machine"])
         everyone = range(len(result["curve"]))
         heldout = trainer.predictions.of("heldout", everyone)

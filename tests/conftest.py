@@ -17,6 +17,17 @@ import tiny  # noqa: E402
 import train_q0 as q  # noqa: E402
 
 
+@pytest.fixture(scope="session")
+def base(tmp_path_factory):
+    """A folder for what is made once and read by many tests."""
+    return tmp_path_factory.mktemp("base")
+
+
+@pytest.fixture
+def logs(tmp_path):
+    return tmp_path / "logs"
+
+
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 

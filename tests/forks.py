@@ -1,0 +1,317 @@
+"""What tests of whole runs need: settings, a corpus on the disk, runs as forks, runs compared.
+
+Importing torch is most of a process's start. A run here is a fork of the tests' process, which has
+imported it, and takes half a second. One thread throughout, so that sums have one order.
+"""
+import functools
+import hashlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+import traceback
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_q0 as q
+
+# Three cycles of five steps of two micro-batches; dropout, noise at boundaries, a teacher from the
+# second cycle on, and members that are the mean of the last four steps of a cycle
+RUN = (
+    "--layers 1 --width 32 --head-dim 16 --mlp-hidden 64 --seq-len 32 --batch-tokens 512 "
+    "--micro-batch 8 --epochs 6 --train-tokens 1300 --cycles 3 --distill-after 1 --average 0.8 "
+    "--lr-matrix 0.04 --lr-head 0.01 --weight-decay 1.3 --wd-start 0.7 --wd-end 1 --dropout 0.1 "
+    "--precision float32 --device cpu --log-every 1").split()
+TWO = ("--trajectories", "2", "--epochs", "12")  # of 15 steps each
+EVERY_STEP = ("--save-minutes", "0")  # a state after every step
+CYCLE_ENDS = ("--save-minutes", "1000")
+
+
+@functools.cache
+def shards(folder, seed=0):
+    """A prepared corpus in `folder`, of a chain in which three words may follow each word."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True)
+    splits = {}
+    for split, documents in (("train", 90), ("heldout", 12), ("dev", 12), ("val", 12)):
+        text = []
+        for _ in range(documents):
+            text.append(0)
+            word = int(rng.integers(1, 100))
+            for step in rng.integers(3, size=30):
+                text.append(word)
+                word = 1 + (3 * word + int(step)) % 99
+        header = np.zeros(q.SHARD_HEADER, dtype="<i4")
+        header[:3] = q.SHARD_MAGIC, q.SHARD_VERSION, len(text)
+        raw = header.tobytes() + np.array(text, dtype="<u2").tobytes()
+        (folder / f"{split}.bin").write_bytes(raw)
+        entry = {"name": f"{split}.bin", "sha256": hashlib.sha256(raw).hexdigest()}
+        splits[split] = {"files": [entry]}
+    manifest = {"name": "chain", "vocab_size": 100, "eot": 0, "tokenizer": None, "splits": splits}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+# Runs in forks
+
+@functools.cache
+def warm_up():
+    """Import what torch imports only when it is first needed, so that no fork does."""
+    with torch.device("meta"):
+        q.GPT(q.resolve(q.Config())[0], 100)
+
+
+class Fork:
+    """train_q0.main(argv), or call(), in a fork, with runs under `logs`; `plant` is called first.
+    `env` is more of its environment."""
+    count = 0
+
+    def __init__(self, logs, *argv, plant=None, call=None, **env):
+        warm_up()
+        logs.mkdir(parents=True, exist_ok=True)
+        Fork.count += 1
+        self.files = [logs.parent / f"{Fork.count:03}.{kind}" for kind in ("out", "err")]
+        for file in self.files:
+            file.touch()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.code = None
+        self.pid = os.fork()
+        if self.pid == 0:
+            self.run(logs, argv, plant, call, env)
+
+    def run(self, logs, argv, plant, call, env):
+        """In the fork; does not return."""
+        code = 1
+        try:
+            for fd, file in enumerate(self.files, 1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_APPEND), fd)
+            sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+            sys.stderr = sys.__stderr__ = os.fdopen(2, "w", buffering=1, closefd=False)
+            os.environ.update({k: str(v) for k, v in env.items()})
+            torch.set_num_threads(1)
+            q.LOGS = logs
+            q.draw_curve = lambda *args: None  # takes longer than the run
+            if plant:
+                plant()
+            found = call() if call else q.main([str(a) for a in argv])
+            code = found or 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+    def poll(self):
+        if self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.code = os.waitstatus_to_exitcode(status) if pid else None
+        return self.code
+
+    def kill(self, number=signal.SIGKILL):
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def wait(self, limit=60):
+        """The exit status, negative where a signal ended it. It is killed after `limit` seconds."""
+        end = time.monotonic() + limit
+        while self.poll() is None:
+            if time.monotonic() > end:
+                self.kill()
+                os.waitpid(self.pid, 0)
+                self.code = "late"
+            time.sleep(0.005)
+        assert self.code != "late", f"no end after {limit} s: {self.out}{self.err}"
+        return self.code
+
+    @property
+    def out(self):
+        return self.files[0].read_text(errors="replace")
+
+    @property
+    def err(self):
+        return self.files[1].read_text(errors="replace")
+
+    def good(self, limit=60):
+        """Wait for success; returns self."""
+        assert self.wait(limit) == 0, self.out + self.err
+        return self
+
+    def fails(self, pattern, limit=60):
+        """Wait for one line, and nothing else on standard error but notices; returns the line."""
+        assert self.wait(limit) == 2, (self.code, self.out, self.err)
+        lines = [line for line in self.err.splitlines() if not line.startswith("notice: ")]
+        assert len(lines) == 1 and lines[0].startswith("train_q0.py: error: "), self.err
+        assert re.search(pattern, lines[0]), lines[0]
+        return lines[0]
+
+    def dies(self, number=signal.SIGKILL):
+        """Wait for the signal that ends it; returns self."""
+        assert self.wait() == -number, (self.code, self.out, self.err)
+        return self
+
+    @property
+    def went_on_from(self):
+        """{trajectory: step that it went on from, or "done"}, as the run says."""
+        line = "".join(x for x in self.out.splitlines() if x.startswith("resuming "))
+        found = re.findall(r"trajectory (\d+) (?:is (done)|at step (\d+))", line)
+        return {int(j): done or int(step) for j, done, step in found}
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def ranks(size, logs, *argv, own={}, plants={}, call=None, **env):
+    """Forks with the environment that torchrun sets; own {rank: flags}, plants {rank: plant}."""
+    port = free_port()
+    address = dict(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+    return [Fork(logs, *argv, *own.get(rank, ()), plant=plants.get(rank), call=call, RANK=rank,
+                 LOCAL_RANK=rank, **address, **env) for rank in range(size)]
+
+
+def all_good(forks):
+    for fork in forks:
+        fork.good()
+    return forks
+
+
+def command(base, *more):
+    """Flags of run x, on a corpus in the folder `base`."""
+    return [*RUN, "--data", shards(base / "shards"), "--run", "x", *more]
+
+
+def start(base, logs, *more, plant=None):
+    """A fork that trains run x, or goes on with it."""
+    return Fork(logs, *command(base, *more), plant=plant)
+
+
+def resume(logs, *more):
+    return Fork(logs, "--resume", "x", *more)
+
+
+@functools.cache
+def reference(base, *more, size=1):
+    """The folder of a run that nothing disturbed, of `size` processes."""
+    logs = base / f"reference{Fork.count}/logs"
+    all_good(ranks(size, logs, *command(base, *more)))
+    return logs / "x"
+
+
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def at_call(owner, name, n, act=die, where="", after=False):
+    """Act before (or after) the n-th call of owner.name whose last path argument, if any, matches
+    `where`."""
+    real = getattr(owner, name)
+    calls = []
+
+    def planted(*args, **kwargs):
+        paths = [str(a) for a in args if isinstance(a, (str, Path))]
+        counts = re.search(where, paths[-1] if paths else "") is not None
+        calls.extend([1] * counts)
+        now = counts and len(calls) == n
+        if now and not after:
+            act()
+        result = real(*args, **kwargs)
+        if now and after:
+            act()
+        return result
+    setattr(owner, name, planted)
+
+
+def planted(*args, **kwargs):
+    """at_call, once it is called in the fork."""
+    return functools.partial(at_call, *args, **kwargs)
+
+
+def at_step(n, act=die):
+    """Plant `act` before the n-th optimizer step."""
+    return planted(q.Optimizer, "step", n, act=act)
+
+
+def wait_for(path, limit=60):
+    end = time.monotonic() + limit
+    while not path.exists():
+        assert time.monotonic() < end, f"no {path}"
+        time.sleep(0.005)
+
+
+# Runs compared
+
+TIMES = ("tok/s", "eta", "ready", "tflops", "train_time", "peak_memory")
+TIMED = re.compile(rf" ?\b(?:{'|'.join(TIMES)}):\S+")
+# of the header: when and how the run was started, settings that change no number, where it ran,
+# and what was derived, which a resumed run is given
+HEADER = re.compile(
+    r'^ *"(?:time|command|processes|save_minutes|keep_members|skip_nonfinite)": .*\n'
+    r"|^\w+: \S+ \(.*\)\n", re.M)
+
+
+def log_of(run):
+    """The log but for times, without the source text that it starts with."""
+    text = (run / "log.txt").read_text(encoding="utf-8")
+    assert text.startswith(q.SOURCE) and "\0" not in text
+    return HEADER.sub("", TIMED.sub("", text.removeprefix(q.SOURCE)))
+
+
+def metrics_of(run):
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
+
+
+def steps_of(run):
+    """[(step, loss), ...] as logged."""
+    steps = [event for event in metrics_of(run) if event["event"] == "step"]
+    return [(event["step"][0], event["loss"]) for event in steps]
+
+
+def losses_of(run):
+    return [loss for _, loss in steps_of(run)]
+
+
+def result_of(run):
+    timed = ("seconds", "per_second", "memory_mb", "command", "time", "machine", "config")
+    result = json.loads((run / "result.json").read_text())
+    return {k: v for k, v in result.items() if not k.endswith(timed)}
+
+
+def files_of(run):
+    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
+
+
+def weights_of(run):
+    """{path: bytes} of members and predictions."""
+    files = [*run.glob("members/*/*.safetensors"), *run.glob("predictions/*.safetensors")]
+    assert files
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+def states_of(run):
+    """{name: (position, hash of the tensors)} of the resume states."""
+    found = {}
+    for file in (run / "state").glob("*.json"):
+        body = json.loads(file.read_text())["body"]
+        timed = ("train_seconds", "eval_seconds", "log")
+        at = {k: v for k, v in body["at"].items() if k not in timed}
+        found[file.stem] = at, body["tensors"]
+    return found
+
+
+KINDS = {"weights": weights_of, "log": log_of, "metrics": metrics_of, "result": result_of,
+         "states": states_of}
+
+
+def differences(one, two, kinds=tuple(KINDS)):
+    """What differs between two finished runs; [] where they are the same bits but for times."""
+    return [kind for kind in kinds if KINDS[kind](one) != KINDS[kind](two)]
