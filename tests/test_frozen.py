@@ -1,0 +1,305 @@
+"""train_q0.py against frozen numbers: what commit ef3b0f5 made of fixed inputs.
+
+In that commit a layer was a module; the core was redesigned after it. frozen/case.py says what the
+inputs are, frozen/record.py how the numbers came about. They hold the initial weights, hidden
+states, loss and the gradient of every parameter of a model with every feature, two optimizer steps,
+the noise of a cycle's start, and whole runs with their members.
+
+Tensors are compared by summaries (case.summary), relative to their root mean square. What rounding
+does was measured on that commit, by the same arithmetic in another order: SDPA in place of the
+products of attention, float64 in the model or in Muon's iteration, gradients of which each number
+is off by 1e-6 of itself. Tolerances are some times that.
+"""
+import numpy as np
+import pytest
+import torch
+
+import train_q0 as q0
+from frozen import case
+
+# --------------------------------------------------------------------------------------------------
+# Adapter: all that knows the code under test. Tensors are dicts {old name: float32 array}.
+
+from frozen.record import (
+    build, get_weights, hidden_states, loss_and_gradients, optimizer_steps, perturb, run,
+    set_weights)
+
+# --------------------------------------------------------------------------------------------------
+# From a tensor for each layer to banks
+
+BANK_OF = {"gate": "attn_gate"}  # banks have the last part of the old names, but for these
+
+
+def bank_of(name):
+    """(bank, sort key) of an old name; the key is None where the tensor is a parameter of its own.
+    Entries of a bank are in the order of layers; the multi-token block's is the last."""
+    block, _, kind = name.rpartition(".")
+    if not block:
+        return name, None
+    layer = float("inf") if block.startswith("mtp_block") else int(block.split(".")[1])
+    return BANK_OF.get(kind, kind), layer
+
+
+def places(names):
+    """{old name: (bank, index in it or None)}."""
+    layers = {}
+    for bank, layer in map(bank_of, names):
+        layers.setdefault(bank, []).append(layer)
+    found = {}
+    for name in names:
+        bank, layer = bank_of(name)
+        index = None if layer is None else sorted(layers[bank]).index(layer)
+        found[name] = bank, index
+    return found
+
+
+def banked(tensors):
+    """{bank: array} of {old name: array}."""
+    banks = {}
+    where = places(tensors)
+    for name in sorted(tensors, key=lambda name: where[name][1] or 0):
+        bank, index = where[name]
+        if index is None:
+            banks[bank] = tensors[name]
+        else:
+            banks.setdefault(bank, []).append(tensors[name])
+    return {bank: np.stack(x) if isinstance(x, list) else x for bank, x in banks.items()}
+
+
+def by_old_name(banks):
+    """{old name: array} of {bank: array}: what `banked` was made of."""
+    found = {}
+    for name, (bank, index) in places(NAMES).items():
+        found[name] = banks[bank] if index is None else banks[bank][index]
+    return found
+
+
+# --------------------------------------------------------------------------------------------------
+# Comparing
+
+with np.load(case.CORE) as file:
+    CORE = dict(file)
+NAMES = CORE["names"].tolist()
+
+
+def root_mean_square(rows):
+    """Of the tensors with these summaries, [parameters, 10]."""
+    return np.hypot(rows[:, 0], rows[:, 1])
+
+
+def errors(found, what):
+    """(error of each tensor, its root mean square), both [parameters]."""
+    assert set(found) == set(NAMES)
+    rows = np.stack([case.summary(name, found[name]) for name in NAMES])
+    frozen = CORE[what]
+    return np.abs(rows - frozen).max(axis=1), root_mean_square(frozen)
+
+
+def assert_as_frozen(found, what, tolerance, rounding=0.0):
+    """Errors of at most `tolerance` times the tensor, and `rounding` times the weight."""
+    error, size = errors(found, what)
+    allowed = tolerance * size + rounding * root_mean_square(CORE["start"])
+    wrong = [f"{NAMES[i]} {error[i] / size[i]:.1e}" for i in np.flatnonzero(error > allowed)]
+    assert not wrong, f"{what} differs: {', '.join(wrong)}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+# --------------------------------------------------------------------------------------------------
+# Weights, model, loss
+
+needs_mkl = pytest.mark.skipif(
+    not torch.backends.mkl.is_available(), reason="without MKL torch draws other dropout")
+
+
+def stirred_model(key):
+    """The model of which the frozen numbers are."""
+    model = build(key)
+    weights = get_weights(model)
+    set_weights(model, {name: case.stirred(name, weights[name], key) for name in weights})
+    return model
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    return stirred_model(case.TEACHER)
+
+
+@pytest.fixture
+def student():
+    return stirred_model(case.STUDENT)
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return torch.from_numpy(case.random_tokens())
+
+
+@pytest.fixture(scope="module")
+def taught_gradient():
+    """{name: array}, the frozen gradient with a teacher, to 1/2,048 of each number."""
+    found = {}
+    first = 0
+    for name, weight in get_weights(build(case.STUDENT)).items():
+        half = CORE["taught_half"][first:first + weight.size].reshape(weight.shape)
+        found[name] = case.from_half(half, CORE["taught_scale"][NAMES.index(name)])
+        first += weight.size
+    return found
+
+
+def test_initial_weights():
+    # draws; a normal number may differ in its last bit with another set of instructions
+    assert_as_frozen(get_weights(build(case.STUDENT)), "initial", 1e-6)
+
+
+def test_hidden_states(student, tokens):
+    trunk, ahead = hidden_states(student, tokens)
+    # numbers of order 1; measured 2e-6
+    assert trunk == pytest.approx(CORE["hidden"], abs=1e-5)
+    assert ahead == pytest.approx(CORE["hidden_ahead"], abs=1e-5)
+
+
+@needs_mkl
+@pytest.mark.parametrize("what", ["alone", "taught"])
+def test_loss_and_the_gradient_of_every_parameter(student, teacher, tokens, taught_gradient, what):
+    loss, gradients = loss_and_gradients(student, teacher if what == "taught" else None, tokens)
+    # float32 numbers between 4 and 8 are 5e-7 apart; measured 0
+    assert loss == pytest.approx(CORE[f"loss_{what}"], abs=2e-6)
+    # measured 1e-6 for most, 7e-6 for the scalars, which sum over all tokens
+    assert_as_frozen(gradients, what, 3e-5)
+    for name, frozen in taught_gradient.items() if what == "taught" else ():
+        # every number, to its precision in float16 and, near zero, that of the largest
+        allowed = np.abs(frozen) / 1024 + 1e-5 * np.abs(frozen).max()
+        assert (np.abs(gradients[name] - frozen) <= allowed).all(), name
+
+
+# --------------------------------------------------------------------------------------------------
+# Optimizer and noise
+
+def change(model, start):
+    return {name: weight.astype(np.float64) - start[name]
+            for name, weight in get_weights(model).items()}
+
+
+@pytest.fixture
+def gradients(taught_gradient):
+    """Of two steps: the first is clipped, the second is not."""
+    first = {name: case.FIRST_FACTOR * g for name, g in taught_gradient.items()}
+    second = {name: case.second_gradient(name, g) for name, g in first.items()}
+    return first, second
+
+
+# Muon's iteration enlarges small singular values, and their errors, up to a thousand times:
+# measured 3e-5 from 1e-6 in the gradient
+STEP_TOLERANCE = 2e-4
+LAST_BIT = 2.0 ** -23  # of a weight, in which some steps are only 2,000 times as large
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_optimizer_steps(student, gradients, count):
+    start = get_weights(student)
+    steps = [(g, lr_mult, 0.0) for g, lr_mult in zip(gradients, case.LR_STEPS)]
+    optimizer_steps(student, steps[:count])
+    assert_as_frozen(change(student, start), f"step_{count}", STEP_TOLERANCE, LAST_BIT)
+
+
+def test_decay(student, gradients):
+    start = get_weights(student)
+    optimizer_steps(student, [(gradients[0], *case.DECAY_STEP)])
+    found = change(student, start)
+    error, size = errors(found, "decayed")
+    assert np.median(error / size) < STEP_TOLERANCE
+    # where a number of Muon's update is almost 0, its sign decides whether the weight decays: one
+    # such weight of 2,304 changes the tensor by 2%; no decay at all would change it by 40%
+    assert_as_frozen(found, "decayed", 0.1)
+
+
+def test_noise_of_a_cycle_s_start(student):
+    start = get_weights(student)
+    perturb(student, case.PERTURB_SCALE, case.PERTURB_KEY)
+    # draws times a standard deviation
+    assert_as_frozen(change(student, start), "noise", 1e-5, LAST_BIT)
+
+
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+with np.load(case.RUNS) as file:
+    RUNS = dict(file)
+# Rounding differs, training enlarges it, and members are kept in bfloat16. Largest error of a
+# training loss, of a member's or mixture's loss; of the logarithm of a probability the mean, the
+# largest. Measured on each run with SDPA:
+RUN_TOLERANCES = {
+    "float32": (1e-3, 3e-4, 0.01, 0.1),  # up to 1.2e-4, 3.2e-5, 0.002, 0.011
+    "bfloat16": (0.1, 0.05, 0.2, 2.0)}
+SLOW = ("short_bfloat16", "tiny_float32", "tiny_bfloat16")
+
+
+def assert_same_run(found, frozen, tolerances):
+    train, member, mean, largest = tolerances
+    assert found.keys() == frozen.keys()
+    for part, values in frozen.items():
+        if part.startswith("p."):
+            error = np.abs(np.log(found[part] / values))
+            assert error.mean() < mean and error.max() < largest, part
+        else:
+            allowed = train if part == "train" else member
+            assert found[part] == pytest.approx(values, abs=allowed), part
+
+
+def marked(name):
+    return pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else [])
+
+
+@needs_mkl
+@pytest.mark.parametrize("name", map(marked, case.RUN_FLAGS))
+def test_run(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(q0, "draw_curve", lambda *args: None)
+    monkeypatch.setattr(q0, "LOGS", tmp_path / "logs")
+    data = q0.ROOT / "data/wiki" if case.on_default_corpus(name) else case.write_text(tmp_path)
+    if not (data / "manifest.json").exists():
+        pytest.skip("the default corpus is missing: python data/prepare.py wiki")
+    folder = run(case.flags_of(name, data), tmp_path / "logs")
+    frozen = {part.removeprefix(f"{name}/"): values
+              for part, values in RUNS.items() if part.startswith(f"{name}/")}
+    assert frozen
+    assert_same_run(case.outcome(folder), frozen, RUN_TOLERANCES[name.split("_")[1]])
+
+
+# --------------------------------------------------------------------------------------------------
+# The test itself
+
+def test_banks_hold_every_tensor_once():
+    weights = get_weights(build(case.STUDENT))
+    banks = banked(weights)
+    assert {bank: x.shape for bank, x in banks.items()} == {
+        "qkv": (7, 3, 48, 48), "out": (7, 48, 48), "gate_up": (7, 2, 64, 48), "down": (7, 48, 64),
+        "value": (3, 48, 48), "value_gate": (3, 3, 32), "attn_gate": (7, 3, 12),
+        "mixing": (7, 3, 3, 3), "embed": (128, 48), "head": (128, 48), "mtp_proj": (48, 96),
+        "resid_scale": (6,), "x0_scale": (6,), "skip_scale": (3,), "smear": (48,)}
+    assert (banks["value"][1] == weights["blocks.3.attn.value"]).all()
+    assert (banks["down"][6] == weights["mtp_block.down"]).all()
+    again = by_old_name(banks)
+    assert all((again[name] == weight).all() for name, weight in weights.items())
+
+
+@pytest.mark.parametrize("wrong", ["swapped layers", "one number", "a factor"])
+def test_a_wrong_gradient_is_seen(taught_gradient, wrong):
+    found = dict(taught_gradient)
+    assert_as_frozen(found, "taught", 1e-3)  # as good as float16 is
+    name, other = "blocks.2.down", "blocks.3.down"
+    if wrong == "swapped layers":
+        found[name], found[other] = found[other], found[name]
+    elif wrong == "one number":
+        found[name] = found[name].copy()
+        found[name][5, 7] += np.abs(found[name]).max()
+    else:
+        found[name] = 1.01 * found[name]
+    with pytest.raises(AssertionError, match=name):
+        assert_as_frozen(found, "taught", 1e-3)
