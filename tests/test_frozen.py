@@ -20,9 +20,65 @@ from frozen import case
 # --------------------------------------------------------------------------------------------------
 # Adapter: all that knows the code under test. Tensors are dicts {old name: float32 array}.
 
-from frozen.record import (
-    build, get_weights, hidden_states, loss_and_gradients, optimizer_steps, perturb, run,
-    set_weights)
+def build(key):
+    """A model of case.MODEL with the initial weights of `key`."""
+    cfg, _ = q0.resolve(q0.Config(**case.MODEL))
+    model = q0.GPT(cfg, case.VOCAB).init_weights(*key)
+    _, model.attend = q0.choose_attention(cfg, torch.device("cpu"))
+    return model
+
+
+def get_weights(model):
+    """Copies of all weights."""
+    return by_old_name({name: p.detach().numpy().copy() for name, p in model.named_parameters()})
+
+
+def set_weights(model, weights):
+    banks = banked(weights)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            p.copy_(torch.from_numpy(banks[name]))
+
+
+def hidden_states(model, tokens):
+    """Normed hidden states [B, T, D] of trunk and multi-token block in evaluation mode, for tokens
+    [B, T + 1]."""
+    with torch.no_grad():
+        outputs = model.eval()(tokens[:, :-1], tokens[:, 1:])
+    return [x.numpy() for x in outputs]
+
+
+def loss_and_gradients(model, teacher, tokens):
+    """([loss, cross-entropy], gradients) of a micro-batch with dropout; `teacher`: model or None."""
+    teachers = [] if teacher is None else [(1.0, teacher.eval())]
+    torch.manual_seed(case.DROPOUT_SEED)
+    loss, ce = q0.training_loss(model.train(), teachers, model.cfg, tokens)
+    loss.backward()
+    gradients = {name: p.grad.numpy() for name, p in model.named_parameters()}
+    return np.array([loss.item(), ce.item()]), by_old_name(gradients)
+
+
+def optimizer_steps(model, steps):
+    """Update the weights; each of `steps` is (gradients, multiplier of lr, multiplier of decay)."""
+    weights = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = q0.Optimizer(model, model.cfg, q0.World())
+    for name, master in optimizer.masters.items():
+        master.copy_(weights[name])
+    for gradients, lr_mult, wd_mult in steps:
+        for name, gradient in banked(gradients).items():
+            optimizer.banks[name].grad.copy_(torch.from_numpy(gradient))
+        optimizer.step(lr_mult, wd_mult)
+
+
+def perturb(model, scale, key):
+    q0.perturb(model.table, dict(model.named_parameters()), scale, *key)
+
+
+def run(flags, logs):
+    """Train as the command line does. Returns the folder of the run, under the folder `logs`."""
+    assert q0.main(flags) == 0
+    return logs / flags[flags.index("--run") + 1]
+
 
 # --------------------------------------------------------------------------------------------------
 # From a tensor for each layer to banks
@@ -258,7 +314,7 @@ def marked(name):
 
 
 @needs_mkl
-@pytest.mark.parametrize("name", map(marked, case.RUN_FLAGS))
+@pytest.mark.parametrize("name", [marked(name) for name in case.RUN_FLAGS])
 def test_run(tmp_path, monkeypatch, name):
     monkeypatch.setattr(q0, "draw_curve", lambda *args: None)
     monkeypatch.setattr(q0, "LOGS", tmp_path / "logs")
