@@ -211,7 +211,8 @@ BREAKS = {  # rule: code that it finds fault with
         "x = f'{a}' * (not b)", "x = (a or b) * 'c'", "x = isinstance(a, int) * 3"],
     tuple_assignments: [
         "a, b = x, y", "a, b = {}, 0", "a, self.b = x.c, y.c", "a, b = x[0], f(x)", "a, b = 1, 2"],
-    named_lambdas: ["f = lambda x: x", "f: object = lambda: 0", "g.f = lambda: 0", "a, f = 1, lambda: 0"],
+    named_lambdas: [
+        "f = lambda x: x", "f: object = lambda: 0", "g.f = lambda: 0", "a, f = 1, lambda: 0"],
     walruses: ["def f():\n    return (a := 1) + (b := 2)", "if (a := 1) > (b := 2): pass"],
     starred_conditionals: [
         "f(*(x if y else []))", "[*a, *(b and c)]", "f(**({'a': 1} if y else {}))",
@@ -226,9 +227,13 @@ def f(x, mask, rows):
     a, b = divmod(x, 2)
     a, b = b, a
     n, D = cfg.layers, cfg.width
+    z = x
     y = mask * (x > 0) + 2 * x + (a or 1) * (b or 1)
     if match := find(x):
         y = y * match
+        z = y
+    else:
+        z = 0
     key = sorted(rows, key=lambda row: row[0])
     for i, (name, value) in enumerate(rows):
         y = f(*a, *[z for z in b if z], **c)
