@@ -10,6 +10,8 @@ does was measured on that commit, by the same arithmetic in another order: SDPA 
 products of attention, float64 in the model or in Muon's iteration, gradients of which each number
 is off by 1e-6 of itself. Tolerances are some times that.
 """
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -30,7 +32,10 @@ def build(key):
 
 def get_weights(model):
     """Copies of all weights."""
-    return by_old_name({name: p.detach().numpy().copy() for name, p in model.named_parameters()})
+    banks = {}
+    for name, p in model.named_parameters():
+        banks[name] = p.detach().numpy().copy()
+    return by_old_name(banks)
 
 
 def set_weights(model, weights):
@@ -49,7 +54,7 @@ def hidden_states(model, tokens):
 
 
 def loss_and_gradients(model, teacher, tokens):
-    """([loss, cross-entropy], gradients) of a micro-batch with dropout; `teacher`: model or None."""
+    """([loss, cross-entropy], gradients) of a micro-batch with dropout; the teacher may be None."""
     teachers = [] if teacher is None else [(1.0, teacher.eval())]
     torch.manual_seed(case.DROPOUT_SEED)
     loss, ce = q0.training_loss(model.train(), teachers, model.cfg, tokens)
@@ -92,8 +97,10 @@ def bank_of(name):
     block, _, kind = name.rpartition(".")
     if not block:
         return name, None
-    layer = float("inf") if block.startswith("mtp_block") else int(block.split(".")[1])
-    return BANK_OF.get(kind, kind), layer
+    bank = BANK_OF.get(kind, kind)
+    if block.startswith("mtp_block"):
+        return bank, math.inf
+    return bank, int(block.split(".")[1])
 
 
 def places(names):
@@ -119,7 +126,7 @@ def banked(tensors):
             banks[bank] = tensors[name]
         else:
             banks.setdefault(bank, []).append(tensors[name])
-    return {bank: np.stack(x) if isinstance(x, list) else x for bank, x in banks.items()}
+    return {bank: np.array(tensors) for bank, tensors in banks.items()}
 
 
 def by_old_name(banks):
@@ -146,7 +153,7 @@ def root_mean_square(rows):
 def errors(found, what):
     """(error of each tensor, its root mean square), both [parameters]."""
     assert set(found) == set(NAMES)
-    rows = np.stack([case.summary(name, found[name]) for name in NAMES])
+    rows = case.summaries({name: found[name] for name in NAMES})
     frozen = CORE[what]
     return np.abs(rows - frozen).max(axis=1), root_mean_square(frozen)
 
@@ -177,8 +184,7 @@ needs_mkl = pytest.mark.skipif(
 def stirred_model(key):
     """The model of which the frozen numbers are."""
     model = build(key)
-    weights = get_weights(model)
-    set_weights(model, {name: case.stirred(name, weights[name], key) for name in weights})
+    set_weights(model, case.stirred(get_weights(model), key))
     return model
 
 
@@ -200,12 +206,12 @@ def tokens():
 @pytest.fixture(scope="module")
 def taught_gradient():
     """{name: array}, the frozen gradient with a teacher, to 1/2,048 of each number."""
+    weights = get_weights(build(case.STUDENT))
+    ends = np.cumsum([weights[name].size for name in NAMES])
+    halves = np.split(CORE["taught_half"], ends[:-1])
     found = {}
-    first = 0
-    for name, weight in get_weights(build(case.STUDENT)).items():
-        half = CORE["taught_half"][first:first + weight.size].reshape(weight.shape)
-        found[name] = case.from_half(half, CORE["taught_scale"][NAMES.index(name)])
-        first += weight.size
+    for name, half, scale in zip(NAMES, halves, CORE["taught_scale"]):
+        found[name] = case.from_half(half, scale).reshape(weights[name].shape)
     return found
 
 
@@ -229,26 +235,25 @@ def test_loss_and_the_gradient_of_every_parameter(student, teacher, tokens, taug
     assert loss == pytest.approx(CORE[f"loss_{what}"], abs=2e-6)
     # measured 1e-6 for most, 7e-6 for the scalars, which sum over all tokens
     assert_as_frozen(gradients, what, 3e-5)
-    for name, frozen in taught_gradient.items() if what == "taught" else ():
-        # every number, to its precision in float16 and, near zero, that of the largest
-        allowed = np.abs(frozen) / 1024 + 1e-5 * np.abs(frozen).max()
-        assert (np.abs(gradients[name] - frozen) <= allowed).all(), name
+    if what == "taught":
+        for name, frozen in taught_gradient.items():
+            # every number, to its precision in float16 and, near zero, that of the largest
+            near = 1e-5 * np.abs(frozen).max()
+            np.testing.assert_allclose(gradients[name], frozen, 1 / 1024, near, err_msg=name)
 
 
 # --------------------------------------------------------------------------------------------------
 # Optimizer and noise
 
 def change(model, start):
-    return {name: weight.astype(np.float64) - start[name]
-            for name, weight in get_weights(model).items()}
+    weights = get_weights(model)
+    return {name: weights[name].astype(np.float64) - start[name] for name in start}
 
 
 @pytest.fixture
 def gradients(taught_gradient):
     """Of two steps: the first is clipped, the second is not."""
-    first = {name: case.FIRST_FACTOR * g for name, g in taught_gradient.items()}
-    second = {name: case.second_gradient(name, g) for name, g in first.items()}
-    return first, second
+    return case.step_gradients(taught_gradient)
 
 
 # Muon's iteration enlarges small singular values, and their errors, up to a thousand times:
@@ -260,8 +265,10 @@ LAST_BIT = 2.0 ** -23  # of a weight, in which some steps are only 2,000 times a
 @pytest.mark.parametrize("count", [1, 2])
 def test_optimizer_steps(student, gradients, count):
     start = get_weights(student)
-    steps = [(g, lr_mult, 0.0) for g, lr_mult in zip(gradients, case.LR_STEPS)]
-    optimizer_steps(student, steps[:count])
+    steps = []
+    for gradient, lr_mult in zip(gradients[:count], case.LR_STEPS):
+        steps.append((gradient, lr_mult, 0.0))
+    optimizer_steps(student, steps)
     assert_as_frozen(change(student, start), f"step_{count}", STEP_TOLERANCE, LAST_BIT)
 
 
@@ -297,6 +304,16 @@ RUN_TOLERANCES = {
 SLOW = ("short_bfloat16", "tiny_float32", "tiny_bfloat16")
 
 
+def frozen_run(name):
+    """{part: array} of one run."""
+    found = {}
+    for path, values in RUNS.items():
+        of, part = path.split("/")
+        if of == name:
+            found[part] = values
+    return found
+
+
 def assert_same_run(found, frozen, tolerances):
     train, member, mean, largest = tolerances
     assert found.keys() == frozen.keys()
@@ -322,10 +339,8 @@ def test_run(tmp_path, monkeypatch, name):
     if not (data / "manifest.json").exists():
         pytest.skip("the default corpus is missing: python data/prepare.py wiki")
     folder = run(case.flags_of(name, data), tmp_path / "logs")
-    frozen = {part.removeprefix(f"{name}/"): values
-              for part, values in RUNS.items() if part.startswith(f"{name}/")}
-    assert frozen
-    assert_same_run(case.outcome(folder), frozen, RUN_TOLERANCES[name.split("_")[1]])
+    precision = name.split("_")[1]
+    assert_same_run(case.outcome(folder), frozen_run(name), RUN_TOLERANCES[precision])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -334,15 +349,15 @@ def test_run(tmp_path, monkeypatch, name):
 def test_banks_hold_every_tensor_once():
     weights = get_weights(build(case.STUDENT))
     banks = banked(weights)
-    assert {bank: x.shape for bank, x in banks.items()} == {
-        "qkv": (7, 3, 48, 48), "out": (7, 48, 48), "gate_up": (7, 2, 64, 48), "down": (7, 48, 64),
-        "value": (3, 48, 48), "value_gate": (3, 3, 32), "attn_gate": (7, 3, 12),
-        "mixing": (7, 3, 3, 3), "embed": (128, 48), "head": (128, 48), "mtp_proj": (48, 96),
-        "resid_scale": (6,), "x0_scale": (6,), "skip_scale": (3,), "smear": (48,)}
+    assert banks["qkv"].shape == (7, 3, 48, 48)
+    assert banks["value"].shape == (3, 48, 48)
+    assert banks["head"].shape == (128, 48)
+    assert sum(x.size for x in banks.values()) == len(CORE["taught_half"])
     assert (banks["value"][1] == weights["blocks.3.attn.value"]).all()
     assert (banks["down"][6] == weights["mtp_block.down"]).all()
     again = by_old_name(banks)
-    assert all((again[name] == weight).all() for name, weight in weights.items())
+    for name, weight in weights.items():
+        assert (again[name] == weight).all()
 
 
 @pytest.mark.parametrize("wrong", ["swapped layers", "one number", "a factor"])

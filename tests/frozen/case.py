@@ -42,8 +42,9 @@ HEAD_FACTOR = 200  # logits of order 1
 
 def rng_of(*key):
     """The generator of a key; numpy promises that the stream of a RandomState never changes."""
-    words = hashlib.blake2b(" ".join(map(str, key)).encode(), digest_size=16).digest()
-    return np.random.RandomState(np.frombuffer(words, dtype="<u4"))
+    text = " ".join(map(str, key))
+    digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
+    return np.random.RandomState(np.frombuffer(digest, dtype="<u4"))
 
 
 def noise(shape, *key):
@@ -51,14 +52,17 @@ def noise(shape, *key):
     return rng_of(*key).standard_normal(shape).astype(np.float32)
 
 
-def stirred(name, weight, key):
-    """An initial weight, float32 array, moved to where gradients say something of the model."""
-    kind = name.rsplit(".", 1)[-1]
-    if kind == "head":
-        return HEAD_FACTOR * weight
-    if kind in STIRRED:
-        return weight + np.float32(0.3) * noise(weight.shape, "stir", *key, name)
-    return weight
+def stirred(weights, key):
+    """Initial weights {name: float32 array}, moved to where gradients tell something."""
+    found = dict(weights)
+    for name, weight in weights.items():
+        kind = name.rsplit(".", 1)[-1]
+        if kind == "head":
+            found[name] = HEAD_FACTOR * weight
+        elif kind in STIRRED:
+            draw = noise(weight.shape, "stir", *key, name)
+            found[name] = weight + np.float32(0.3) * draw
+    return found
 
 
 def random_tokens():
@@ -66,10 +70,17 @@ def random_tokens():
     return rng_of("tokens").randint(VOCAB, size=(4, MODEL["seq_len"] + 1))
 
 
-def second_gradient(name, first):
-    """The second optimizer step's gradient: random, half as large as the first one clipped."""
-    size = 0.5 / FIRST_FACTOR * float(np.sqrt(np.square(first, dtype=np.float64).mean()))
-    return np.float32(size) * noise(first.shape, "gradient", name)
+def step_gradients(gradients):
+    """Gradients of two optimizer steps: those given, so large that they are clipped, and random
+    ones of half their size when clipped."""
+    first = {}
+    second = {}
+    for name, gradient in gradients.items():
+        first[name] = FIRST_FACTOR * gradient
+        size = np.sqrt(np.square(first[name], dtype=np.float64).mean())
+        factor = np.float32(0.5 / FIRST_FACTOR * float(size))
+        second[name] = factor * noise(gradient.shape, "gradient", name)
+    return first, second
 
 
 # --------------------------------------------------------------------------------------------------
@@ -86,6 +97,12 @@ def summary(name, tensor):
     directions = rng_of("project", name).standard_normal((PROJECTIONS, flat.size))
     projections = directions @ flat / math.sqrt(flat.size)
     return np.array([flat.mean(), flat.std(), *projections])
+
+
+def summaries(tensors):
+    """[tensors, 10], rows in their order."""
+    rows = [summary(name, tensor) for name, tensor in tensors.items()]
+    return np.stack(rows)
 
 
 def in_half(tensor):

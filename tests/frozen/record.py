@@ -37,7 +37,8 @@ def build(key):
 
 def get_weights(model):
     """{name: float32 array}, copies."""
-    return {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
+    parameters = model.named_parameters()
+    return {name: p.detach().numpy().copy() for name, p in parameters}
 
 
 def set_weights(model, weights):
@@ -63,7 +64,8 @@ def loss_and_gradients(model, teacher, tokens):
     torch.manual_seed(case.DROPOUT_SEED)
     loss, ce = q0.training_loss(model, teachers, model.cfg, tokens)
     loss.backward()
-    gradients = {name: p.grad.numpy().copy() for name, p in model.named_parameters()}
+    parameters = model.named_parameters()
+    gradients = {name: p.grad.numpy().copy() for name, p in parameters}
     return np.array([loss.item(), ce.item()]), gradients
 
 
@@ -92,55 +94,63 @@ def run(flags, logs):
 # Recording
 
 
-def summaries(tensors):
-    """[parameters, 10], rows in the order of `tensors`."""
-    return np.stack([case.summary(name, tensor) for name, tensor in tensors.items()])
-
-
 def changes(model, start):
     """What was added to the weights `start`."""
-    return {name: weight.astype(np.float64) - start[name]
-            for name, weight in get_weights(model).items()}
+    weights = get_weights(model)
+    return {name: weights[name].astype(np.float64) - start[name] for name in start}
 
 
 def record_steps(student, start, gradients, kept):
     """Changes of the weights by one and two optimizer steps from `start`, and by one with decay."""
-    plain = [(g, lr_mult, 0.0) for g, lr_mult in zip(gradients, case.LR_STEPS)]
-    plans = {"step_1": plain[:1], "step_2": plain, "decayed": [(gradients[0], *case.DECAY_STEP)]}
+    plain = []
+    for gradient, lr_mult in zip(gradients, case.LR_STEPS):
+        plain.append((gradient, lr_mult, 0.0))
+    decay = (gradients[0], *case.DECAY_STEP)
+    plans = {"step_1": plain[:1], "step_2": plain, "decayed": [decay]}
     for name, steps in plans.items():
         set_weights(student, start)
         optimizer_steps(student, steps)
-        kept[name] = summaries(changes(student, start))
+        kept[name] = case.summaries(changes(student, start))
+
+
+def stirred_model(key):
+    model = build(key)
+    set_weights(model, case.stirred(get_weights(model), key))
+    return model
 
 
 def record_core():
     """{name: array} for core.npz."""
     tokens = torch.from_numpy(case.random_tokens())
-    student, teacher = build(case.STUDENT), build(case.TEACHER)
-    initial = get_weights(student)
-    kept = {"names": np.array(list(initial)), "initial": summaries(initial)}
-    for model, key in ((student, case.STUDENT), (teacher, case.TEACHER)):
-        weights = get_weights(model)
-        set_weights(model, {n: case.stirred(n, w, key) for n, w in weights.items()})
+    kept = {}
+    initial = get_weights(build(case.STUDENT))
+    kept["names"] = np.array(list(initial))
+    kept["initial"] = case.summaries(initial)
+    student = stirred_model(case.STUDENT)
+    teacher = stirred_model(case.TEACHER)
     start = get_weights(student)
-    kept["start"] = summaries(start)
+    kept["start"] = case.summaries(start)
     kept["hidden"], kept["hidden_ahead"] = hidden_states(student, tokens)
 
     kept["loss_alone"], alone = loss_and_gradients(student, None, tokens)
     kept["loss_taught"], taught = loss_and_gradients(student, teacher, tokens)
-    kept["alone"] = summaries(alone)
-    kept["taught"] = summaries(taught)
-    halves = {name: case.in_half(gradient) for name, gradient in taught.items()}
-    kept["taught_half"] = np.concatenate([half.reshape(-1) for half, _ in halves.values()])
-    kept["taught_scale"] = np.array([scale for _, scale in halves.values()])
-
-    first = {name: case.FIRST_FACTOR * case.from_half(*half) for name, half in halves.items()}
-    second = {name: case.second_gradient(name, g) for name, g in first.items()}
-    record_steps(student, start, (first, second), kept)
+    kept["alone"] = case.summaries(alone)
+    kept["taught"] = case.summaries(taught)
+    halves = []
+    scales = []
+    rounded = {}
+    for name, gradient in taught.items():
+        half, scale = case.in_half(gradient)
+        halves.append(half.reshape(-1))
+        scales.append(scale)
+        rounded[name] = case.from_half(half, scale)
+    kept["taught_half"] = np.concatenate(halves)
+    kept["taught_scale"] = np.array(scales)
+    record_steps(student, start, case.step_gradients(rounded), kept)
 
     set_weights(student, start)
     perturb(student, case.PERTURB_SCALE, case.PERTURB_KEY)
-    kept["noise"] = summaries(changes(student, start))
+    kept["noise"] = case.summaries(changes(student, start))
     return kept
 
 
@@ -153,8 +163,10 @@ def record_runs(kind):
         for name in case.RUN_FLAGS:
             if name.startswith(kind):
                 data = ROOT / "data/wiki" if case.on_default_corpus(name) else text
-                found = case.outcome(run(case.flags_of(name, data), folder / "logs"))
-                kept |= {f"{name}/{part}": values for part, values in found.items()}
+                flags = case.flags_of(name, data)
+                found = case.outcome(run(flags, folder / "logs"))
+                for part, values in found.items():
+                    kept[f"{name}/{part}"] = values
     return kept
 
 
