@@ -1,7 +1,7 @@
 """Plain code against fast code, on whatever machine this runs: median times, ratios, memory.
 
-    python tests/bench.py                 what a CPU can run, about 6 minutes on 2 idle cores; or some sections by name:
-    python tests/bench.py loss prior      of loss optimizer attention compiled step scaling prior
+    python tests/bench.py                 what a CPU can run, about 9 minutes on 2 idle cores; or some sections by name:
+    python tests/bench.py loss prior      of loss optimizer attention compiled step scaling prior model
     python tests/bench.py --gpu           all that needs a GPU, in 8 minutes; or some of
                                           tests small loss products attention evaluation q0
     python tests/bench.py --out bench.md  also to a file, row by row, and to bench.json
@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import timeit
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -38,6 +39,8 @@ import numpy as np  # noqa: E402: after the path
 import torch  # noqa: E402
 from torch.profiler import record_function  # noqa: E402
 
+sys.path.insert(0, str(ROOT / "records"))
+import cost  # noqa: E402
 import train_q0 as q  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -492,6 +495,108 @@ def prior():
         yield {"method": name, "s": s, "passes": passes, "loss": f"{loss:.7f}", "certified gap": gap,
                "loss - fit_prior's": loss - best, "weights >= 0.001": int((w >= 0.001).sum())}
     torch.set_num_threads(threads)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modelled: what an H100 would take
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """A step to model, and what one H100 measured of it, or nan: milliseconds and peak GB."""
+    preset: str
+    taught: bool
+    compile: str = "block"
+    micro_batch_ms: float = math.nan
+    update_ms: float = math.nan
+    gb: float = math.nan
+    changes: dict = field(default_factory=dict)
+
+
+TWELVE_MILLION = dict(train_tokens=0, layers=6, width=384, mlp_hidden=1024, batch_tokens=16384,
+                      micro_batch=64)
+EIGHT_LAYERS = dict(layers=8, loop_first=4, loop_last=5, micro_batch=4)
+CASES = [
+    Case("q0", False, "block", 323.8, 192.0, 59.3), Case("q0", True, "block", 394.6, 192.3, 63.1),
+    Case("q0", True, "block", changes=dict(micro_batch=4)),
+    Case("q0", False, "block", 146.1, gb=25.9, changes=EIGHT_LAYERS),
+    Case("small", False, "block", 36.85, 9.54, 9.7), Case("small", False, "whole", 36.15, 9.8, 9.7),
+    Case("small", True, "whole"), Case("tiny", False, "whole", changes=TWELVE_MILLION)]
+
+
+def modelled_row(what, ms, measured):
+    return {"what": what, "modelled ms": ms, "measured ms": measured, "deviation": f"{ms / measured - 1:+.1%}"}
+
+
+def meta_tensors(*shapes, dtype=torch.bfloat16):
+    return [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
+
+
+def loss_to_model(tokens, width, taught):
+    vocab = 50257
+    hidden, teacher_hidden, teacher_head = meta_tensors((tokens, width), (tokens, width), (vocab, width))
+    head, = meta_tensors((vocab, width), dtype=torch.float32)
+    targets = torch.empty(tokens, dtype=torch.long, device="meta")
+    teacher = [(1.0, teacher_hidden.detach(), teacher_head.detach())] if taught else []
+    loss, _ = q.ChunkedLoss.apply(hidden, head, targets, 15.0, teacher, 0.45 * taught, 1.2)
+    loss.backward()
+
+
+def attention_to_model(B, T, H, K, window):
+    *qkv, d = meta_tensors(*4 * [(B, T, H, K)])
+    torch.autograd.grad(cost.attend(*qkv, window), qkv, d)
+
+
+def measured_kernels():
+    """(what, function, milliseconds on an H100): ../shared/gpu/bench.md."""
+    for tokens, width, taught, ms in (
+            (4096, 2048, False, 5.22), (8192, 2048, False, 9.84), (16384, 2048, False, 18.3),
+            (16384, 2048, True, 26.4), (4096, 768, False, 2.45), (16384, 768, False, 8.65),
+            (16384, 768, True, 13.9)):
+        what = f"loss, {tokens} tokens, width {width}{', teacher' if taught else ''}"
+        yield what, functools.partial(loss_to_model, tokens, width, taught), ms
+    for shape, ms in (((30, 2048, 2048), 11.5), ((60, 5632, 2048), 55.5), ((48, 768, 768), 1.69),
+                      ((24, 2048, 768), 1.98)):
+        G = torch.empty(shape, device="meta")
+        yield f"orthogonalize {shape}", functools.partial(q.orthogonalize, G, torch.bfloat16), ms
+    for shape, ms in (((4, 2048, 2048), 0.0934), ((30, 2048, 2048), 0.758), ((4, 2048, 5632), 0.26),
+                      ((30, 2048, 5632), 1.97), ((12, 768, 768), 0.0215), ((36, 768, 768), 0.0578)):
+        X = torch.empty(shape, dtype=torch.bfloat16, device="meta")
+        yield f"X X^T {shape}", functools.partial(torch.matmul, X, X.mT), ms
+    for shape, window, ms in (((16, 1024, 12, 64), 512, 0.677), ((16, 1024, 12, 64), 1024, 0.437),
+                              ((4, 2048, 16, 128), 1024, 0.833), ((4, 2048, 16, 128), 2048, 0.652)):
+        yield f"attention {shape}, window {window}", functools.partial(attention_to_model, *shape, window), ms
+
+
+@section(1200)
+def model():
+    """Modelled on an H100 (records/cost.py): kernels, a micro-batch and an update"""
+    yield "### Kernels against bench.py --gpu, without launches"
+    for what, function, measured in measured_kernels():
+        recorder = cost.Recorder()
+        with cost.on_meta(recorder):
+            part = cost.record(recorder, function)
+        yield modelled_row(what, 1000 * part.seconds(launch=0), measured)
+    parts = {}
+    yield "### Steps"
+    for case in pick(CASES, [Case("tiny", True, "eager", changes=MINIATURE)]):
+        cfg = settings(case.preset, precision="bfloat16", device="cpu", **case.changes)
+        vocab = 2048 if case.preset == "tiny" else 50257
+        micro_batch, update = cost.step(cfg, vocab, case.taught, case.compile)
+        parts[case] = micro_batch, update
+        tokens = cfg.micro_batch * cfg.seq_len
+        forward_backward, forward = q.flops_per_token(cfg, vocab)
+        flops = tokens * (forward_backward + forward * case.taught)
+        yield {"preset": case.preset, "compiled": case.compile, "teacher": case.taught,
+               "tokens": tokens, "micro-batch ms": 1000 * micro_batch.seconds(),
+               "measured ms": case.micro_batch_ms, "with CUDA graphs ms": 1000 * micro_batch.seconds(launch=0),
+               "MFU of a micro-batch": flops / micro_batch.seconds() / q.H100_FLOPS,
+               "update ms": 1000 * update.seconds(), "measured update ms": case.update_ms,
+               "peak GB": max(micro_batch.peak, update.peak) / 1e9, "measured GB": case.gb}
+    for case, (micro_batch, update) in parts.items():
+        yield f"### The ten heaviest: {case.preset}, teacher: {case.taught}, compiled: {case.compile}"
+        for name, part in (("micro-batch", micro_batch), ("update", update)):
+            for what, times, seconds in part.heaviest()[:10]:
+                yield {"of": name, "operation": what, "times": times, "ms": 1000 * seconds}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # With a GPU
