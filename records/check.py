@@ -16,8 +16,8 @@ SEEDS, LEVEL = 5, 0.99  # of the rule
 PRINTED = 1.1e-5  # logs show losses with five decimals: the most by which two that are equal can differ
 MACHINE = ("cpu", "threads", "torch", "gpu")  # what makes two runs comparable
 # settings in which a rerun may differ from the row it repeats: the seed, and those of the machine
-FREE = {"seed", "data", "precision", "device", "compile", "attention", "log_every", "save_minutes", "keep_members",
-        "hang_minutes", "skip_nonfinite"}
+FREE = {"seed", "data", "precision", "device", "compile", "graphs", "recompute", "attention",
+        "log_every", "save_minutes", "keep_members", "hang_minutes", "skip_nonfinite"}
 BEGIN, END = "<!-- tables: made by records/check.py --tables -->\n", "<!-- end of tables -->\n"
 
 # The rule ------------------------------------------------------------------------------------------------------------

@@ -354,7 +354,8 @@ def average(argv):
                     print(f"traj:{j} last:{count} heldout_loss:{losses[count]:.5f}", flush=True)
                     if losses[count] < best:
                         best, last, heldout = losses[count], count, p
-                        q.save_member(folder / f"members/{j}", model, {"member": j, "traj": j, "last": count})
+                        q.save_member(folder / f"members/{j}", model.cfg, model.vocab_size,
+                                      dict(model.named_parameters()), {"member": j, "traj": j, "last": count})
             scored = probs(q.load_member(folder / f"members/{j}", device=population.device), split)
             for s, p in {"heldout": heldout, split: scored}.items():
                 found[s].append(p)

@@ -613,7 +613,7 @@ def test_two_nodes(jobs, place, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # Failures
 
-LONG = ("--epochs", "20000", "--cycles", "1", "--log-every", "1000")  # hours, if nobody stops it
+LONG = ("--epochs", "20000", "--cycles", "1", "--no-compile", "--log-every", "1000")  # hours, if nobody stops it
 
 
 @pytest.mark.parametrize("how, trajectories", [

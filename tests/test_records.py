@@ -226,7 +226,7 @@ TAMPERED = {
     "dev": (in_log(r'"report": "val"', '"report": "dev"'), "reports on dev"),
     "more text": (in_log(r'"train_tokens": 1000', '"train_tokens": 0'), "--train-tokens must be 1000"),
     "parameters": (in_log(r"^parameters: \d+", "parameters: 30001"), "30001 parameters are too many"),
-    "other settings": (in_log(r'"momentum": 0.95', '"momentum": 0.9'), "differs from new_seed0.txt in more than"),
+    "other settings": (in_log(r'"grad_clip": 1.0', '"grad_clip": 0.9'), "differs from new_seed0.txt in more than"),
     "source of one seed": (in_log(r"^# Config", "# Other"), "differs from new_seed0.txt in more than the seed"),
     "file name": (in_log(r'"seed": 2', '"seed": 3'), "its seed is 3"),
     "two equal seeds": (copy_seed(1), "its seed is 1"),
@@ -236,7 +236,7 @@ TAMPERED = {
     "not interleaved": (every_log(r'"time": "\d+', '"time": "1999', "old*"), "not interleaved in time"),
     "not interleaved, after": (every_log(r'"time": "\d+', '"time": "1999', "new*"), "not interleaved in time"),
     "date": (in_log(r'"time": "\d+', '"time": "3001'), "its date is before its last run"),
-    "no such row": (every_log(r'"momentum": 0.95', '"momentum": 0.9', "old*"), "repeat no earlier row"),
+    "no such row": (every_log(r'"grad_clip": 1.0', '"grad_clip": 0.9', "old*"), "repeat no earlier row"),
     "other name": (lambda folder: (folder / "logs/new.txt").write_text("x"), "logs/new.txt is not named"),
     "result edited": (in_result("val_loss", 0), "result.json is not what the logs say"),
     "capped edited": (in_result("capped_k", "val_loss", 1), "result.json is not what the logs say"),
@@ -314,7 +314,7 @@ def test_committed_records(capsys):
     assert status == 0, out
     tracks = json.loads((ROOT / "records/tracks.json").read_text())
     for epochs, members in tracks["wiki_cpu"]["reference_members"].items():
-        assert members == q0.members_of(int(epochs), "q0")
+        assert members == q0.allocate(q0.Config("q0", "ensemble", int(epochs)))[0]
     assert tracks["wiki_cpu"]["train_tokens"] == q0.Config.train_tokens
     manifest = ROOT / "data/wiki/manifest.json"
     if manifest.exists():

@@ -235,7 +235,7 @@ def test_foreign_folder_and_failed_write(data, tmp_path, capsys, monkeypatch):
 T = 40  # shorter than the items, so their front is cut
 TWO = [*MINI, "--seq-len", str(T), "--batch-tokens", "640", "--train-tokens", "2000", "--epochs", "60", "--cycles", "2",
        "--weight-decay", "0.8", "--lr-matrix", "0.04", "--distill-weight", "0", "--precision", "float32",
-       "--log-every", "1000"]
+       "--no-compile", "--log-every", "1000"]
 
 
 @pytest.fixture(scope="module")

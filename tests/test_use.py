@@ -658,7 +658,7 @@ def test_plan_counts_every_teacher(run, corpus, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     (["--teacher", "nobody"], "no run nobody under"), (["--teacher", "many", "--softcap", "20"], "is (300, 15.0, 32), this run's (300, 20.0, 32)"),
-    (["--teacher", "many", "--seq-len", "64", "--micro-batch", "8"], "this run's (300, 15.0, 64)"), (["--teacher", "many", "--teacher-k", "0"], "at least 1")])
+    (["--teacher", "many", "--seq-len", "64", "--micro-batch", "8"], "this run's (300, 15.0, 64)"), (["--teacher", "many", "--teacher-k", "0"], "--teacher-k 0 is out of range")])
 def test_bad_teachers(argv, message, trained, corpus, logs, capsys):
     trained("many", *SHORT)
     capsys.readouterr()
