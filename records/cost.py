@@ -21,6 +21,9 @@ from torch.utils._pytree import tree_leaves
 
 import train_q0 as q
 
+BFLOAT16 = torch.bfloat16
+FLOAT32 = torch.float32
+
 # --------------------------------------------------------------------------------------------------
 # Kernels that are not torch's own, as operations of the meta device, which needs their shapes alone
 
@@ -28,6 +31,8 @@ LIBRARY = torch.library.Library("cost", "DEF")
 LIBRARY.define("attention(Tensor q, Tensor k, Tensor v, int window) -> (Tensor, Tensor)")
 LIBRARY.define("attention_backward(Tensor d, Tensor q, Tensor k, Tensor v, Tensor out, "
                "Tensor sums, int window) -> (Tensor, Tensor, Tensor)")
+LIBRARY.define("rms_norm(Tensor x) -> (Tensor, Tensor)")
+LIBRARY.define("rms_norm_backward(Tensor d, Tensor x, Tensor scale) -> Tensor")
 LIBRARY.define("rows_loss(Tensor(a!) z, Tensor? teacher_z, Tensor target, Tensor scale) -> Tensor")
 LIBRARY.define("symmetric_product(Tensor X, Tensor? add) -> Tensor")
 
@@ -47,6 +52,16 @@ def attention_backward_shapes(d, q, k, v, out, sums, window):
     return contiguous_like(q), contiguous_like(k), contiguous_like(v)
 
 
+@torch.library.register_fake("cost::rms_norm")
+def rms_norm_shapes(x):
+    return contiguous_like(x), x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+
+
+@torch.library.register_fake("cost::rms_norm_backward")
+def rms_norm_backward_shapes(d, x, scale):
+    return contiguous_like(x)
+
+
 @torch.library.register_fake("cost::rows_loss")
 def rows_loss_shapes(z, teacher_z, target, scale):
     return scale.new_empty(len(z), 2)
@@ -58,7 +73,7 @@ def symmetric_product_shapes(X, add):
     return X.new_empty(n, rows, rows)
 
 
-def keep_for_backward(ctx, inputs, output):
+def keep_attention(ctx, inputs, output):
     *qkv, ctx.window = inputs
     ctx.save_for_backward(*qkv, *output)
 
@@ -68,18 +83,32 @@ def attention_backward(ctx, d, _):
     return *gradients, None
 
 
-torch.library.register_autograd("cost::attention", attention_backward,
-                                setup_context=keep_for_backward)
+def keep_norm(ctx, inputs, output):
+    ctx.save_for_backward(*inputs, output[1])
 
 
-def attend(q, k, v, window, mask=None):
-    """Attention as a model calls it: [B, T, H, K] each."""
-    return torch.ops.cost.attention(q, k, v, window)[0]
+def norm_backward(ctx, d, _):
+    return torch.ops.cost.rms_norm_backward(d, *ctx.saved_tensors)
 
 
-def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
-    out = torch.ops.cost.rows_loss(z, teacher_z, target, scale)
-    return *out.mul_(scale[:, None]).sum(0), z
+torch.library.register_autograd("cost::attention", attention_backward, setup_context=keep_attention)
+torch.library.register_autograd("cost::rms_norm", norm_backward, setup_context=keep_norm)
+
+
+def attention(cfg, device, window):
+    """A kernel as those of train_q0.ATTENTION."""
+    def attend(q, k, v):
+        return torch.ops.cost.attention(q, k, v, window)[0]
+    return attend
+
+
+def norm(x, compiled=q.norm):
+    """RMSNorm: one kernel where a GPU runs it eagerly, to be fused where it is compiled."""
+    return compiled(x) if torch.compiler.is_compiling() else torch.ops.cost.rms_norm(x)[0]
+
+
+def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature, grad):
+    return torch.ops.cost.rows_loss(z, teacher_z, target, scale)
 
 
 def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
@@ -106,6 +135,7 @@ class Op:
     inputs: tuple  # of Use
     outputs: tuple
     window: int = 0  # of attention
+    tf32: bool = False  # whether products of float32 tensors may be rounded
     works: bool = True  # False for views, and for memory that nothing has filled yet
     call: int | None = None  # of the compiled graph that it is part of
 
@@ -162,25 +192,39 @@ class Recorder(TorchDispatchMode):
         view = not mutates and all(x.storage in given for x in outputs)
         works = not view and not name.startswith(("empty", "new_empty"))
         window = args[-1] if name.startswith("attention") else 0
-        self.ops.append(Op(name, inputs, outputs, window, works, self.call))
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        self.ops.append(Op(name, inputs, outputs, window, tf32, works, self.call))
         return out
 
 
+@dataclass
+class Run:
+    """What one call of a graph did, for calls of like inputs to repeat."""
+    given: tuple  # the inputs' Uses
+    ops: list
+    extra: int  # bytes alive at its peak above those before it
+    outputs: list  # (Use, stride), or what is no tensor
+
+
 class Graph:
-    """One graph that torch.compile made. Its first call runs it; later ones repeat the record."""
+    """One graph that torch.compile made. The first call for some shapes runs it; later ones repeat
+    what was recorded."""
     def __init__(self, module, recorder):
         self.module = module
         self.recorder = recorder
-        self.ops = None
+        self.runs = {}
         self._boxed_call = True  # torch's mark: takes a list, which it empties
 
     def __call__(self, args):
         recorder = self.recorder
+        key = tuple(x.shape if isinstance(x, torch.Tensor) else x for x in args)
         with _disable_current_modes():
             recorder.call = next(recorder.next)
             given = recorder.uses(args)
-            run = self.first if self.ops is None else self.repeat
-            outputs = run(args, given)
+            if key in self.runs:
+                outputs = self.repeat(self.runs[key], args, given)
+            else:
+                outputs, self.runs[key] = self.first(args, given)
             recorder.call = None
         return outputs
 
@@ -192,28 +236,33 @@ class Graph:
         recorder.peak = live
         with recorder:
             outputs = torch.fx.Interpreter(self.module).boxed_run(args)
-        left = [x for x in outputs if x is not None]
-        end = Op("output", recorder.uses(left), (), works=False, call=recorder.call)
-        recorder.ops.append(end)
-        self.given = given
-        self.ops = recorder.ops[begin:]
-        self.extra = recorder.peak - live
-        self.outputs = [x if x is None else (recorder.use(x), x.stride()) for x in outputs]
+        left = recorder.uses(outputs)
+        recorder.ops.append(Op("output", left, (), works=False, call=recorder.call))
+        kept = [(recorder.use(x), x.stride()) if isinstance(x, torch.Tensor) else x
+                for x in outputs]
+        run = Run(given, recorder.ops[begin:], recorder.peak - live, kept)
         recorder.peak = max(before, recorder.peak)
-        return outputs
+        return outputs, run
 
-    def repeat(self, args, given):
+    def repeat(self, run, args, given):
         recorder = self.recorder
-        recorder.peak = max(recorder.peak, recorder.live + self.extra)
-        serials = {old.storage: new.storage for old, new in zip(self.given, given)}
-        left = {kept[0].storage for kept in self.outputs if kept}
-        bases = {old.storage: tensor.detach() for old, tensor in zip(self.given, args)
-                 if old.storage in left}
-        args.clear()  # what nothing outside holds is freed
+        recorder.peak = max(recorder.peak, recorder.live + run.extra)
+        tensors = [x for x in args if isinstance(x, torch.Tensor)]
+        args.clear()
+        left = {kept[0].storage for kept in run.outputs if isinstance(kept, tuple)}
+        serials = {}
+        bases = {}
+        for old, new in zip(run.given, given):
+            serials[old.storage] = new.storage
+            tensor = tensors.pop(0)
+            if old.storage in left:
+                bases[old.storage] = tensor.detach()
+        del tensors[:], tensor  # what nothing outside holds is freed
         outputs = []
-        for kept in self.outputs:
-            outputs.append(kept and self.output(*kept, serials, bases))
-        for op in self.ops:
+        for kept in run.outputs:
+            known = isinstance(kept, tuple)
+            outputs.append(self.output(*kept, serials, bases) if known else kept)
+        for op in run.ops:
             inputs = self.renamed(op.inputs, serials)
             made = self.renamed(op.outputs, serials)
             recorder.ops.append(replace(op, inputs=inputs, outputs=made, call=recorder.call))
@@ -250,7 +299,7 @@ def recorded_compile(recorder):
     real = torch.compile
 
     def compile(function, **options):
-        compiled = real(function, backend=backend, dynamic=False)
+        compiled = real(function, backend=backend, dynamic=options.get("dynamic", False))
 
         @functools.wraps(function)
         def call(*args, **kwargs):
@@ -279,6 +328,7 @@ class Kernel:
     dtype: torch.dtype
     flops: int = 0  # of products, attention included
     size: tuple = ()  # of a product: batch, rows, columns, inner
+    tf32: bool = False  # a product of float32 tensors that may be rounded
     copied: int = 0  # bytes moved before a product that adds to a tensor
     full: bool = False  # attention without a window
     taught: bool = False  # loss with a teacher
@@ -309,6 +359,7 @@ def kernel_of(op):
         kernel.size = (math.prod(batch), rows, right.shape[-1], inner)
         kernel.flops = 2 * math.prod(kernel.size)
         kernel.dtype = left.dtype
+        kernel.tf32 = op.tf32 and left.dtype == FLOAT32
         kernel.copied = 2 * op.outputs[0].nbytes if op.name == "baddbmm" else 0
     elif op.name.startswith("attention"):
         B, T, H, K = first.shape
@@ -360,17 +411,19 @@ def fused(ops, later):
 
 
 def chains(ops):
+    """Lists of those of `ops` that use each other's results or read the same part of a storage."""
     found = []
-    made_by = {}  # storage: the chain that made it
+    chain_of = {}  # what an operation reads or makes: the chain that it is in
     for op in ops:
-        users = [made_by[x.storage] for x in op.inputs if x.storage in made_by]
-        joined = {id(chain): chain for chain in users}
+        read = [(x.storage, x.offset, x.nbytes) for x in op.reads if math.prod(x.shape) > 1]
+        keys = read + [x.storage for x in (*op.inputs, *op.outputs)]
+        joined = {id(chain_of[key]): chain_of[key] for key in keys if key in chain_of}
         chain = [*itertools.chain(*joined.values()), op]
-        found = [c for c in found if id(c) not in joined]
-        found.append(chain)
-        for member in chain:
-            for x in member.outputs:
-                made_by[x.storage] = chain
+        found = [c for c in found if id(c) not in joined] + [chain]
+        for key, of in chain_of.items():
+            chain_of[key] = chain if id(of) in joined else of
+        for key in read + [x.storage for x in op.outputs]:
+            chain_of[key] = chain
     return found
 
 
@@ -416,8 +469,6 @@ def graph_kernels(ops):
 # Time on one H100 80GB HBM3. What is measured, and how well the rest is predicted from it, is told
 # in records/tuning/2026-11-27_cost_model.md.
 
-BFLOAT16 = torch.bfloat16
-FLOAT32 = torch.float32
 TF32 = "tf32"
 PEAK = {BFLOAT16: 989e12, TF32: 494.5e12, FLOAT32: 67e12}  # FLOP/s of dense products
 SHARE = {BFLOAT16: 0.86, TF32: 0.77, FLOAT32: 0.77}  # of it, that a tile's inner loop reaches
@@ -433,10 +484,10 @@ LOSS_BANDWIDTH = {False: 2.2e12, True: 1.46e12}  # of rows_loss, by whether ther
 LAUNCH = 3e-6  # seconds before each kernel, where no graph replays it
 
 
-def product_seconds(kernel, tf32):
+def product_seconds(kernel):
     """Waves of tiles over the multiprocessors. Where tiles are few, cuBLAS cuts the inner dimension
     of bf16 products; it did not cut that of TF32 ones."""
-    dtype = TF32 if kernel.dtype == FLOAT32 and tf32 else kernel.dtype
+    dtype = TF32 if kernel.tf32 else kernel.dtype
     batch, rows, columns, inner = kernel.size
     height, width = (min(most, 64 * math.ceil(n / 64)) for most, n in zip(TILE, (rows, columns)))
     tiles = batch * math.ceil(rows / height) * math.ceil(columns / width)
@@ -455,11 +506,11 @@ def attention_share(kernel):
     return ATTENTION_SHARE[kernel.full, channels]
 
 
-def seconds(kernel, tf32=False):
-    """Of one kernel, without its launch. `tf32`: float32 products are allowed to use it."""
+def seconds(kernel):
+    """Of one kernel, without its launch."""
     memory = kernel.nbytes / BANDWIDTH
     if kernel.name in PRODUCTS:
-        return max(memory, product_seconds(kernel, tf32)) + kernel.copied / BANDWIDTH
+        return max(memory, product_seconds(kernel)) + kernel.copied / BANDWIDTH
     if kernel.name.startswith("attention"):
         return max(memory, kernel.flops / (attention_share(kernel) * PEAK[BFLOAT16]))
     if kernel.name == "symmetric_product":
@@ -480,8 +531,7 @@ class Part:
     ops: list
     held: int
     peak: int
-    masters: set  # storages of the float32 weights
-    tf32: bool = False
+    masters: set  # storages of the float32 weights that have working copies
 
     @functools.cached_property
     def kernels(self):
@@ -489,7 +539,7 @@ class Part:
 
     def seconds(self, launch=LAUNCH):
         """Modelled time; `launch` is 0 where a CUDA graph replays it."""
-        return sum(seconds(k, self.tf32) + launch for k in self.kernels)
+        return sum(seconds(k) + launch for k in self.kernels)
 
     @property
     def flops(self):
@@ -502,7 +552,7 @@ class Part:
         for kernel in self.kernels:
             what = described(kernel)
             times[what] += 1
-            total[what] += seconds(kernel, self.tf32)
+            total[what] += seconds(kernel)
         return [(what, times[what], s) for what, s in total.most_common()]
 
 
@@ -519,7 +569,7 @@ def described(kernel):
 def on_meta(recorder):
     """Context in which train_q0 runs on the meta device as it would on a GPU."""
     kernels = dict(
-        use_triton=lambda device_type: True, rows_loss=rows_loss,
+        use_triton=lambda device_type: True, norm=norm, launch_loss_kernel=launch_loss_kernel,
         symmetric_product=symmetric_product, CHUNK_LOGITS=q.GPU_CHUNK_LOGITS)
     compile = recorded_compile(recorder)
     with (mock.patch.multiple(q, **kernels), mock.patch.object(torch, "compile", compile),
@@ -527,41 +577,60 @@ def on_meta(recorder):
         yield
 
 
-def record(recorder, function, parameters=(), tf32=False):
-    """The Part that a call of `function` is."""
+def record(recorder, function, weights=()):
+    """The Part that a call of `function` is; `weights` are the float32 ones."""
     begin = len(recorder.ops)
     held = recorder.live
     recorder.peak = held
-    masters = {recorder.use(p).storage for p in parameters}
+    masters = {recorder.use(tensor).storage for tensor in weights}
     function()
-    return Part(recorder.ops[begin:], held, recorder.peak, masters, tf32)
+    return Part(recorder.ops[begin:], held, recorder.peak, masters)
 
 
-def step(cfg, vocab_size, taught=False, compile="block"):
-    """(micro-batch, update) of `cfg` in the midst of training. compile: block, whole or eager."""
+def trainer_on_meta(cfg, vocab_size):
+    """A Trainer that has what a micro-batch and an update need, and nothing else."""
+    trainer = object.__new__(q.Trainer)
+    trainer.cfg = cfg
+    trainer.world = q.World(device=torch.device("meta"))
+    with torch.device("meta"):
+        trainer.student = q.GPT(cfg, vocab_size).train()
+        trainer.newest = q.empty_member(cfg, vocab_size)
+    trainer.teacher = [(1.0, trainer.newest)]
+    for model in (trainer.student, trainer.newest):
+        model.attend = q.attention_by_window(attention, cfg, "meta")
+    trainer.optimizer = q.Optimizer(trainer.student, cfg, trainer.world)
+    trainer.set_up_micro_batch()
+    return trainer
+
+
+@dataclass
+class Step:
+    """The parts of training, in the midst of it: a step is many micro-batches and one update."""
+    micro_batch: Part
+    taught: Part | None  # a micro-batch with a teacher, where the run has one
+    update: Part
+
+
+def step(cfg, vocab_size, compile=True, fuse_update=True):
+    """The Step of `cfg`. Tracing what torch.compile would compile takes most of the time;
+    `fuse_update` False leaves the update's out, which then seems about twice as slow as it is."""
     torch._dynamo.reset()
     recorder = Recorder()
     with on_meta(recorder):
-        with torch.device("meta"):
-            model = q.GPT(cfg, vocab_size)
-            teachers = [(1.0, q.empty_member(cfg, vocab_size))] if taught else []
-            tokens = torch.zeros(cfg.micro_batch, cfg.seq_len + 1, dtype=torch.long)
-        for m in (model, *(teacher for _, teacher in teachers)):
-            m.attend = attend
-            blocks = filter(None, (*m.blocks, m.mtp_block))
-            for module in {"block": blocks, "whole": [m], "eager": []}[compile]:
-                module.compile()
-        optimizer = q.Optimizer(model, replace(cfg, compile=compile != "eager"))
+        trainer = trainer_on_meta(cfg, vocab_size)
+        if compile:
+            trainer.compile_blocks()
+        if compile and fuse_update:
+            trainer.optimizer.compile()
+        copied = [bank.master for bank in trainer.optimizer.banks.values() if bank.copied]
 
-        def micro_batch():
-            q.training_loss(model, teachers, cfg, tokens)[0].backward()
+        def recorded(function):
+            function()  # the first call compiles
+            return record(recorder, function, copied)
 
-        def update():
-            optimizer.step(0.1, 1.0)
-
-        micro_batch()  # makes the gradients
-        parts = [record(recorder, f, model.parameters(), tf32=True) for f in (micro_batch, update)]
-    return parts
+        micro_batch, taught = (functools.partial(trainer.run_micro_batch, t) for t in (False, True))
+        return Step(recorded(micro_batch), recorded(taught) if cfg.distill_weight else None,
+                    recorded(trainer.optimizer.run_update))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -573,15 +642,15 @@ def float32_products(ops):
 
 
 def weight_casts(ops, masters):
-    """Elements cast from float32 to bfloat16 of the weights in the storages `masters`, or of what
-    was made of weights alone, such as mixed heads."""
+    """Elements cast from float32 to bfloat16 of the weights in the storages `masters` (those of
+    Part), or of what was made of weights alone, such as mixed heads."""
     weights = set(masters)
     count = 0
     for op in ops:
-        if not op.inputs or any(x.storage not in weights for x in op.inputs):
+        if not op.reads or any(x.storage not in weights for x in op.reads):
             continue
         weights |= {x.storage for x in op.outputs}
-        cast = op.inputs[0].dtype == FLOAT32 and op.outputs[0].dtype == BFLOAT16
+        cast = op.reads[0].dtype == FLOAT32 and op.outputs[0].dtype == BFLOAT16
         count += math.prod(op.outputs[0].shape) if cast else 0
     return count
 

@@ -499,72 +499,79 @@ def prior():
 # ----------------------------------------------------------------------------------------------------------------------
 # Modelled: what an H100 would take
 
-
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True)
 class Case:
-    """A step to model, and what one H100 measured of it, or nan: milliseconds and peak GB."""
+    """A step to model, and what one H100 measured of it before the core was rewritten."""
     preset: str
-    taught: bool
-    compile: str = "block"
-    micro_batch_ms: float = math.nan
-    update_ms: float = math.nan
-    gb: float = math.nan
-    changes: dict = field(default_factory=dict)
+    changes: dict
+    before: dict = field(default_factory=dict)
 
 
-TWELVE_MILLION = dict(train_tokens=0, layers=6, width=384, mlp_hidden=1024, batch_tokens=16384,
-                      micro_batch=64)
-EIGHT_LAYERS = dict(layers=8, loop_first=4, loop_last=5, micro_batch=4)
 CASES = [
-    Case("q0", False, "block", 323.8, 192.0, 59.3), Case("q0", True, "block", 394.6, 192.3, 63.1),
-    Case("q0", True, "block", changes=dict(micro_batch=4)),
-    Case("q0", False, "block", 146.1, gb=25.9, changes=EIGHT_LAYERS),
-    Case("small", False, "block", 36.85, 9.54, 9.7), Case("small", False, "whole", 36.15, 9.8, 9.7),
-    Case("small", True, "whole"), Case("tiny", False, "whole", changes=TWELVE_MILLION)]
+    Case("q0", {}, {"micro-batch ms": 323.8, "with teacher ms": 394.6, "update ms": 192.0}),
+    Case("q0", dict(micro_batch=4)),
+    Case("q0", dict(micro_batch=4, recompute=True)),
+    Case("q0", dict(layers=8, loop_first=4, loop_last=5, micro_batch=4),
+         {"micro-batch ms": 146.1}),
+    Case("small", {}, {"micro-batch ms": 36.85, "update ms": 9.54}),
+    Case("tiny", dict(train_tokens=0, layers=6, width=384, mlp_hidden=1024, batch_tokens=16384,
+                      micro_batch=64))]
 
 
-def modelled_row(what, ms, measured):
-    return {"what": what, "modelled ms": ms, "measured ms": measured, "deviation": f"{ms / measured - 1:+.1%}"}
-
-
-def meta_tensors(*shapes, dtype=torch.bfloat16):
-    return [torch.empty(shape, dtype=dtype, device="meta", requires_grad=True) for shape in shapes]
-
-
-def loss_to_model(tokens, width, taught):
-    vocab = 50257
-    hidden, teacher_hidden, teacher_head = meta_tensors((tokens, width), (tokens, width), (vocab, width))
-    head, = meta_tensors((vocab, width), dtype=torch.float32)
-    targets = torch.empty(tokens, dtype=torch.long, device="meta")
-    teacher = [(1.0, teacher_hidden.detach(), teacher_head.detach())] if taught else []
-    loss, _ = q.ChunkedLoss.apply(hidden, head, targets, 15.0, teacher, 0.45 * taught, 1.2)
-    loss.backward()
+def meta_tensors(*shapes):
+    return [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            for shape in shapes]
 
 
 def attention_to_model(B, T, H, K, window):
+    attend = cost.attention(None, "meta", window)
     *qkv, d = meta_tensors(*4 * [(B, T, H, K)])
-    torch.autograd.grad(cost.attend(*qkv, window), qkv, d)
+    torch.autograd.grad(attend(*qkv), qkv, d)
+
+
+def orthogonalize_to_model(G):
+    """What was measured under this name: casts and a norm, then polar_express."""
+    X = G.bfloat16().mT if G.size(-2) > G.size(-1) else G.bfloat16()
+    norm = X.float().norm(dim=(-2, -1), keepdim=True)
+    return q.polar_express(X / (1.02 * norm + 1e-6).bfloat16())
 
 
 def measured_kernels():
-    """(what, function, milliseconds on an H100): ../shared/gpu/bench.md."""
-    for tokens, width, taught, ms in (
-            (4096, 2048, False, 5.22), (8192, 2048, False, 9.84), (16384, 2048, False, 18.3),
-            (16384, 2048, True, 26.4), (4096, 768, False, 2.45), (16384, 768, False, 8.65),
-            (16384, 768, True, 13.9)):
-        what = f"loss, {tokens} tokens, width {width}{', teacher' if taught else ''}"
-        yield what, functools.partial(loss_to_model, tokens, width, taught), ms
+    """(what, function, milliseconds on an H100): of bench.py --gpu, 2026-11-27."""
     for shape, ms in (((30, 2048, 2048), 11.5), ((60, 5632, 2048), 55.5), ((48, 768, 768), 1.69),
                       ((24, 2048, 768), 1.98)):
         G = torch.empty(shape, device="meta")
-        yield f"orthogonalize {shape}", functools.partial(q.orthogonalize, G, torch.bfloat16), ms
-    for shape, ms in (((4, 2048, 2048), 0.0934), ((30, 2048, 2048), 0.758), ((4, 2048, 5632), 0.26),
-                      ((30, 2048, 5632), 1.97), ((12, 768, 768), 0.0215), ((36, 768, 768), 0.0578)):
-        X = torch.empty(shape, dtype=torch.bfloat16, device="meta")
-        yield f"X X^T {shape}", functools.partial(torch.matmul, X, X.mT), ms
-    for shape, window, ms in (((16, 1024, 12, 64), 512, 0.677), ((16, 1024, 12, 64), 1024, 0.437),
-                              ((4, 2048, 16, 128), 1024, 0.833), ((4, 2048, 16, 128), 2048, 0.652)):
-        yield f"attention {shape}, window {window}", functools.partial(attention_to_model, *shape, window), ms
+        yield f"orthogonalize {shape}", functools.partial(orthogonalize_to_model, G), ms
+    for shape, ms in (((4, 2048, 2048), 0.0934), ((30, 2048, 2048), 0.758),
+                      ((4, 2048, 5632), 0.26), ((30, 2048, 5632), 1.97), ((12, 768, 768), 0.0215),
+                      ((36, 768, 768), 0.0578)):
+        X, = meta_tensors(shape)
+        yield f"X X^T {shape}", functools.partial(torch.matmul, X.detach(), X.detach().mT), ms
+    for shape, window, ms in (
+            ((16, 1024, 12, 64), 512, 0.677), ((16, 1024, 12, 64), 1024, 0.437),
+            ((4, 2048, 16, 128), 1024, 0.833), ((4, 2048, 16, 128), 2048, 0.652)):
+        run = functools.partial(attention_to_model, *shape, window)
+        yield f"attention {shape}, window {window}", run, ms
+
+
+def modelled_rows(case, cfg, vocab, step):
+    tokens = cfg.micro_batch * cfg.seq_len
+    model, teacher = q.flops_per_token(cfg, vocab)
+    count = cfg.batch_tokens // tokens
+    parts = {"micro-batch": (step.micro_batch, model), "with teacher": (step.taught, model + teacher),
+             "update": (step.update, 0)}
+    for name, (part, flops) in parts.items():
+        if part is None:
+            continue
+        share = tokens * flops / q.H100_FLOPS
+        yield {"part": name, "modelled ms": 1000 * part.seconds(), "measured before":
+               case.before.get(f"{name} ms", "-"), "MFU": share / part.seconds() if flops else "-",
+               "CUDA graphs, ms": 1000 * part.seconds(launch=0), "their MFU": share / part.seconds(0) if flops else "-",
+               "kernels": len(part.kernels), "GB held": part.held / 1e9, "GB at the peak": part.peak / 1e9}
+    whole = [count * step.micro_batch.seconds(launch) + step.update.seconds(launch)
+             for launch in (cost.LAUNCH, 0)]
+    yield {"micro-batches a step": count, "tokens/s": count * tokens / whole[0],
+           "tokens/s with CUDA graphs": count * tokens / whole[1]}
 
 
 @section(1200)
@@ -575,28 +582,18 @@ def model():
         recorder = cost.Recorder()
         with cost.on_meta(recorder):
             part = cost.record(recorder, function)
-        yield modelled_row(what, 1000 * part.seconds(launch=0), measured)
-    parts = {}
-    yield "### Steps"
-    for case in pick(CASES, [Case("tiny", True, "eager", changes=MINIATURE)]):
+        ms = 1000 * part.seconds(launch=0)
+        yield {"what": what, "modelled ms": ms, "measured ms": measured,
+               "deviation": f"{ms / measured - 1:+.1%}"}
+    for case in pick(CASES, [Case("tiny", MINIATURE)]):
         cfg = settings(case.preset, precision="bfloat16", device="cpu", **case.changes)
         vocab = 2048 if case.preset == "tiny" else 50257
-        micro_batch, update = cost.step(cfg, vocab, case.taught, case.compile)
-        parts[case] = micro_batch, update
-        tokens = cfg.micro_batch * cfg.seq_len
-        forward_backward, forward = q.flops_per_token(cfg, vocab)
-        flops = tokens * (forward_backward + forward * case.taught)
-        yield {"preset": case.preset, "compiled": case.compile, "teacher": case.taught,
-               "tokens": tokens, "micro-batch ms": 1000 * micro_batch.seconds(),
-               "measured ms": case.micro_batch_ms, "with CUDA graphs ms": 1000 * micro_batch.seconds(launch=0),
-               "MFU of a micro-batch": flops / micro_batch.seconds() / q.H100_FLOPS,
-               "update ms": 1000 * update.seconds(), "measured update ms": case.update_ms,
-               "peak GB": max(micro_batch.peak, update.peak) / 1e9, "measured GB": case.gb}
-    for case, (micro_batch, update) in parts.items():
-        yield f"### The ten heaviest: {case.preset}, teacher: {case.taught}, compiled: {case.compile}"
-        for name, part in (("micro-batch", micro_batch), ("update", update)):
+        step = cost.step(cfg, vocab, compile=not SMALL)
+        yield f"### {case.preset} {case.changes or ''}"
+        yield from modelled_rows(case, cfg, vocab, step)
+        for name, part in (("micro-batch", step.taught or step.micro_batch), ("update", step.update)):
             for what, times, seconds in part.heaviest()[:10]:
-                yield {"of": name, "operation": what, "times": times, "ms": 1000 * seconds}
+                yield {"ten heaviest of": name, "operation": what, "times": times, "ms": 1000 * seconds}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # With a GPU
