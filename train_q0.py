@@ -102,7 +102,6 @@ MOMENTUM = 0.95  # Muon's, Nesterov
 LR_RESID = 0.00025  # peak lr of residual and skip scalars
 LR_X0 = 0.025  # peak lr of x0 scalars
 LR_MIXING = 0.02  # peak lr of head mixing and smear
-COMPILE_EPOCHS = 22  # on a CPU torch.compile pays from this budget on
 LAUNCH_BOUND = 150e6  # parameters in the blocks: a GPU waits for the launches of smaller models
 
 def knob(default, why, low=0, high=1e37, choices=""):
@@ -187,12 +186,12 @@ class Config:
     device: str = knob("auto", "auto takes the GPU where there is one", choices="auto cpu cuda")
     precision: str = knob(
         "auto", "of matrix products; weights are float32", choices="auto bfloat16 float32")
-    compile: bool | None = knob(None, "torch.compile; derived: on a GPU, on a CPU for long runs")
+    compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
     graphs: bool | None = knob(
         None, "replay CUDA graphs; derived: on for models that are launch bound, on a GPU")
     recompute: bool = knob(
         False, "recompute looped layers in the backward pass: less memory, more time")
-    attention: str = knob("auto", "auto: the fastest", choices="auto flash3 flex matmul sdpa plain")
+    attention: str = knob("auto", "auto: the fastest", choices="auto flex matmul sdpa plain")
     save_minutes: float = knob(
         10, "between saves of the state that --resume goes on from; also at cycle ends")
     keep_members: int | None = knob(
@@ -343,8 +342,7 @@ def derive_machine(cfg):
     if gpu or torch.cpu._is_avx512_bf16_supported():
         yield "precision", "bfloat16", "supported here"
     yield "precision", "float32", "this CPU lacks bfloat16 instructions: slower"
-    pays = gpu or (cfg.epochs >= COMPILE_EPOCHS and shutil.which("g++") is not None)
-    yield "compile", pays, f"pays on a GPU; with g++ on a CPU from {COMPILE_EPOCHS} epochs on"
+    yield "compile", gpu, "pays on a GPU; on a CPU it gains less than it takes"
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
     small = gpu and parameters < LAUNCH_BOUND
     yield "graphs", small, f"on a GPU with fewer than {LAUNCH_BOUND:.3g} parameters in blocks"
@@ -815,7 +813,7 @@ def sdpa_attention(cfg, device, window):
 
 
 def matmul_attention(cfg, device, window):
-    """Two batched products and a softmax: on a CPU faster than SDPA up to 1,024 tokens."""
+    """Two batched products and a softmax: in bf16 on a CPU faster than SDPA, up to 1,024 tokens."""
     T = cfg.seq_len
     bias = torch.zeros(T, T, dtype=getattr(torch, cfg.precision), device=device)
     bias.masked_fill_(~visible(T, window, device), -math.inf)
@@ -843,21 +841,8 @@ def flex_attention(cfg, device, window):
     return attend
 
 
-def flash3_attention(cfg, device, window):
-    """FlashAttention-3 through the `kernels` package, from its cache alone."""
-    os.environ["HF_HUB_OFFLINE"] = "1"  # before the import: training never downloads
-    from kernels import get_kernel
-    flash = get_kernel("kernels-community/flash-attn3", version=1).flash_attn_func
-    span = (-1, -1) if window >= cfg.seq_len else (window - 1, 0)
-
-    def attend(q, k, v):
-        out = flash(q, k, v, causal=True, window_size=span)
-        return out[0] if isinstance(out, tuple) else out
-    return attend
-
-
-ATTENTION = {"flash3": flash3_attention, "flex": flex_attention, "matmul": matmul_attention,
-             "sdpa": sdpa_attention, "plain": plain_attention}
+ATTENTION = {"flex": flex_attention, "matmul": matmul_attention, "sdpa": sdpa_attention,
+             "plain": plain_attention}
 
 
 def attention_by_window(kernel, cfg, device):
@@ -870,15 +855,19 @@ def check_attention(attend, cfg, device, window):
     generator = torch.Generator().manual_seed(0)
     draws = torch.randn(4, 1, cfg.seq_len, 2, cfg.head_dim, generator=generator)
     draws = draws.to(device, getattr(torch, cfg.precision))
-    found = []
-    for function, dtype in ((attend, draws.dtype),
-                            (plain_attention(cfg, device, window), torch.float32)):
-        inputs = [x.to(dtype).requires_grad_() for x in draws[:3]]
+    passes = []
+    for function, drawn in ((attend, draws), (plain_attention(cfg, device, window), draws.float())):
+        inputs = [x.requires_grad_() for x in drawn[:3].unbind()]
         out = function(*inputs)
-        found.append([out, *torch.autograd.grad(out, inputs, draws[3].to(dtype))])
-    for x, y in zip(*found):  # bf16 keeps 8 bits: up to 1%; a wrong window is off by 50% and more
-        if not (x.float() - y).norm() <= 0.05 * y.norm():
-            raise ArithmeticError(f"it disagrees with plain attention, window {window}")
+        passes.append([out, *torch.autograd.grad(out, inputs, drawn[3])])
+    for found, wanted in zip(*passes):  # bf16 keeps 8 bits: up to 1%; a wrong window is off by 50%
+        assert_close(found, wanted, 0.05)
+
+
+def assert_close(found, wanted, tolerance):
+    """Raise ArithmeticError where tensors differ by more than a share of the wanted one's norm."""
+    if not (found.float() - wanted).norm() <= tolerance * wanted.norm():  # NaN neither
+        raise ArithmeticError("it disagrees with its plain reference")
 
 
 def attention_names(cfg, device_type, window):
@@ -886,8 +875,9 @@ def attention_names(cfg, device_type, window):
     if cfg.attention != "auto":
         return [cfg.attention]
     if device_type == "cpu":
-        return ["matmul", "sdpa"] if cfg.seq_len <= 1024 else ["sdpa"]
-    return ["flash3", "sdpa"] if window >= cfg.seq_len else ["flash3", "flex", "sdpa"]
+        short = cfg.precision == "bfloat16" and cfg.seq_len <= 1024
+        return ["matmul", "sdpa"] if short else ["sdpa"]
+    return ["sdpa"] if window >= cfg.seq_len else ["flex", "sdpa"]
 
 
 def choose_attention(cfg, device):
@@ -899,9 +889,7 @@ def choose_attention(cfg, device):
         for name in attention_names(cfg, device.type, window):
             try:
                 attend = ATTENTION[name](cfg, device, window)
-                # flash3 runs inside the compiled block, where a foreign kernel may fail by itself
-                tried = torch.compile(attend) if cfg.compile and name == "flash3" else attend
-                check_attention(tried, cfg, device, window)
+                check_attention(attend, cfg, device, window)
             except Exception as e:  # a kernel that does not fit the machine may fail in any way
                 problem = f"attention kernel {name} does not work: {one_line(e)}"
                 print(f"notice: {problem}; trying the next", file=sys.stderr)
@@ -1014,13 +1002,10 @@ def check_kernels(device_type):
     arguments = (100, target, scale, 15.0, 0.5, 1.2)
     *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z, *arguments)
     out = launch_loss_kernel(z, teacher_z, *arguments, grad=True)
-    square = torch.randn(1, 160, 64, generator=generator).to(device_type, torch.bfloat16)
-    products = symmetric_product(square).float(), square.float() @ square.float().mT
-    # float32 rounding; the product's inputs and output are bf16
-    for x, y, tolerance in ((out.mean(0), torch.stack(losses), 1e-4), (z, gradient, 1e-4),
-                            (*products, 0.01)):
-        if not (x - y).norm() <= tolerance * y.norm():
-            raise ArithmeticError("a Triton kernel disagrees with torch")
+    assert_close(out.mean(0), torch.stack(losses), 1e-4)  # rounding of float32
+    assert_close(z, gradient, 1e-4)
+    X = torch.randn(1, 160, 64, generator=generator).to(device_type, torch.bfloat16)
+    assert_close(symmetric_product(X), X.float() @ X.float().mT, 0.01)  # of bf16
 
 
 @functools.cache
@@ -1217,17 +1202,17 @@ def true_token_probs(model, sequences, batch, world):
     probs = torch.zeros(n, sequences.shape[1] - 1, device=world.device)
     exact = model.dtype == torch.bfloat16  # 8 bits of mantissa fit in TF32's 11
     for i in range(batch * world.rank, n, batch * world.size):
-        part = sequences[i:i + batch].astype(np.int64)
-        filled = np.pad(part, ((0, batch - len(part)), (0, 0)))  # one shape, compiled once
-        tokens = torch.from_numpy(filled).to(world.device)
+        part = np.arange(i, i + batch).clip(max=n - 1)  # one shape, compiled once
+        tokens = torch.from_numpy(sequences[part].astype(np.int64)).to(world.device)
         hidden = model(tokens[:, :-1])[0].flatten(0, 1).float()
         targets = tokens[:, 1:].flatten()
-        found = probs[i:i + batch].view(-1)
-        for j in range(0, len(found), rows):
+        found = []
+        for j in range(0, len(hidden), rows):
             with tf32(exact):
                 logits = F.linear(hidden[j:j + rows], head)
-            p = rows_probs(logits, model.vocab_size, targets[j:j + rows], model.cfg.softcap)
-            found[j:j + rows] = p[:len(found) - j]
+            found.append(rows_probs(logits, model.vocab_size, targets[j:j + rows],
+                                    model.cfg.softcap))
+        probs[i:i + batch] = torch.cat(found).view(batch, -1)[:n - i]
     world.all_reduce(probs)
     return probs.flatten().cpu().numpy()
 
@@ -1355,12 +1340,12 @@ class Bank:
         self.row = row
         self.weight = weight  # the model's, which forward passes read
         unit = weight.shape[-2:] if row.rule == "muon" else ()
-        units = weight.numel() // math.prod(unit)
-        padded = world.size * math.ceil(units / world.size)
+        self.units = weight.numel() // math.prod(unit)
+        padded = world.size * math.ceil(self.units / world.size)
         self.master_units = torch.zeros(padded, *unit, device=weight.device)
         self.grad_units = torch.zeros_like(self.master_units)
-        self.master = self.master_units[:units].view(weight.shape)
-        self.grad = self.grad_units[:units].view(weight.shape)
+        self.master = self.master_units[:self.units].view(weight.shape)
+        self.grad = self.grad_units[:self.units].view(weight.shape)
         self.own = world.shard(self.master_units)
         self.first = torch.zeros_like(self.own)
         self.second = torch.zeros_like(self.own)
@@ -1448,8 +1433,7 @@ class Optimizer:
     @torch.no_grad()
     def run_update(self):
         banks = self.banks.values()
-        pending = [self.world.reduce_scatter(bank.grad_units) for bank in banks]
-        grads = [wait() for wait in pending]
+        grads = [self.world.reduce_scatter(bank.grad_units) for bank in banks]
         square = sum(torch.linalg.vector_norm(grad) ** 2 for grad in grads)
         self.world.all_reduce(square)
         ok = square.isfinite()
@@ -1458,12 +1442,9 @@ class Optimizer:
             clip = (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
         self.steps += ok
         self.skipped += ~ok
-        pending = []  # gathers run while the next bank is orthogonalized
         for bank, grad in zip(banks, grads):
             self.update_bank(bank, grad, clip, ok)
-            pending.append(self.world.all_gather(bank.own, bank.master_units))
-        for wait, bank in zip(pending, banks):
-            wait()
+            self.world.all_gather(bank.own, bank.master_units)
             bank.grad_units.zero_()
         self.refresh()
 
@@ -1481,17 +1462,21 @@ class Optimizer:
             X = self.muon_momentum(g, first, clip, ok, self.dtype)
             self.muon_update(own, polar_express(X), second, lr, wd, ok)
 
-    def state(self):
-        """{"first.NAME", "second.NAME": moments, ...}, the same for any number of ranks, for the
-        leader; {} for the others: all ranks' copies might be more than a machine's memory."""
-        found = {"steps": self.steps, "skipped": self.skipped}
+    def moments(self):
+        """(name in a state, bank, this rank's slice) of every moment."""
         for name, bank in self.banks.items():
-            for kind, own in (("first", bank.first), ("second", bank.second)):
-                whole = own.new_empty(len(bank.master_units), *own.shape[1:])
-                self.world.all_gather(own, whole)()
-                units = bank.master.numel() // math.prod(bank.own.shape[1:])
-                if self.world.leader:
-                    found[f"{kind}.{name}"] = whole[:units].cpu()
+            yield f"first.{name}", bank, bank.first
+            yield f"second.{name}", bank, bank.second
+
+    def state(self):
+        """{name: moments, ...}, the same for any number of ranks, for the leader; {} for the
+        others: all ranks' copies might be more than a machine's memory."""
+        found = {"steps": self.steps, "skipped": self.skipped}
+        for name, bank, own in self.moments():
+            whole = own.new_empty(len(bank.master_units), *own.shape[1:])
+            self.world.all_gather(own, whole)
+            if self.world.leader:
+                found[name] = whole[:bank.units].cpu()
         return found if self.world.leader else {}
 
     def load(self, found):
@@ -1500,14 +1485,14 @@ class Optimizer:
             self.steps.copy_(found["steps"])
             self.skipped.copy_(found["skipped"])
         self.world.broadcast(self.steps, self.skipped)
-        for name, bank in self.banks.items():
-            for kind, own in (("first", bank.first), ("second", bank.second)):
-                whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
-                if found is not None:
-                    units = found[f"{kind}.{name}"]
-                    whole[:len(units)] = units
-                self.world.broadcast(whole)
-                own.copy_(self.world.shard(whole))
+        for name, bank, own in self.moments():
+            whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
+            if found is not None:
+                whole[:bank.units] = found[name]
+            self.world.broadcast(whole)
+            own.copy_(self.world.shard(whole))
+
+
 
 
 # Schedule ---------------------------------------------------------------------------------------
@@ -1878,8 +1863,6 @@ class Trainer:
         """Compile and capture all that a run will use before its first step; nothing of it stays."""
         cfg = self.cfg
         reset_watchdog(cfg.hang_minutes and max(cfg.hang_minutes, WARM_UP_MINUTES))
-        init_weights(self.student.table, self.optimizer.masters, "warm-up")
-        self.optimizer.refresh()
         with torch.no_grad():
             self.newest(self.tokens[:, :-1])
         for taught in (False, True) if cfg.distill_weight else (False,):
@@ -2388,11 +2371,13 @@ class Run:
 
     def claim(self, trajectory, world):
         """Whether this launch trains the trajectory: it is neither done nor held by another."""
-        mine = False
         if world.leader:
-            self.lock = Lock(self.state / f"{trajectory}.lock")
-            mine = self.lock.acquire() and not self.is_done(trajectory)
-        return world.broadcast_object(mine)
+            lock = Lock(self.state / f"{trajectory}.lock")
+            if lock.acquire():
+                self.lock = lock
+                if self.is_done(trajectory):
+                    self.release()
+        return world.broadcast_object(self.lock is not None)
 
     def alive(self, hang_minutes):
         """Say that this launch is at work: to its own watchdog, and to others."""
@@ -2406,7 +2391,8 @@ class Run:
             self.lock = None
 
     def is_done(self, trajectory):
-        return any(f.stem.endswith("-done") for f in self.generations(trajectory))
+        newest = self.generations(trajectory)[:1]
+        return bool(newest) and newest[0].stem.endswith("-done")
 
     def generations(self, trajectory):
         """States of a trajectory, newest first: JSON files, each beside its tensors."""
@@ -2523,32 +2509,19 @@ class World:
         return units[self.rank * n:(self.rank + 1) * n]
 
     def reduce_scatter(self, units):
-        """Start to sum `units` over the ranks; the function returned waits and gives this rank's
-        slice."""
+        """This rank's slice of the sum of `units` over the ranks."""
         if self.size == 1:
-            return lambda: units
+            return units
         out = torch.empty_like(self.shard(units))
-        work = SUM_SHARDS(out, units, async_op=True)
-
-        def wait():
-            work.wait()
-            return out
-        return wait
+        SUM_SHARDS(out, units)
+        return out
 
     def all_gather(self, own, whole):
-        """Start to collect every rank's slice in `whole`, which may hold `own`; the function
-        returned waits."""
-        if self.size == 1:
-            if own.data_ptr() != whole.data_ptr():
-                whole.copy_(own)
-            return lambda: None
-        apart = own.clone()
-        work = GATHER_SHARDS(whole, apart, async_op=True)
-
-        def wait():
-            work.wait()
-            apart.resize_(0)  # and lives until here
-        return wait
+        """Collect every rank's slice in `whole`, which may hold `own`."""
+        if self.size > 1:
+            GATHER_SHARDS(whole, own.clone())
+        elif own.data_ptr() != whole.data_ptr():
+            whole.copy_(own)
 
     def agree(self, about):
         """Raise UserError where a rank's settings (a flat dict) differ from the leader's."""
@@ -2837,12 +2810,10 @@ def launch(cfg, why, args, world):
     name = world.broadcast_object(name)
     if not args.resume and (Path(name).name != name or name in (".", "..")):
         raise UserError(f"--run {name} must be a plain name: the run is written to logs/NAME")
-    folder = find_run(name) if args.resume else LOGS / name
     if world.leader:
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
-    data = find_data(cfg)
-    corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
+    corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
     population = load_teacher(cfg, corpus.vocab_size, world.device)
     if population:
         held_out = population.heldout[population.members]
@@ -2850,24 +2821,27 @@ def launch(cfg, why, args, world):
     world.agree(corpus.hashes)
     epoch_tokens = corpus.train_sequences * cfg.seq_len
     cycles = plan_cycles(cfg, epoch_tokens)
-    lines = describe(cfg, why, epoch_tokens, corpus.vocab_size)
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
              "data": {"name": corpus.name, **corpus.hashes}}
-    header = json.dumps(about, indent=1) + "\n" + "\n".join(lines)
-    identity = {**method_settings(cfg), **corpus.hashes}
-    run = Run(folder, identity, sum(cycles, []), header)
-    complete = open_run(run, about, data, args) if world.leader else None
-    if world.broadcast_object(complete):
+    lines = "\n".join(describe(cfg, why, epoch_tokens, corpus.vocab_size))
+    run = Run(find_run(name) if args.resume else LOGS / name,
+              {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
+              f"{json.dumps(about, indent=1)}\n{lines}")
+    if world.leader:
+        open_run(run, about, find_data(cfg))
+    if world.broadcast_object((run.folder / "result.json").exists()):
+        if world.leader:
+            print(f"{name} is complete: {run.folder}")
         return
     if world.leader:
-        print("\n".join(resume_lines(run) or lines), flush=True)
+        print(resume_line(run) or lines, flush=True)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
         train(trainer, cycles)
         if world.leader:
-            finish_run(trainer, about, population)
+            finish_run(trainer, about)
     finally:
         run.release()
 
@@ -2886,53 +2860,43 @@ def prepare_default_data(cfg):
         raise UserError(lines[-1].removeprefix("prepare.py: error: "))
 
 
-def open_run(run, about, data, args):
-    """Make the folder of a run, or join the launches that share it. Whether it is complete; raises
-    UserError where the name belongs to a run of other settings."""
+def open_run(run, about, data):
+    """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
+    a run of other settings or data."""
     folder = run.folder
     for part in ("state", "predictions", "data"):
         (folder / part).mkdir(parents=True, exist_ok=True)
     lock = Lock(folder / "state/setup.lock")
     while not lock.acquire():  # another launch starts now
         time.sleep(0.2)
-    try:
-        if (folder / "run.json").exists():
-            with reading(folder / "run.json"):
-                saved = load_json(folder / "run.json")
-                settings = {k: v for k, v in saved["config"].items() if k not in MACHINE}
-                identity = {**settings, **saved["data"]}
-            identity.pop("name", None)
-            if identity != run.identity:
-                advice = "its data have changed" if args.resume else "give another --run name"
-                raise UserError(f"run directory {folder} exists, and holds a run of other settings "
-                                f"or data: {advice}")
-        else:
-            # what turns tokens into text, so that the run is of use by itself
-            for file in ("manifest.json", "tokenizer.tiktoken"):
-                if (data / file).exists():
-                    copy = functools.partial(shutil.copyfile, data / file)
-                    write_atomically(folder / "data" / file, copy)
-            save_json(folder / "run.json", about)
-    finally:
-        lock.release()
-    if (folder / "result.json").exists():
-        print(f"{folder.name} is complete: {folder}")
-        return True
-    return False
+    if (folder / "run.json").exists():
+        with reading(folder / "run.json"):
+            saved = load_json(folder / "run.json")
+            identity = {**saved["config"], **saved["data"]}
+        differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+        if differ:
+            raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
+                            "--run name, or the settings and data it began with")
+    else:
+        for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
+            if (data / file).exists():
+                copy = functools.partial(shutil.copyfile, data / file)
+                write_atomically(folder / "data" / file, copy)
+        save_json(folder / "run.json", about)
+    lock.release()
 
 
-def resume_lines(run):
-    """What a run's states say of its trajectories; [] where it has none."""
+def resume_line(run):
+    """What a run's states say of its trajectories, or "" where it has none."""
     found = []
     for j in range(run.identity["trajectories"]):
-        state = run.load_state(j)
-        if state:
-            at, _ = state
-            found.append(f"trajectory {j} is done" if at.done else f"trajectory {j} at step {at.step}")
-    return [f"resuming {run.folder.name}: {', '.join(found)}"] if found else []
+        for newest in run.generations(j)[:1]:
+            step, *done = newest.stem.split("-")[1:]
+            found.append(f"trajectory {j} " + ("is done" if done else f"at step {int(step)}"))
+    return f"resuming {run.folder.name}: {', '.join(found)}" if found else ""
 
 
-def finish_run(trainer, about, population):
+def finish_run(trainer, about):
     """Where every trajectory is done, write the log's end and the result: the final loss first,
     then what each number of members is worth."""
     run = trainer.run
@@ -2949,7 +2913,7 @@ def finish_run(trainer, about, population):
         log = run.open_log(0, states[0].log)
         for j in trajectories[1:]:
             log.append(*run.log_files(j))
-        result = summarize(trainer, states, population)
+        result = summarize(trainer, states)
         log_final(log, cfg, result, trainer.corpus.name, about["machine"])
         everyone = range(len(result["curve"]))
         heldout = trainer.predictions.of("heldout", everyone)
@@ -2966,7 +2930,7 @@ def finish_run(trainer, about, population):
     print(f"written to {run.folder}", flush=True)
 
 
-def summarize(trainer, states, population):
+def summarize(trainer, states):
     """Numbers of a run whose trajectories are all done: losses, curve, work and time."""
     cfg = trainer.cfg
     predictions = trainer.predictions
@@ -2985,7 +2949,7 @@ def summarize(trainer, states, population):
     vocab_size = trainer.corpus.vocab_size
     return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
             f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs,
-            "curve": curve, "flops": run_flops(cfg, cycles, vocab_size, population),
+            "curve": curve, "flops": run_flops(cfg, cycles, vocab_size, trainer.population),
             "skipped_updates": sum(at.skipped for at in states), "kernels": states[-1].kernels,
             "train_seconds": seconds, "eval_seconds": evaluated,
             "total_seconds": seconds + evaluated, "tokens_per_second": tokens / seconds,

@@ -335,14 +335,6 @@ def test_on_a_gpu(gpu):
     assert (cpu.device, cpu.compile, cpu.graphs) == ("cpu", False, False)
 
 
-@pytest.mark.parametrize("compiler", [None, "/usr/bin/g++"])
-def test_a_cpu_compiles_long_runs_where_it_can(compiler, no_gpu, monkeypatch):
-    monkeypatch.setattr(q.shutil, "which", {"g++": compiler}.get)
-    assert not resolved(epochs=q.COMPILE_EPOCHS - 1).compile
-    assert resolved(epochs=q.COMPILE_EPOCHS).compile == bool(compiler)
-    assert not resolved(epochs=128).graphs
-
-
 # ------------------------------------------------------------------------------------------------
 # Mistakes and help
 
