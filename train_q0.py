@@ -25,7 +25,6 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran
 
 import argparse
-import base64
 import collections
 import contextlib
 import ctypes
@@ -1000,7 +999,7 @@ def check_kernels(device_type):
     target = torch.arange(4, device=device_type)
     scale = torch.full((4,), 0.25, device=device_type)
     arguments = (100, target, scale, 15.0, 0.5, 1.2)
-    *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z, *arguments)
+    *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z.clone(), *arguments)
     out = launch_loss_kernel(z, teacher_z, *arguments, grad=True)
     assert_close(out.mean(0), torch.stack(losses), 1e-4)  # rounding of float32
     assert_close(z, gradient, 1e-4)
@@ -1112,7 +1111,8 @@ def teacher_logits(teacher, rows, V, softcap):
     if len(teacher) == 1:
         return next(logits)
     shares = [share for share, _, _ in teacher]
-    y = mixed_probs((z[:, :V] for z in logits), shares, softcap).log_()
+    y = mixed_probs((z[:, :V] for z in logits), shares, softcap)
+    y.clamp_(min=1e-38).log_()  # of 0 it would make the KL term NaN
     if softcap:
         y -= (y.amax(-1, keepdim=True) + y.amin(-1, keepdim=True)) / 2
         y.div_(softcap).clamp_(-1 + 1e-6, 1 - 1e-6).atanh_().mul_(softcap)
@@ -1374,11 +1374,7 @@ class Optimizer:
                 raise UserError(f"weight {name} has no row in parameter_table: give it one, which "
                                 "says how it starts and what updates it")
             bank = Bank(weight, model.table[name], self.dtype, world)
-            if bank.copied:
-                weight.data = bank.master.to(self.dtype)
-            else:
-                weight.data = bank.master
-                weight.grad = bank.grad
+            weight.data = bank.master.to(self.dtype) if bank.copied else bank.master
             self.banks[name] = bank
         device = next(model.parameters()).device
         self.steps = torch.zeros((), device=device)  # that were not skipped
@@ -1410,11 +1406,12 @@ class Optimizer:
 
     @torch.no_grad()
     def add_gradients(self):
-        """Add a micro-batch's gradients of the working copies to the float32 gradients."""
-        for bank in self.banks.values():
-            if bank.copied:
-                bank.grad.add_(bank.weight.grad)
-                bank.weight.grad = None
+        """Add a micro-batch's gradients, all passes of looped layers, to the float32 gradients."""
+        for name, bank in self.banks.items():
+            if bank.weight.grad is None:
+                raise UserError(f"weight {name} has no gradient: the forward pass does not use it")
+            bank.grad.add_(bank.weight.grad)
+            bank.weight.grad = None
 
     @torch.no_grad()
     def reset(self):
@@ -1598,109 +1595,205 @@ def flops_per_token(cfg, vocab_size, causal=True):
 
 def run_flops(cfg, cycles, vocab_size, population=None):
     """FLOPs of all training steps by part; the teacher is one member or a population."""
-    model, teacher = flops_per_token(cfg, vocab_size)
-    teachers = len(population.members) if population else 1
+    teachers = [model.cfg for model in population.models] if population else [cfg]
+    model, _ = flops_per_token(cfg, vocab_size)
+    teacher = sum(flops_per_token(of, vocab_size)[1] for of in teachers)
     tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
     taught = sum(c.steps * c.rows for c in cycles if c.distilled) * cfg.seq_len
-    return {"model": model * tokens, "teacher": teachers * teacher * taught}
+    return {"model": model * tokens, "teacher": teacher * taught}
 
 
-# Prior: weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate ----------------
+# Prior ------------------------------------------------------------------------------------------
+# Weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate.
+
+FEW_MEMBERS = 64  # so many are fitted from a cold start with a whole Hessian, as in all records
+TOKEN_CHUNK = 4096  # a float64 block of hundreds of members stays at some megabytes
+
+
+def mixture_losses(P, weights):
+    """Nats per token of R mixtures, float64 [R], in one pass over P.
+
+    P [M, N] (or M rows): p(true token) of each member. weights [R, M].
+    """
+    weights = torch.from_numpy(np.asarray(weights, dtype=np.float64))
+    N = len(P[0])
+    total = torch.zeros(len(weights), dtype=torch.float64)
+    for begin in range(0, N, TOKEN_CHUNK):
+        block = np.stack([p[begin:begin + TOKEN_CHUNK] for p in P], dtype=np.float64)
+        mixed = weights @ torch.from_numpy(block)
+        total -= mixed.log().sum(dim=1)
+    return (total / N).numpy()
+
+
 def mixture_loss(P, w):
-    """Nats per token of the mixture: P [M, N] (or M rows) p(true token) per member, w [M]; float64, a row at a time."""
-    return float(-np.log(sum(x * p.astype(np.float64) for x, p in zip(w, P, strict=True))).mean())
+    """Nats per token of the mixture of P [M, N] (or M rows) with weights w [M]."""
+    return float(mixture_losses(P, [w])[0])
 
-def fit_prior(P, tolerance=1e-7, max_passes=100):
-    """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex by a primal-dual interior-point method.
 
-    P [M, N] > 0. Returns (w float64 [M], gap): F(w) - min F <= gap = log(max_i g_i), g_i = (1/N) sum_n P_in / (w.P_n).
-    F(c w) = F(w) - log c, so minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself; its conditions are
-    1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step towards w z = mu with mu ever smaller."""
+def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
+    """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex: (w float64 [M], gap).
+
+    P [M, N] > 0. The certificate: F(w) - min F <= gap = log(max_i g_i), where
+    g_i = (1/N) sum_n P_in / (w.P_n). The method is a primal-dual interior point. As
+    F(c w) = F(w) - log c, minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself;
+    its conditions are 1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step
+    towards w z = mu with mu ever smaller. `start` [M] > 0: weights close to the optimum, which
+    save half of the passes.
+    """
     M, N = P.shape
-    if not np.isfinite(P).all() or (P <= 0).any():
+    if not ((P > 0) & (P < np.inf)).all():
         raise ValueError("fit_prior: every probability must be positive and finite")
-    P, w = torch.from_numpy(np.ascontiguousarray(P)), torch.full((M,), 1 / M, dtype=torch.float64)
-    z, best, best_gap = torch.full_like(w, 0.1), w, math.inf
+    P = torch.from_numpy(np.ascontiguousarray(P))
+    w = torch.full((M,), 1 / M, dtype=torch.float64)
+    mu = 0.1 / M
+    if start is not None:
+        w = torch.from_numpy(start / start.sum())
+        mu = 1e-4 / M
+    z = mu / w
+    best = w
+    best_gap = math.inf
     for _ in range(max_passes):
-        g, hessian = torch.zeros_like(w), torch.zeros(M, M, dtype=torch.float64)
-        for p in P.split(16384, dim=1):
-            ratio = p.double()
-            ratio /= w @ ratio
-            g += ratio.sum(1) / N
-            ratio = ratio.float()
-            hessian += (ratio @ ratio.T).double() / N  # float32 product: it shapes the step, not the certificate
+        # where z / w is large it alone decides the step, and no Hessian is needed
+        active = (z < 10 * w) | (M <= FEW_MEMBERS)
+        g = torch.zeros_like(w)
+        hessian = torch.diag((z / w)[active])
+        for p in P.split(TOKEN_CHUNK, dim=1):
+            p = p.double()
+            inverse = 1 / (w @ p)
+            g += p @ inverse / N
+            ratio = (p[active] * inverse).float()  # it shapes the step, not the certificate
+            hessian += (ratio @ ratio.T).double() / N
         gap = max(0.0, float(g.max().log()))
         if gap < best_gap:
-            best, best_gap = w, gap
+            best = w
+            best_gap = gap
         if gap <= tolerance:
             break
         mu = 0.1 * float(w @ z) / M
-        dw = torch.linalg.solve(hessian + torch.diag(z / w), g - 1 + mu / w)
+        slope = g - 1 + mu / w
+        dw = slope * w / z
+        dw[active] = torch.linalg.solve(hessian, slope[active])
         dz = mu / w - z - z / w * dw
-        inside = lambda x, dx: x + dx * min(1.0, 0.99 / max(1e-300, float((-dx / x).max())))  # stay positive
-        w, z = inside(w, dw), inside(z, dz)
+        w = keep_positive(w, dw)
         w = w / w.sum()
+        z = keep_positive(z, dz)
+    if start is not None and best_gap > tolerance:  # it was far from the optimum
+        return fit_prior(P.numpy(), tolerance, max_passes)
     return best.numpy(), best_gap
 
-def mixtures(heldout, scored):
-    """Losses on `scored` (M rows) of the newest member, of all uniformly and under the prior of `heldout` (M rows)."""
-    w, gap = fit_prior(np.stack(heldout))
-    return {"loss": mixture_loss(scored[-1:], [1.0]), "uniform": mixture_loss(scored, np.full(len(w), 1 / len(w))),
-            "learned": mixture_loss(scored, w), "gap": gap}
 
-def pruned(heldout):
-    """Yield (members, weights), largest weight first: those that the prior fitted on heldout [M, N] gives weight, then
-    ever fewer, as the least of them leaves and it is fitted again. A few members pruned to beat the few of largest
-    weight, which are much alike, and match greedy selection (records/tuning)."""
+def keep_positive(x, dx):
+    """x + dx, or 0.99 of the way to the first zero."""
+    nearest = float((-dx / x).max())
+    return x + dx * min(1.0, 0.99 / max(1e-300, nearest))
+
+
+def mixtures(heldout, scored):
+    """A curve's entry: losses on `scored` (M rows) of the newest member, of all members uniformly
+    and under the prior of `heldout` (M rows)."""
+    w, gap = fit_prior(np.stack(heldout))
+    M = len(w)
+    newest = np.eye(M)[-1]
+    uniform = np.full(M, 1 / M)
+    losses = mixture_losses(scored, [newest, uniform, w]).tolist()
+    return {"loss": losses[0], "uniform": losses[1], "learned": losses[2], "gap": gap}
+
+
+def pruned(heldout, weights=None):
+    """Yield (members, weights), largest weight first: those that the prior of heldout [M, N]
+    (`weights`, where it is known) gives weight, then ever fewer, as the least of them leaves and
+    it is fitted again; of 64 and more, 1 in 32 leave at a time.
+
+    A few members pruned to beat the few of largest weight, which are much alike, and match greedy
+    selection (records/tuning).
+    """
+    w = fit_prior(heldout)[0] if weights is None else weights
     members = np.arange(len(heldout))
-    while len(members):
-        w, _ = fit_prior(heldout[members])
-        members, w = members[w > 1e-6], w[w > 1e-6]  # below is the solver's tolerance
-        order = np.argsort(-w, kind="stable")
-        yield members[order].tolist(), (w[order] / w.sum()).tolist()
-        members = np.delete(members, w.argmin())
+    while True:
+        ranked = np.argsort(-w, kind="stable")
+        ranked = ranked[w[ranked] > 1e-6]  # below is the solver's tolerance
+        members = members[ranked]
+        w = w[ranked] / w[ranked].sum()
+        yield members.tolist(), w.tolist()
+        left = len(members) - max(1, len(members) // 32)
+        if not left:
+            return
+        members = members[:left]
+        start = w[:left] if left > FEW_MEMBERS else None
+        w, _ = fit_prior(heldout[members], start=start)
+
 
 def best_members(heldout, k=None):
-    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k below 1."""
+    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k
+    below 1."""
     if k is not None and k < 1:
         raise UserError(f"--k {k} must be at least 1")
-    return next(found for found in pruned(heldout) if len(found[0]) <= (k or len(heldout)))
+    k = k or len(heldout)
+    return next(found for found in pruned(heldout) if len(found[0]) <= k)
+
+
+def table_sizes(M):
+    """Numbers of members worth a row: all up to M, or from 33 members on 1, 2, 3, 4, 6, 8, 11, 16,
+    ... and M."""
+    if M <= 32:
+        return [*range(1, M + 1)]
+    return sorted({min(M, round(2 ** (i / 2))) for i in range(2 * M.bit_length() + 1)})
+
 
 def population_table(heldout, scored):
-    """Rows for each K: loss on `scored` (M rows) of the K members of largest weight, uniformly and under the prior
-    renormalised (the paper's rule), and of those pruned to K. heldout [M, N] is all that a fit sees."""
-    (w, gap), path, rows = fit_prior(heldout), list(pruned(heldout)), []
-    loss, ranked = lambda members, x: mixture_loss([scored[i] for i in members], x), np.argsort(-w, kind="stable")
-    M = len(w)  # all K up to 32, then doubling, and M; `select --k` shows any other
-    for k in sorted({*range(1, min(M, 32) + 1), *(2 ** i for i in range(5, M.bit_length())), M}):
+    """Rows for each K: loss on `scored` (M rows) of the K members of largest weight, uniformly and
+    under the prior renormalised (the paper's rule), and of those pruned to K. heldout [M, N] is
+    all that a fit sees."""
+    w, gap = fit_prior(heldout)
+    M = len(w)
+    ranked = np.argsort(-w, kind="stable")
+    path = list(pruned(heldout, w))
+    sizes = table_sizes(M)
+    weights = np.zeros((len(sizes), 3, M))
+    for row, k in zip(weights, sizes):
         top = ranked[:k]
-        rows.append({"k": k, "uniform": loss(top, np.full(k, 1 / k)), "learned": loss(top, w[top] / w[top].sum()),
-                     "pruned": loss(*next(found for found in path if len(found[0]) <= k))})
+        row[0, top] = 1 / k
+        row[1, top] = w[top] / w[top].sum()
+        members, least = next(found for found in path if len(found[0]) <= k)
+        row[2, members] = least
+    losses = mixture_losses(scored, weights.reshape(-1, M)).reshape(-1, 3)
+    rows = [{"k": k, "uniform": uniform, "learned": learned, "pruned": least}
+            for k, (uniform, learned, least) in zip(sizes, losses.tolist())]
     return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
 
+
 def format_table(table, split):
+    """Lines of the log."""
     lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'pruned':>9}   {split} loss of k members"]
-    lines += [f"{r['k']:>4} {r['uniform']:>9.5f} {r['learned']:>9.5f} {r['pruned']:>9.5f}" for r in table["rows"]]
-    used = [f"{i}:{table['weights'][i]:.3f}" for i in table["ranked"] if table["weights"][i] >= 0.0005]
-    return lines + [f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}"]
+    for row in table["rows"]:
+        lines.append("{k:>4} {uniform:>9.5f} {learned:>9.5f} {pruned:>9.5f}".format(**row))
+    weights = table["weights"]
+    used = [f"{i}:{weights[i]:.3f}" for i in table["ranked"] if weights[i] >= 0.0005]
+    lines.append(f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}")
+    return lines
+
 
 def data_efficiency(loss):
-    """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text; no extrapolation."""
-    tokens, losses = (200, 400, 600, 800, 1000, 2000), (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
-    if losses[-1] <= loss <= losses[0]:
-        return f"{np.interp(-loss, np.negative(losses), tokens) / 100:.2f}x"
-    return ">20x" if loss < losses[-1] else "<2x"
+    """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text."""
+    times = (2, 4, 6, 8, 10, 20)
+    losses = (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
+    if loss > losses[0]:  # no extrapolation
+        return "<2x"
+    if loss < losses[-1]:
+        return ">20x"
+    return f"{np.interp(-loss, np.negative(losses), times):.2f}x"
 
-# Mixture: a population in use; it mixes probabilities token by token --------------------------------------------------
+
+# Mixture ----------------------------------------------------------------------------------------
+# A population in use: members mix their probabilities token by token.
+
 @dataclass(frozen=True, eq=False)
 class Population:
-    """Members of a run and their weights: p(token) = sum_i weights_i p_i(token). `load_population` makes it."""
+    """Members of a run and their weights: p(token) = sum_i weights_i p_i(token)."""
     folder: Path
     members: list  # numbers of those that take part, the largest weight first
     weights: list  # theirs; they sum to 1
     heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
-    manifest: dict  # of the data they were trained on
-    encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
     device: torch.device
 
     def member(self, i):
@@ -1710,52 +1803,34 @@ class Population:
 
     @functools.cached_property
     def models(self):
-        return list(map(self.member, self.members))
+        return [self.member(i) for i in self.members]
 
-    @torch.no_grad()
-    def log_probs(self, tokens):
-        """log p(next token) after each of tokens [B, T] (documents begin with encoding.eot_token), float32 [B, T, V]"""
-        logits = (F.linear(m(tokens)[0].float(), m.head[:m.vocab_size].float()) for m in self.models)
-        return mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()
-
-    def encode(self, text):
-        """Tokens of a document that begins with `text`. Raises UserError where the run has no tokenizer."""
-        if self.encoding is None:
-            raise UserError(f"{self.folder} has no tokenizer, because its data came without one")
-        return [self.encoding.eot_token, *self.encoding.encode_ordinary(text)]
-
-def load_tokenizer(folder):
-    """(manifest, tiktoken.Encoding or None) of a data folder. Raises UserError where they are missing or damaged."""
-    with reading(f"tokenizer in {folder}"):
-        manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-        if "file" not in (entry := manifest["tokenizer"] or {}):  # prepare.py could not load GPT-2's
-            return manifest, None
-        if sha256_of(path := folder / entry["file"]) != entry["sha256"]:
-            raise ValueError(f"the sha256 of {path.name} is not the manifest's")
-        import tiktoken
-        ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
-        return manifest, tiktoken.Encoding(entry["kind"], pat_str=entry["pattern"], mergeable_ranks=ranks,
-                                           special_tokens={"<|endoftext|>": entry["eot"]})
 
 def load_population(run, k=None, device=None):
-    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight, or the best `k`, on
-    `device` (default: the GPU where there is one). Raises UserError for what is missing or damaged."""
+    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight,
+    or the best `k`, on `device` (default: the GPU where there is one). Raises UserError for what
+    is missing or damaged."""
     folder = find_run(str(run))
     heldout = load_predictions(folder)["heldout"]
-    return Population(folder, *best_members(heldout, k), heldout, *load_tokenizer(folder / "data"),
-                      torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu")))
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Population(folder, *best_members(heldout, k), heldout, torch.device(device))
+
 
 def load_teacher(cfg, vocab_size, device):
     """The Population of --teacher, or None. Raises UserError where it cannot teach this run."""
     if not cfg.teacher:
         return None
     population = load_population(cfg.teacher, cfg.teacher_k, device)
-    of, its = (lambda c, vocab: (vocab, c.softcap, c.seq_len)), population.models[0].cfg
-    if (found := of(its, population.models[0].vocab_size)) != (needed := of(cfg, vocab_size)):
-        raise UserError(f"--teacher {cfg.teacher}: its (vocabulary, softcap, seq_len) is {found}, this run's {needed}")
+    first = population.models[0]
+    found = (first.vocab_size, first.cfg.softcap, first.cfg.seq_len)
+    needed = (vocab_size, cfg.softcap, cfg.seq_len)
+    if found != needed:
+        raise UserError(f"--teacher {cfg.teacher}: its (vocabulary, softcap, seq_len) is {found}, "
+                        f"this run's {needed}")
     for model in population.models:
         _, model.attend = choose_attention(replace(model.cfg, attention=cfg.attention), device)
     return population
+
 
 # Training loop ----------------------------------------------------------------------------------
 
@@ -2017,20 +2092,17 @@ class Trainer:
                                 f"{probs[split].min()}: lower --lr-matrix or --softcap")
         if self.world.leader:
             self.predictions.write(cycle.member, probs)
-            self.at.curve.append(self.curve_entry(cycle, folder))
+            self.at.curve.append(self.curve_entry(cycle))
         self.at.cycle = cycle.index + 1
         self.at.in_cycle = 0
         self.at.eval_seconds += time.perf_counter() - started
 
-    def curve_entry(self, cycle, folder):
+    def curve_entry(self, cycle):
         """Log and return the losses of the newest member and of all so far."""
         key = f"{self.cfg.report}_loss"
         so_far = [i for i in range(cycle.member + 1) if self.predictions.has(i)]
-        mixed = mixtures(self.predictions.of("heldout", so_far),
-                         self.predictions.of(self.cfg.report, so_far))
-        entry = {**cycle.place, **mixed, "of": len(so_far),
-                 "weights": sha256_of(folder / "model.safetensors"),
-                 "predictions": sha256_of(self.predictions.path(cycle.member))}
+        mixed = self.predictions.mixtures(so_far)
+        entry = {**cycle.place, **mixed, **hashes_of(self.run.folder, cycle.member)}
         self.log.event(**cycle.place, **{key: mixed["loss"]})
         for pairs in ensembles(entry, key):
             self.log.event("ensemble", **pairs)
@@ -2256,6 +2328,17 @@ class Predictions:
             if member not in self.cached:
                 self.load(member)
         return [self.cached[member][split] for member in members]
+
+    def mixtures(self, members):
+        """Losses of the newest of `members`, of all uniformly and under their prior; how many."""
+        found = [self.of(split, members) for split in self.splits]
+        return {**mixtures(*found), "of": len(members)}
+
+
+def hashes_of(run, member):
+    """sha256 of a member's weights and predictions."""
+    return {"weights": sha256_of(run / f"members/{member}/model.safetensors"),
+            "predictions": sha256_of(run / f"predictions/{member}.safetensors")}
 
 
 def recorded_hashes(run, kind, members):
@@ -2675,28 +2758,6 @@ def peak_memory_mb(device):
     return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def draw_curve(path, result, split):
-    """curve.png: loss against epochs for single members, their uniform mixture and the prior."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        print("curve.png is not drawn: pip install matplotlib")
-        return
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    epochs = [entry["epochs"] for entry in result["curve"]]
-    for name, style, label in (("loss", "o:", "newest member alone"),
-                               ("uniform", "s--", "all so far, uniform"),
-                               ("learned", "D-", "all so far, learned prior")):
-        losses = [entry[name] for entry in result["curve"]]
-        axis.plot(epochs, losses, style, markersize=4, label=label)
-    axis.set(xlabel="epochs over the training text, all members together",
-             ylabel=f"{split} loss (nats per token)")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    write_atomically(path, lambda tmp: figure.savefig(tmp, dpi=120, format="png"))
-
-
 # Commands ---------------------------------------------------------------------------------------
 
 class Parser(argparse.ArgumentParser):
@@ -2784,6 +2845,12 @@ def find_run(name):
     raise UserError(f"no run {name} under {LOGS}{''.join(latest)}")
 
 
+def check_plain(option, name):
+    """Raise UserError where `name` cannot be the name of a new run."""
+    if Path(name).name != name or name in (".", ".."):
+        raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
+
+
 H100_FLOPS = 989e12  # a second, dense bf16
 
 
@@ -2828,8 +2895,8 @@ def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     name = args.resume or args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     name = world.broadcast_object(name)
-    if not args.resume and (Path(name).name != name or name in (".", "..")):
-        raise UserError(f"--run {name} must be a plain name: the run is written to logs/NAME")
+    if not args.resume:
+        check_plain("--run", name)
     if world.leader:
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
@@ -2946,7 +3013,11 @@ def finish_run(trainer, about):
         result["table"] = population_table(np.stack(heldout),
                                            trainer.predictions.of(cfg.report, everyone))
         log.line("\n".join(format_table(result["table"], cfg.report)))
-        draw_curve(run.folder / "curve.png", result, cfg.report)
+        try:
+            from records.plot import draw_curve
+            draw_curve(run.folder / "curve.png", result["curve"], cfg.report)
+        except ImportError as e:
+            print(f"curve.png is not drawn: {e}")
         save_json(run.folder / "result.json", {**result, **about})  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
@@ -2965,9 +3036,7 @@ def summarize(trainer, states):
     for n, entry in enumerate(curve, 1):
         predictions.load(entry["member"], entry["predictions"])
         if entry["of"] != n:  # fitted before the other trajectories' members were there
-            entry |= mixtures(predictions.of("heldout", range(n)),
-                              predictions.of(cfg.report, range(n)))
-            entry["of"] = n
+            entry |= predictions.mixtures(range(n))
     seconds = sum(at.train_seconds for at in states)
     evaluated = sum(at.eval_seconds for at in states)
     cycles = trainer.run.cycles
@@ -2999,29 +3068,32 @@ def log_final(log, cfg, result, corpus_name, hardware):
               peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
 
 
-def command_beside(module, name, argv):
-    """A command that does not train: records/MODULE.py has it, and imports this module."""
-    path = ROOT / f"records/{module}.py"
-    if not path.exists():
-        raise UserError(f"{name} is in records/{module}.py, which is not beside "
-                        f"{Path(__file__).name}: run it there")
-    sys.modules.setdefault("train_q0", sys.modules[__name__])
-    sys.path.insert(0, str(ROOT / "records"))
-    getattr(__import__(module), name)(argv)
+def command_beside(name, argv):
+    """A command that does not train. What has it imports this script by its name, so a script that
+    is run lives twice; all of the command is of the imported copy, its mistakes included."""
+    try:
+        import train_q0
+        from records.commands import COMMANDS
+    except ModuleNotFoundError as e:
+        raise UserError(f"{name} needs train_q0.py and records/ beside it: {e}") from None
+    if name not in COMMANDS:
+        raise UserError(f"unknown command {name}: give flags, or one of {', '.join(COMMANDS)}")
+    if train_q0.SOURCE != SOURCE:
+        raise UserError(f"{name} is a command of train_q0.py, and this script differs from it")
+    return train_q0.main(argv, COMMANDS[name])
 
 
-COMMANDS = {"train": command_train, "plan": functools.partial(command_beside, "plan", "plan"),
-            **{name: functools.partial(command_beside, "use", name)
-               for name in ("select", "evaluate", "sample", "average", "pool")}}
-
-
-def main(argv=None):
+def main(argv=None, command=None):
+    """Run `command`, or the one that argv begins with, or train. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    command = COMMANDS[argv.pop(0) if argv and argv[0] in COMMANDS else "train"]
+    if command is None:
+        named = argv and not argv[0].startswith("-")
+        name = argv.pop(0) if named else "train"
+        command = functools.partial(command_beside, name) if name != "train" else command_train
     rank = int(os.environ.get("RANK", 0))
     whose = f"rank {rank}: " if rank else ""
     try:
-        command(argv)
+        return command(argv) or 0
     except (UserError, OSError) as e:
         if rank:
             time.sleep(2)  # a mistake that all ranks see is told by rank 0, whose end stops all
@@ -3041,7 +3113,6 @@ def main(argv=None):
         print(f"train_q0.py: error: rank {rank} is out of memory: halve --micro-batch (plan shows "
               f"what a run needs): {one_line(e)}", file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":

@@ -248,6 +248,8 @@ def tables(tracks, records):
                       f"{x['capped_k']['mean']:.4f}" if k else "-", x["members"], epochs, r.date,
                       f"[{r.path.name[11:]}]({r.name})", x["comparison"]["against"][11:] if x["comparison"] else "-")
                      for rank, (r, x) in enumerate(((r, r.result) for r in mine), 1)]
+            if not rows:
+                continue
             head = f"| rank | loss | at most {k or '?'} members | members | epochs | date | row | against |"
             lines = [f"| {' | '.join(map(str, row[1:]))} |" for row in sorted(rows, key=lambda row: row[0])]
             out += [f"### {name}, {epochs} epochs", "", head, "|---" * 8 + "|", *lines, ""]

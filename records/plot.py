@@ -1,11 +1,12 @@
-"""Loss against epochs and against FLOPs from the logs of runs: a figure, a table of differences with the verdict of the
-rule (records/README.md), and how many epochs a row needs for what another one reaches.
+"""Loss against epochs and against FLOPs from the logs of runs: a figure, a table of differences
+with the verdict of the rule (records/README.md), and how many epochs a row needs for what another
+one reaches.
 
-    python records/plot.py OUT.png "independent ensemble=records/wiki_cpu/FOLDER/logs/new_*.txt" "q0=..."
+    python records/plot.py OUT.png "ensemble=records/wiki_cpu/FOLDER/logs/new_*.txt" "q0=..."
 
-Pooled runs (pool.py) come as "LABEL=FILE.json". The first row is the one to match and to compare with. A row's curve is
-the learned prior over the members so far, at the epochs and FLOPs spent so far; lines are means over the logs of a row,
-bands one standard deviation.
+Pooled runs (pool.py) come as "LABEL=FILE.json". The first row is the one to match and to compare
+with. A row's curve is the learned prior over the members so far, at the epochs and FLOPs spent so
+far; lines are means over the logs of a row, bands one standard deviation.
 """
 import glob
 import json
@@ -16,13 +17,21 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-from check import rule
+if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from records.check import rule
 
+EPOCHS = 0  # columns of a curve
+FLOPS = 1
+LOSS = 2
+
+
+# Curves -----------------------------------------------------------------------------------------
 
 def curve(path):
-    """[members, 3] of a log: epochs, FLOPs and loss under the learned prior after each member. FLOPs of training and of
-    teaching are shared out by epochs. Raises ValueError where the run is not complete."""
+    """[members, 3] of a log: epochs, FLOPs and loss under the learned prior after each member.
+    FLOPs of training and of teaching are shared out by epochs. Raises ValueError where the run is
+    not complete."""
     text = Path(path).read_text(encoding="utf-8").rsplit("=" * 100, 1)[-1]
     members = re.findall(r"^member:\d+ .*epochs:(\d+) distilled:(\d)", text, re.M)
     losses = re.findall(r"^ensemble .*prior:learned \w+_loss:(\S+)", text, re.M)
@@ -31,7 +40,8 @@ def curve(path):
         raise ValueError(f"{path}: the run is not complete")
     epochs, distilled = np.array(members, dtype=float).T
     spent = np.diff(epochs, prepend=0)
-    total, teacher = map(float, final.groups())
+    total = float(final[1])
+    teacher = float(final[2])
     taught = np.cumsum(spent * distilled)
     flops = (total - teacher) * epochs / epochs[-1] + teacher * taught / max(taught[-1], 1)
     return np.stack([epochs, flops, np.array(losses, dtype=float)], axis=1)
@@ -39,78 +49,144 @@ def curve(path):
 
 def curves_in(path):
     """The curve of a log, or those that pool.py wrote."""
-    return np.array(json.loads(Path(path).read_text())) if path.endswith(".json") else [curve(path)]
+    if path.endswith(".json"):
+        return np.array(json.loads(Path(path).read_text()))
+    return [curve(path)]
 
 
-def reached(rows, target, column):
-    """Where each curve of `rows` first comes down to `target`, by linear interpolation; NaN where it does not."""
+def reached(curves, target, column):
+    """Where each curve first comes down to `target`, by linear interpolation; NaN where it does
+    not."""
     found = []
-    for at in (r[:, (column, 2)] for r in rows):
-        i = int((at[:, 1] <= target).argmax())
-        if at[i, 1] > target:
+    for at in curves:
+        x = at[:, column]
+        y = at[:, LOSS]
+        i = int((y <= target).argmax())
+        if y[i] > target:
             found.append(np.nan)
         elif i == 0:
-            found.append(at[0, 0])
+            found.append(x[0])
         else:
-            (x0, y0), (x1, y1) = at[i - 1], at[i]
-            found.append(x0 + (x1 - x0) * (y0 - target) / (y0 - y1))
+            share = (y[i - 1] - target) / (y[i - 1] - y[i])
+            found.append(x[i - 1] + (x[i] - x[i - 1]) * share)
     return np.array(found)
 
 
+def spread(values):
+    return np.std(values, axis=0, ddof=1 if len(values) > 1 else 0)
+
+
+# Table ------------------------------------------------------------------------------------------
+
 def compared(first, curves):
-    """Cells of the table: n, loss, and by how much it is above that of `first`, which the rule calls equal or not."""
-    old, new = ([float(c[-1, 2]) for c in side] for side in (first, curves))
-    spread = f"{statistics.stdev(new):.4f}" if len(new) > 1 else "?"
-    cells = f"{len(new)} | {statistics.mean(new):.4f} ± {spread} | "
+    """Cells of the table: n, loss, and by how much it is above that of `first`, which the rule
+    calls equal or not."""
+    old = [float(c[-1, LOSS]) for c in first]
+    new = [float(c[-1, LOSS]) for c in curves]
+    deviation = f"{statistics.stdev(new):.4f}" if len(new) > 1 else "?"
+    cells = f"{len(new)} | {statistics.mean(new):.4f} ± {deviation} | "
     if curves is first:
         return cells + "- | - | -"
     found = rule(old, new)
-    above, few = 0 - found["difference"], " (n < 5)" * (min(len(old), len(new)) < 5)
+    above = 0 - found["difference"]
     if "required" not in found:  # one run each
         return cells + f"{above:+.4f} | ? | -"
-    verdict = "equal" if abs(above) < found["required"] else "worse" if above > 0 else "better"
-    return cells + f"{above:+.4f} | {found['required']:.4f} | {verdict}{few}"
+    required = found["required"]
+    if abs(above) < required:
+        verdict = "equal"
+    else:
+        verdict = "worse" if above > 0 else "better"
+    if min(len(old), len(new)) < 5:
+        verdict += " (n < 5)"
+    return cells + f"{above:+.4f} | {required:.4f} | {verdict}"
+
+
+def print_table(rows):
+    first = next(iter(rows.values()))
+    print("| row | epochs | FLOPs | n | loss, mean ± standard deviation | difference | required "
+          "| verdict |")
+    print("|---|---|---|---|---|---|---|---|")
+    for label, curves in rows.items():
+        end = curves[0][-1]
+        cells = compared(first, curves)
+        print(f"| {label} | {end[EPOCHS]:.0f} | {end[FLOPS]:.3g} | {cells} |")
+
+
+def print_reached(rows):
+    """How many epochs and FLOPs the other rows need for what the first one reaches."""
+    (name, first), *others = rows.items()
+    target = np.mean([c[-1, LOSS] for c in first])
+    for label, curves in others:
+        for column, unit in ((EPOCHS, "epochs"), (FLOPS, "FLOPs")):
+            at = reached(curves, target, column)
+            missing = np.isnan(at).sum()
+            if missing:
+                print(f"{label} does not reach {name}'s {target:.4f} within its {unit} "
+                      f"(in {missing} runs)")
+                continue
+            ratio = first[0][-1, column] / at
+            print(f"{label} reaches {name}'s {target:.4f} after {at.mean():.4g} {unit} (standard "
+                  f"deviation {spread(at):.2g}): {ratio.mean():.2f} times fewer")
+
+
+# Figures ----------------------------------------------------------------------------------------
+
+def draw(path, rows):
+    """Mean curve and standard deviation of each row, by epochs and by FLOPs."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    by_epochs, by_flops = figure.subplots(1, 2, sharey=True)
+    for axis, column, name in ((by_epochs, EPOCHS, "epochs, all members together"),
+                               (by_flops, FLOPS, "FLOPs, teachers included")):
+        for label, curves in rows.items():
+            mean = np.mean(curves, axis=0)
+            x = mean[:, column]
+            loss = mean[:, LOSS]
+            band = spread([c[:, LOSS] for c in curves])
+            label = f"{label} (n={len(curves)})"
+            line, = axis.plot(x, loss, "o-", markersize=3, label=label)
+            axis.fill_between(x, loss - band, loss + band, alpha=0.25, color=line.get_color())
+        axis.set_xlabel(name)
+        axis.grid(alpha=0.3)
+    ends = [c[-1, LOSS] for curves in rows.values() for c in curves]
+    by_epochs.set_ylim(min(ends) - 0.02, max(ends) + 0.25)
+    by_epochs.set_ylabel("loss under the learned prior (nats per token)")
+    by_epochs.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+def draw_curve(path, entries, split):
+    """A run's curve.png: loss against epochs of single members, their uniform mixture and the
+    prior. entries: the `curve` of its result. Raises ImportError without matplotlib."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    epochs = [entry["epochs"] for entry in entries]
+    for name, style, label in (("loss", "o:", "newest member alone"),
+                               ("uniform", "s--", "all so far, uniform"),
+                               ("learned", "D-", "all so far, learned prior")):
+        losses = [entry[name] for entry in entries]
+        axis.plot(epochs, losses, style, markersize=4, label=label)
+    axis.set_xlabel("epochs over the training text, all members together")
+    axis.set_ylabel(f"{split} loss (nats per token)")
+    axis.legend()
+    axis.grid(alpha=0.3)
+    figure.savefig(path, dpi=120)
 
 
 def main(argv):
-    from matplotlib.figure import Figure
-    out, rows = Path(argv[0]), {}
-    for row in argv[1:]:
+    out, *pairs = argv
+    rows = {}
+    for row in pairs:
         label, pattern = row.split("=", 1)
-        rows[label] = [c for path in sorted(glob.glob(pattern)) for c in curves_in(path)]
-        if not rows[label]:
+        paths = sorted(glob.glob(pattern))
+        if not paths:
             sys.exit(f"plot.py: error: no files match {pattern}")
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=True)
-    for label, curves in rows.items():
-        mean, spread = np.mean(curves, axis=0), np.std([c[:, 2] for c in curves], axis=0, ddof=len(curves) > 1)
-        for axis, x, name in ((axes[0], mean[:, 0], "epochs, all members together"),
-                              (axes[1], mean[:, 1], "FLOPs, teachers included")):
-            line, = axis.plot(x, mean[:, 2], "o-", markersize=3, label=f"{label} (n={len(curves)})")
-            axis.fill_between(x, mean[:, 2] - spread, mean[:, 2] + spread, alpha=0.25, color=line.get_color())
-            axis.set_xlabel(name)
-            axis.grid(alpha=0.3)
-    first = next(iter(rows))
-    print("| row | epochs | FLOPs | n | loss, mean ± standard deviation | difference | required | verdict |")
-    print("|" + "---|" * 8)
-    for label, curves in rows.items():
-        print(f"| {label} | {curves[0][-1, 0]:.0f} | {curves[0][-1, 1]:.3g} | {compared(rows[first], curves)} |")
-    target = np.mean([c[-1, 2] for c in rows[first]])
-    for label in list(rows)[1:]:
-        for column, unit in ((0, "epochs"), (1, "FLOPs")):
-            at = reached(rows[label], target, column)
-            if np.isnan(at).any():
-                print(f"{label} does not reach {first}'s {target:.4f} within its {unit} (in {np.isnan(at).sum()} runs)")
-                continue
-            ratio = rows[first][0][-1, column] / at
-            print(f"{label} reaches {first}'s {target:.4f} after {at.mean():.4g} {unit} (standard deviation "
-                  f"{at.std(ddof=len(at) > 1):.2g}): {ratio.mean():.2f} times fewer")
-    ends = [c[-1, 2] for curves in rows.values() for c in curves]
-    axes[0].set_ylim(min(ends) - 0.02, max(ends) + 0.25)
-    axes[0].set_ylabel("loss under the learned prior (nats per token)")
-    axes[0].legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=110)
+        rows[label] = [c for path in paths for c in curves_in(path)]
+    draw(Path(out), rows)
+    print_table(rows)
+    print_reached(rows)
 
 
 if __name__ == "__main__":

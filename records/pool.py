@@ -1,12 +1,14 @@
-"""Large populations from the cached predictions of small runs: trajectories differ by seed alone and do not communicate
-until the prior is fitted, so runs that differ by seed alone make the population of a run with more trajectories.
+"""Large populations from the cached predictions of small runs: trajectories differ by seed alone
+and do not communicate until the prior is fitted, so runs that differ by seed alone make the
+population of a run with more trajectories.
 
     python records/pool.py [--k K] [--mixed] SIZE OUT.json RUN ...
 
-RUNs are cut into groups of SIZE, none of them used twice, so groups are independent samples; a rest is left over. Writes
-the curve of every group, which records/plot.py takes in place of logs: epochs, FLOPs, and validation loss under the
-prior learned over the members so far, or over the best K of them, found by pruning on held-out text. All runs must have
-one configuration, but for the seed, and report on one split. (A population of several runs for use: train_q0.py pool.)
+RUNs are cut into groups of SIZE, none of them used twice, so groups are independent samples; a rest
+is left over. Writes the curve of every group, which records/plot.py takes in place of logs: epochs,
+FLOPs, and validation loss under the prior learned over the members so far, or over the best K of
+them, found by pruning on held-out text. All runs must have one configuration, but for the seed, and
+report on one split. (A population of several runs for use: train_q0.py pool.)
 """
 import argparse
 import json
@@ -14,57 +16,81 @@ import statistics
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 import numpy as np
 
+if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_q0 as q
-from plot import curve
+from records.plot import EPOCHS, FLOPS, LOSS, curve
+from records.use import report_split
 
 
 def pooled(runs, k):
-    """[members, 3] of finished runs as one population, one trained after the other: epochs, FLOPs, loss of at most k."""
-    heldout, scored, rows = [], [], []
+    """[members, 3] of finished runs as one population, one trained after the other: epochs, FLOPs,
+    loss of at most k members."""
+    heldout = []
+    scored = []
+    rows = []
     for run in runs:
         found = q.load_predictions(run)
-        split = next(s for s in ("val", "dev") if s in found)
-        before = rows[-1][:2] if rows else (0, 0)
-        for p, s, at in zip(found["heldout"], found[split], curve(run / "log.txt"), strict=True):
-            heldout.append(p)
-            scored.append(s)
-            members, weights = q.best_members(np.stack(heldout), k and min(k, len(heldout)))
-            rows.append([at[0] + before[0], at[1] + before[1], q.mixture_loss([scored[i] for i in members], weights)])
+        split = report_split(found)
+        before = rows[-1] if rows else (0, 0)
+        members = zip(found["heldout"], found[split], curve(run / "log.txt"), strict=True)
+        for its_heldout, its_scored, at in members:
+            heldout.append(its_heldout)
+            scored.append(its_scored)
+            most = min(k or len(heldout), len(heldout))
+            best, weights = q.best_members(np.stack(heldout), most)
+            loss = q.mixture_loss([scored[i] for i in best], weights)
+            rows.append((before[EPOCHS] + at[EPOCHS], before[FLOPS] + at[FLOPS], loss))
     return rows
 
 
 def settings(run):
     """(configuration, data): what runs of one pool must share."""
-    about = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    return {k: v for k, v in about["config"].items() if k not in ("seed", *q.MACHINE)}, about["data"]
+    about = q.load_json(run / "run.json")
+    free = ("seed", *q.MACHINE)
+    return {k: v for k, v in about["config"].items() if k not in free}, about["data"]
+
+
+def check_alike(runs, size, mixed):
+    """Exit where runs do not differ by seed alone; `mixed`: those in one place of the groups."""
+    _, data = settings(runs[0])
+    for i, run in enumerate(runs):
+        like = runs[i % size] if mixed else runs[0]
+        found = settings(run)
+        if found != settings(like) or found[1] != data:
+            sys.exit(f"pool.py: error: {run} has other settings or data than {like}")
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(prog="pool.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="pool.py", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--k", type=int, help="at most so many members; the best ones")
-    parser.add_argument("--mixed", action="store_true",
-                        help="the runs of a group may differ, those in the same place of all groups may not")
+    parser.add_argument("--mixed", action="store_true", help="the runs of a group may differ, "
+                        "those in the same place of all groups may not")
     parser.add_argument("size", type=int, help="runs in a group")
     parser.add_argument("out", type=Path)
     parser.add_argument("runs", nargs="+", type=q.find_run)
     args = parser.parse_args(argv)
-    size, runs = args.size, args.runs
-    if len(set(runs)) < len(runs) or not 1 <= size <= len(runs):
-        sys.exit(f"pool.py: error: {len(set(runs))} different runs for groups of {size}: give each one once")
-    for i, run in enumerate(runs):
-        like = runs[i % size if args.mixed else 0]
-        if settings(run) != settings(like) or settings(run)[1] != settings(runs[0])[1]:  # [1]: the data
-            sys.exit(f"pool.py: error: {run} has other settings or data than {like}")
-    curves = [pooled(runs[i:i + size], args.k) for i in range(0, len(runs) - size + 1, size)]
-    text = json.dumps([[[round(x), float(f"{flops:.5g}"), round(loss, 6)] for x, flops, loss in rows] for rows in curves])
-    q.write_atomically(args.out, lambda tmp: tmp.write_text(text + "\n", encoding="utf-8"))
-    ends = [rows[-1][2] for rows in curves]
+    size = args.size
+    runs = args.runs
+    different = len(set(runs))
+    if different < len(runs) or not 1 <= size <= len(runs):
+        sys.exit(f"pool.py: error: {different} different runs for groups of {size}: give each one "
+                 "once")
+    check_alike(runs, size, args.mixed)
+    starts = range(0, len(runs) - size + 1, size)
+    curves = [pooled(runs[i:i + size], args.k) for i in starts]
+    rounded = [[[round(epochs), float(f"{flops:.5g}"), round(loss, 6)]
+                for epochs, flops, loss in rows] for rows in curves]
+    text = json.dumps(rounded) + "\n"
+    q.write_atomically(args.out, lambda tmp: tmp.write_text(text, encoding="utf-8"))
+    ends = [rows[-1][LOSS] for rows in curves]
     spread = statistics.stdev(ends) if len(ends) > 1 else float("nan")
-    print(f"{curves[0][-1][0]:.0f} epochs, {len(curves[0])} members, n={len(ends)}: {statistics.mean(ends):.4f} "
-          f"± {spread:.4f} ({', '.join(f'{x:.4f}' for x in ends)})")
+    each = ", ".join(f"{x:.4f}" for x in ends)
+    print(f"{curves[0][-1][EPOCHS]:.0f} epochs, {len(curves[0])} members, n={len(ends)}: "
+          f"{statistics.mean(ends):.4f} ± {spread:.4f} ({each})")
 
 
 if __name__ == "__main__":

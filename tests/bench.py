@@ -1,7 +1,7 @@
 """Plain code against fast code, on whatever machine this runs: median times, ratios, memory.
 
-    python tests/bench.py                 what a CPU can run, about 6 minutes on 2 idle cores; or some sections by name:
-    python tests/bench.py loss prior      of loss optimizer attention compiled step scaling prior
+    python tests/bench.py                 what a CPU can run, about 9 minutes on 2 idle cores; or some sections by name:
+    python tests/bench.py loss prior      of loss optimizer attention compiled step scaling prior model
     python tests/bench.py --gpu           all that needs a GPU, in 8 minutes; or some of
                                           tests small loss products attention evaluation q0
     python tests/bench.py --out bench.md  also to a file, row by row, and to bench.json
@@ -28,6 +28,7 @@ import tempfile
 import threading
 import time
 import timeit
+from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
@@ -38,6 +39,8 @@ import numpy as np  # noqa: E402: after the path
 import torch  # noqa: E402
 from torch.profiler import record_function  # noqa: E402
 
+sys.path.insert(0, str(ROOT / "records"))
+import cost  # noqa: E402
 import train_q0 as q  # noqa: E402
 
 CUDA = torch.cuda.is_available()
@@ -492,6 +495,105 @@ def prior():
         yield {"method": name, "s": s, "passes": passes, "loss": f"{loss:.7f}", "certified gap": gap,
                "loss - fit_prior's": loss - best, "weights >= 0.001": int((w >= 0.001).sum())}
     torch.set_num_threads(threads)
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Modelled: what an H100 would take
+
+@dataclass(frozen=True)
+class Case:
+    """A step to model, and what one H100 measured of it before the core was rewritten."""
+    preset: str
+    changes: dict
+    before: dict = field(default_factory=dict)
+
+
+CASES = [
+    Case("q0", {}, {"micro-batch ms": 323.8, "with teacher ms": 394.6, "update ms": 192.0}),
+    Case("q0", dict(micro_batch=4)),
+    Case("q0", dict(micro_batch=4, recompute=True)),
+    Case("q0", dict(layers=8, loop_first=4, loop_last=5, micro_batch=4),
+         {"micro-batch ms": 146.1}),
+    Case("small", {}, {"micro-batch ms": 36.85, "update ms": 9.54}),
+    Case("tiny", dict(train_tokens=0, layers=6, width=384, mlp_hidden=1024, batch_tokens=16384,
+                      micro_batch=64))]
+
+
+def meta_tensors(*shapes):
+    return [torch.empty(shape, dtype=torch.bfloat16, device="meta", requires_grad=True)
+            for shape in shapes]
+
+
+def attention_to_model(B, T, H, K, window):
+    attend = cost.attention(None, "meta", window)
+    *qkv, d = meta_tensors(*4 * [(B, T, H, K)])
+    torch.autograd.grad(attend(*qkv), qkv, d)
+
+
+def orthogonalize_to_model(G):
+    """What was measured under this name: casts and a norm, then polar_express."""
+    X = G.bfloat16().mT if G.size(-2) > G.size(-1) else G.bfloat16()
+    norm = X.float().norm(dim=(-2, -1), keepdim=True)
+    return q.polar_express(X / (1.02 * norm + 1e-6).bfloat16())
+
+
+def measured_kernels():
+    """(what, function, milliseconds on an H100): of bench.py --gpu, 2026-11-27."""
+    for shape, ms in (((30, 2048, 2048), 11.5), ((60, 5632, 2048), 55.5), ((48, 768, 768), 1.69),
+                      ((24, 2048, 768), 1.98)):
+        G = torch.empty(shape, device="meta")
+        yield f"orthogonalize {shape}", functools.partial(orthogonalize_to_model, G), ms
+    for shape, ms in (((4, 2048, 2048), 0.0934), ((30, 2048, 2048), 0.758),
+                      ((4, 2048, 5632), 0.26), ((30, 2048, 5632), 1.97), ((12, 768, 768), 0.0215),
+                      ((36, 768, 768), 0.0578)):
+        X, = meta_tensors(shape)
+        yield f"X X^T {shape}", functools.partial(torch.matmul, X.detach(), X.detach().mT), ms
+    for shape, window, ms in (
+            ((16, 1024, 12, 64), 512, 0.677), ((16, 1024, 12, 64), 1024, 0.437),
+            ((4, 2048, 16, 128), 1024, 0.833), ((4, 2048, 16, 128), 2048, 0.652)):
+        run = functools.partial(attention_to_model, *shape, window)
+        yield f"attention {shape}, window {window}", run, ms
+
+
+def modelled_rows(case, cfg, vocab, step):
+    tokens = cfg.micro_batch * cfg.seq_len
+    model, teacher = q.flops_per_token(cfg, vocab)
+    count = cfg.batch_tokens // tokens
+    parts = {"micro-batch": (step.micro_batch, model), "with teacher": (step.taught, model + teacher),
+             "update": (step.update, 0)}
+    for name, (part, flops) in parts.items():
+        if part is None:
+            continue
+        share = tokens * flops / q.H100_FLOPS
+        yield {"part": name, "modelled ms": 1000 * part.seconds(), "measured before":
+               case.before.get(f"{name} ms", "-"), "MFU": share / part.seconds() if flops else "-",
+               "CUDA graphs, ms": 1000 * part.seconds(launch=0), "their MFU": share / part.seconds(0) if flops else "-",
+               "kernels": len(part.kernels), "GB held": part.held / 1e9, "GB at the peak": part.peak / 1e9}
+    whole = [count * step.micro_batch.seconds(launch) + step.update.seconds(launch)
+             for launch in (cost.LAUNCH, 0)]
+    yield {"micro-batches a step": count, "tokens/s": count * tokens / whole[0],
+           "tokens/s with CUDA graphs": count * tokens / whole[1]}
+
+
+@section(1200)
+def model():
+    """Modelled on an H100 (records/cost.py): kernels, a micro-batch and an update"""
+    yield "### Kernels against bench.py --gpu, without launches"
+    for what, function, measured in measured_kernels():
+        recorder = cost.Recorder()
+        with cost.on_meta(recorder):
+            part = cost.record(recorder, function)
+        ms = 1000 * part.seconds(launch=0)
+        yield {"what": what, "modelled ms": ms, "measured ms": measured,
+               "deviation": f"{ms / measured - 1:+.1%}"}
+    for case in pick(CASES, [Case("tiny", MINIATURE)]):
+        cfg = settings(case.preset, precision="bfloat16", device="cpu", **case.changes)
+        vocab = 2048 if case.preset == "tiny" else 50257
+        step = cost.step(cfg, vocab, compile=not SMALL)
+        yield f"### {case.preset} {case.changes or ''}"
+        yield from modelled_rows(case, cfg, vocab, step)
+        for name, part in (("micro-batch", step.taught or step.micro_batch), ("update", step.update)):
+            for what, times, seconds in part.heaviest()[:10]:
+                yield {"ten heaviest of": name, "operation": what, "times": times, "ms": 1000 * seconds}
 
 # ----------------------------------------------------------------------------------------------------------------------
 # With a GPU

@@ -1,22 +1,26 @@
-"""Shared by all tests: the repository and its scripts on sys.path, and --slow for the tests marked slow."""
+"""Shared by all tests: the repository on sys.path, --slow, and a corpus and a run to look at."""
+import functools
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+# models this small gain nothing from two threads, and one adds in one order; a waiting one sleeps
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("GOMP_SPINCOUNT", "0")
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "records"), str(ROOT / "data")]
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import records.plot  # noqa: E402
+import tiny  # noqa: E402
+import train_q0 as q  # noqa: E402
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
     """A folder for what is made once and read by many tests."""
     return tmp_path_factory.mktemp("base")
-
-
-@pytest.fixture
-def logs(tmp_path):
-    return tmp_path / "logs"
 
 
 def pytest_addoption(parser):
@@ -32,3 +36,71 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory):
+    """A data folder of ~180k tokens."""
+    folder = tmp_path_factory.mktemp("text") / "shards"
+    return tiny.make_data(folder, tiny.learnable_documents(1400))
+
+
+@pytest.fixture(scope="session")
+def repo(tmp_path_factory):
+    """A copy of the repository, whose logs/ hold `run`."""
+    return tiny.clone(tmp_path_factory.mktemp("clone") / "repo")
+
+
+@pytest.fixture(scope="session")
+def run(repo, corpus):
+    """(folder, stdout) of one q0 run of four members, in a process of its own."""
+    flags = [*tiny.SEVERAL, "--data", corpus, "--run", "first"]
+    done = tiny.user(repo, "python", "train_q0.py", *flags)
+    assert done.returncode == 0, done.stderr
+    return repo / "logs/first", done.stdout
+
+
+@pytest.fixture(scope="session")
+def finished(run):
+    """Its folder."""
+    return run[0]
+
+
+@pytest.fixture
+def logs(tmp_path, monkeypatch):
+    """Runs of this process go here, and no curve is drawn, which takes longer than such a run."""
+    monkeypatch.setattr(q, "LOGS", tmp_path / "logs")
+    monkeypatch.setattr(records.plot, "draw_curve", lambda *args: None)
+    return tmp_path / "logs"
+
+
+@pytest.fixture
+def flags(corpus, logs):
+    """A run of a fraction of a second; it is called x."""
+    return [*tiny.MINI, "--data", str(corpus), "--run", "x"]
+
+
+@pytest.fixture
+def trained(flags, logs):
+    """Runs in this process: trained(name, *more flags) -> folder."""
+    def train(name, *more):
+        argv = [*flags, "--run", name, *more]
+        assert q.main([str(a) for a in argv]) == 0
+        return logs / name
+    return train
+
+
+@pytest.fixture
+def harness(monkeypatch, tmp_path):
+    """Whether lm-evaluation-harness is here; with the tasks of a --task-folder alone, as its own
+    14,000 files take seconds to read. It finds no network."""
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))
+    try:
+        import lm_eval.tasks
+    except ImportError:
+        return False
+    manager = functools.partial(lm_eval.tasks.TaskManager, include_defaults=False)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", manager)
+    return True

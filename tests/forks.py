@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import records.plot
 import train_q0 as q
 
 # Three cycles of five steps of two micro-batches; dropout, noise at boundaries, a teacher from the
@@ -96,7 +97,7 @@ class Fork:
             os.environ.update({k: str(v) for k, v in env.items()})
             torch.set_num_threads(1)
             q.LOGS = logs
-            q.draw_curve = lambda *args: None  # takes longer than the run
+            records.plot.draw_curve = lambda *args: None  # takes longer than the run
             if plant:
                 plant()
             found = call() if call else q.main([str(a) for a in argv])

@@ -131,3 +131,12 @@ def test_gpu_sections_under_the_interpreter(name):
     done = subprocess.run([sys.executable, bench.__file__, "--gpu", "--small", name], env=env, capture_output=True,
                           text=True)
     assert done.returncode == 0 and "does not run" not in done.stdout and "Error" not in done.stdout, done.stdout
+
+
+def test_model():
+    """The smallest step there is, not compiled: its parts, and the ten heaviest operations of two of them."""
+    rows = run("model")
+    parts = [row["part"] for row in rows if "part" in row]
+    heaviest = [row for row in rows if "ten heaviest of" in row]
+    assert parts == ["micro-batch", "with teacher", "update"] and len(heaviest) == 20
+    assert sum("deviation" in row for row in rows) == 14

@@ -2,12 +2,11 @@
 import dataclasses
 import re
 
-import numpy as np
 import pytest
 import torch
 
-import plan
 import train_q0 as q
+from records import plan
 
 BASE = dict(layers=4, width=256, mlp_hidden=768, head_dim=64, micro_batch=2, seq_len=128, batch_tokens=1024,
             precision="bfloat16", device="cpu")
@@ -95,13 +94,6 @@ def test_plan_time_is_flops_over_speed(capsys):
     seconds = (4e8 * per_token + 10_132_000 * forward) / (0.5 * 8 * 989e12)
     hours, minutes, rest = line.split()[2].split(":")
     assert 3600 * int(hours) + 60 * int(minutes) + int(rest) == pytest.approx(seconds, rel=0.01)  # steps are rounded
-
-
-def test_tables_show_every_k_of_a_small_population():
-    P = np.random.default_rng(0).uniform(0.1, 0.2, size=(100, 200)).astype(np.float32)
-    sizes = lambda M: [row["k"] for row in q.population_table(P[:M], P[:M])["rows"]]
-    assert sizes(16) == list(range(1, 17)) and sizes(1) == [1]
-    assert sizes(100) == [*range(1, 33), 64, 100] and sizes(64)[-2:] == [32, 64]
 
 
 def test_teacher_flops_are_counted_for_distilled_cycles_only():

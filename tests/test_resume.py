@@ -17,6 +17,7 @@ import pytest
 from safetensors.numpy import load_file
 from torch.distributed.run import main as torchrun
 
+import records.plot
 import train_q0 as q
 from forks import (
     CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_call, at_step, command, die, differences, disturbed,
@@ -301,7 +302,7 @@ def test_keep_members(damage, base, logs):
 def die_once(*argv):
     """As a script: the last rank kills itself in its fourth step, the first time."""
     q.LOGS = Path(os.environ["TEST_LOGS"])
-    q.draw_curve = lambda *args: None
+    records.plot.draw_curve = lambda *args: None
     mark = q.LOGS / "died"
     last = int(os.environ["WORLD_SIZE"]) - 1
 

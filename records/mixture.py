@@ -1,0 +1,88 @@
+"""A population as a model of text: its members mix their probabilities token by token."""
+import base64
+import codecs
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+
+import train_q0 as q
+
+
+@dataclass(frozen=True, eq=False)
+class Mixture(q.Population):
+    """Members of a run, their weights, and what turns tokens into text."""
+    manifest: dict  # of the data they were trained on
+    encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
+
+    @torch.no_grad()
+    def log_probs(self, tokens):
+        """log p(next token) after each of tokens [B, T], float32 [B, T, V]. Documents begin with
+        encoding.eot_token."""
+        logits = (F.linear(model(tokens)[0].float(), model.head[:model.vocab_size].float())
+                  for model in self.models)
+        return q.mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()
+
+    def encode(self, text):
+        """Tokens of a document that begins with `text`. Raises UserError without a tokenizer."""
+        if self.encoding is None:
+            raise q.UserError(f"{self.folder} has no tokenizer, because its data came without one")
+        return [self.encoding.eot_token, *self.encoding.encode_ordinary(text)]
+
+    def generate(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
+        """Yield the pieces of text that follow `prompt`, up to the end of the document or `tokens`
+        of them. Temperature 0 takes the likeliest token; top_p draws from the fewest tokens that
+        have this probability together. Keys and values are not cached: a token costs a forward
+        pass of every member."""
+        ids = self.encode(prompt)
+        seq_len = self.models[0].cfg.seq_len
+        generator = torch.Generator().manual_seed(seed)
+        utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+        for _ in range(tokens):
+            context = torch.tensor([ids[-seq_len:]], device=self.device)
+            log_p = self.log_probs(context)[0, -1].cpu()
+            token = draw(log_p, temperature, top_p, generator)
+            if token == self.encoding.eot_token:
+                break
+            ids.append(token)
+            yield utf8.decode(self.encoding.decode_single_token_bytes(token))
+        yield utf8.decode(b"", final=True)
+
+
+def draw(log_p, temperature, top_p, generator):
+    """A token from log_p [V]."""
+    p = torch.softmax(log_p / max(temperature, 1e-6), dim=-1)
+    p, order = p.sort(descending=True, stable=True)
+    enough = p.cumsum(0)[:-1] >= top_p  # of the likelier tokens together
+    p[1:][enough] = 0
+    return int(order[p.multinomial(1, generator=generator)])
+
+
+def load_mixture(run, k=None, device=None):
+    """The Mixture of `run` (a name under logs/, or a folder): all members that the learned prior
+    gives weight, or the best `k`. Raises UserError for what is missing or damaged."""
+    population = q.load_population(run, k, device)
+    known = {f.name: getattr(population, f.name) for f in fields(population)}
+    return Mixture(**known, **load_tokenizer(population.folder / "data"))
+
+
+def load_tokenizer(folder):
+    """{"manifest": dict, "encoding": tiktoken.Encoding or None} of a data folder. Raises UserError
+    where they are missing or damaged."""
+    with q.reading(f"tokenizer in {folder}"):
+        manifest = q.load_json(folder / "manifest.json")
+        entry = manifest["tokenizer"] or {}
+        if "file" not in entry:  # prepare.py could not load GPT-2's
+            return {"manifest": manifest, "encoding": None}
+        path = folder / entry["file"]
+        if q.sha256_of(path) != entry["sha256"]:
+            raise ValueError(f"the sha256 of {path.name} is not the manifest's")
+        ranks = {}
+        for line in path.read_bytes().splitlines():
+            token, rank = line.split()
+            ranks[base64.b64decode(token)] = int(rank)
+        import tiktoken
+        encoding = tiktoken.Encoding(
+            entry["kind"], pat_str=entry["pattern"], mergeable_ranks=ranks,
+            special_tokens={"<|endoftext|>": entry["eot"]})
+    return {"manifest": manifest, "encoding": encoding}

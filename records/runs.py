@@ -1,0 +1,266 @@
+"""Commands of train_q0.py that make a run of runs: `pool` makes one population of several runs,
+`average` one model of a run's members, the mean of their weights."""
+import contextlib
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_q0 as q
+from records.use import DEVICE, parser_of, report_split
+
+
+@contextlib.contextmanager
+def new_run(name, command):
+    """Yield the folder of a run `name` without a log. It appears under logs/ once all of it is
+    there, else not at all."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise q.UserError(f"{command} needs no torchrun: one process does it all")
+    q.check_plain("--name", name)
+    if (q.LOGS / name).exists():
+        raise q.UserError(f"{q.LOGS / name} exists: give another --name")
+    folder = q.LOGS / f"{name}.tmp"
+    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
+    try:
+        (folder / "predictions").mkdir(parents=True)
+        yield folder
+        folder.rename(q.LOGS / name)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    print(f"written to {q.LOGS / name}")
+
+
+def finish(folder, curve, predictions, about):
+    """Print the table of a new run's members and write run.json and result.json."""
+    split = predictions.splits[1]
+    everyone = range(len(curve))
+    heldout = np.stack(predictions.of("heldout", everyone))
+    table = q.population_table(heldout, predictions.of(split, everyone))
+    if len(curve) > 1:
+        print("\n".join(q.format_table(table, split)))
+    q.save_json(folder / "run.json", about)
+    result = {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve), "curve": curve,
+              "table": table}
+    q.save_json(folder / "result.json", {**result, **about})
+
+
+# pool -------------------------------------------------------------------------------------------
+
+def pool(argv):
+    """Make one population of finished runs on one text, such as seeds that several machines
+    trained. It becomes a run of its own: their members, and a prior over all of them."""
+    parser = q.Parser(prog="train_q0.py pool", description=pool.__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN",
+                        help="name of a run under logs/, or its folder")
+    parser.add_argument("--name",
+                        help="name of the new run under logs/ [the first RUN's, with _pool]")
+    args = parser.parse_args(argv)
+    runs = [q.find_run(run).resolve() for run in args.runs]
+    with new_run(args.name or f"{runs[0].name}_pool", "pool") as folder:
+        pool_into(folder, runs)
+
+
+def pool_into(folder, runs):
+    """Write the members of `runs` and their prior to `folder`. Raises UserError for runs that do
+    not mix."""
+    finished = [read_finished(run) for run in runs]
+    first = finished[0]
+    sources = {}
+    for run in finished:
+        if run.shared != first.shared:
+            raise q.UserError(f"{run.folder} differs from {first.folder} in data, seq_len, "
+                              "softcap, --train-tokens or --report: runs that mix must agree in "
+                              "them")
+        twice = sources.keys() & run.sources.keys()
+        if twice:
+            raise q.UserError(f"{run.folder} brings the members of {min(twice)} a second time: "
+                              "give each run once")
+        sources |= run.sources
+    shutil.copytree(first.folder / "data", folder / "data")
+    split = first.shared["split"]
+    predictions = q.Predictions(folder, ("heldout", split))
+    curve = []
+    for run in finished:
+        for i, entry in enumerate(run.curve):
+            n = len(curve)
+            copy_member(run.folder, i, folder, n)
+            mixed = predictions.mixtures(range(n + 1))
+            curve.append({**entry, "member": n, "run": str(run.folder), **mixed})
+        print(f"run:{run.folder.name} members:{len(run.curve)} "
+              f"learned_{split}_loss:{run.loss:.5f} "
+              f"pooled_{split}_loss:{curve[-1]['learned']:.5f}", flush=True)
+    about = {"config": first.config, "data": first.shared["data"], "pool_of": sources}
+    finish(folder, curve, predictions, about)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a pool takes of a finished run."""
+    folder: Path
+    curve: list
+    loss: float  # under its prior
+    config: dict
+    shared: dict  # what runs have in common whose members mix
+    sources: dict  # {run: config} of what it is made of, itself or the runs of a pool
+
+
+def read_finished(folder):
+    """A run with whole predictions and members of today's format. Raises UserError."""
+    path = folder / "result.json"
+    if not path.exists():
+        raise q.UserError(f"{folder} is not complete: go on with it (--resume), then pool it")
+    split = report_split(q.load_predictions(folder))
+    with q.reading(path):
+        about = q.load_json(path)
+        config = about["config"]
+        shared = {k: config[k] for k in ("seq_len", "softcap", "train_tokens")}
+        shared["data"] = {k: v for k, v in about["data"].items() if k != "teacher"}
+        shared["split"] = split
+        run = Finished(
+            folder, about["curve"], about[f"final_{split}_loss"], config, shared,
+            about.get("pool_of", {str(folder): config}))
+    for member in (folder / "members").glob("*"):
+        with q.reading(f"member {member}"):
+            found = q.load_json(member / "config.json").get("format", 1)
+        q.check_format(f"member {member}", found)
+    return run
+
+
+def copy_member(source, i, folder, n):
+    """Member i of a run becomes member n of another. Its weights get a second name, as no file of a
+    member is ever written again."""
+    shutil.copyfile(source / f"predictions/{i}.safetensors",
+                    folder / f"predictions/{n}.safetensors")
+    weights = source / f"members/{i}"
+    if weights.exists():
+        shutil.copytree(weights, folder / f"members/{n}", copy_function=link)
+
+
+def link(source, target):
+    try:
+        os.link(source, target)
+    except OSError:  # on another disk
+        shutil.copyfile(source, target)
+
+
+# average ----------------------------------------------------------------------------------------
+
+def average(argv):
+    """Make one model of each trajectory: the mean weights of its newest members. They become a run
+    of their own."""
+    parser = parser_of(average)
+    parser.add_argument("--last", type=int, help="average so many [1, 2, 4, ... or all: the best "
+                        "on held-out text]")
+    parser.add_argument("--name", help="name of the new run under logs/ [RUN_mean]")
+    parser.add_argument("--device", **DEVICE)
+    args = parser.parse_args(argv)
+    population = q.load_population(args.run, device=args.device)
+    source = population.folder
+    with q.reading(source / "run.json"):
+        about = q.load_json(source / "run.json")
+        cfg = q.Config(**about["config"])
+        recorded = about["data"].items()
+    if "average_of" in about:
+        raise q.UserError(f"{source} holds averages already: average {about['average_of']}, which "
+                          "they were made of")
+    if "pool_of" in about:
+        raise q.UserError(f"{source} is a pool: average the runs it was made of: "
+                          f"{', '.join(about['pool_of'])}")
+    trajectories = members_with_weights(population, cfg.cycles)
+    check_last(args.last, trajectories, source)
+    corpus = q.load_corpus(q.find_data(cfg), cfg.seq_len, cfg.train_tokens)
+    if not corpus.hashes.items() <= recorded:
+        raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {source} any more: their "
+                          "hashes differ")
+    with new_run(args.name or f"{source.resolve().name}_mean", "average") as folder:
+        averages = Averages(folder, population, corpus, cfg)
+        shutil.copytree(source / "data", folder / "data")
+        for j, members in enumerate(trajectories):
+            averages.add(j, members, args.last)
+        finish(folder, averages.curve, averages.predictions, {
+            **about, "average_of": str(source)})
+
+
+def members_with_weights(population, cycles):
+    """[[member, ...], ...] of each trajectory, newest first: --keep-members drops the oldest."""
+    M = len(population.heldout)
+    trajectories = []
+    for first in range(0, M, cycles):
+        members = range(first, min(first + cycles, M))
+        weights = [population.folder / f"members/{i}/model.safetensors" for i in members]
+        trajectories.append([i for i, file in zip(members, weights) if file.exists()][::-1])
+    return trajectories
+
+
+def check_last(last, trajectories, source):
+    """Raise UserError where a trajectory has no `last` members, or none at all."""
+    fewest = min(len(members) for members in trajectories)
+    has = f"{source} has the weights of {fewest} members of a trajectory"
+    if not fewest:
+        raise q.UserError(has)
+    if last is not None and not 1 <= last <= fewest:
+        raise q.UserError(f"{has}: --last {last} is out of range")
+
+
+class Averages:
+    """The members of a new run, each the mean of a trajectory's newest ones."""
+    def __init__(self, folder, population, corpus, cfg):
+        self.folder = folder
+        self.population = population
+        self.corpus = corpus
+        self.cfg = cfg
+        self.cached = q.load_predictions(population.folder)
+        self.split = report_split(self.cached)
+        self.predictions = q.Predictions(folder, ("heldout", self.split))
+        self.curve = []
+
+    def probs(self, model, split):
+        """p(true token) of a split, float32 [N]."""
+        sequences = self.corpus.eval_sequences(split)
+        world = q.World(device=self.population.device)
+        return q.true_token_probs(model, sequences, self.cfg.micro_batch, world)
+
+    def add(self, j, members, last):
+        """Member j: the mean of the first `last` of `members`, or the best on held-out text."""
+        folder = self.folder / f"members/{j}"
+        place = {"member": j, "traj": j}
+        losses = {}
+        for count, model in means(self.population, members):
+            tried = count == last if last else is_power_of_two(count) or count == len(members)
+            if not tried:
+                continue
+            losses[count] = q.mixture_loss([self.probs(model, "heldout")], [1.0])
+            print(f"traj:{j} last:{count} heldout_loss:{losses[count]:.5f}", flush=True)
+            if losses[count] == min(losses.values()):
+                place["last"] = count
+                q.save_member(folder, model.cfg, model.vocab_size, dict(model.named_parameters()),
+                              place)
+        saved = q.load_member(folder, device=self.population.device)
+        self.predictions.write(j, {s: self.probs(saved, s) for s in self.predictions.splits})
+        self.curve.append({
+            **place, "heldout_loss_by_last": losses, **self.predictions.mixtures(range(j + 1)),
+            **q.hashes_of(self.folder, j)})
+        newest = q.mixture_loss(self.cached[self.split][members[:1]], [1.0])
+        print(f"traj:{j} last:{place['last']} {self.split}_loss:{self.curve[-1]['loss']:.5f} "
+              f"newest_{self.split}_loss:{newest:.5f}", flush=True)
+
+
+def is_power_of_two(n):
+    return n.bit_count() == 1
+
+
+@torch.no_grad()
+def means(population, members):
+    """Yield (count, model): the mean weights of the first `count` of `members`, summed in float32,
+    rounded to bf16 as a member's are on the disk. It is the same model each time."""
+    model = population.member(members[0])
+    totals = [torch.zeros_like(p, dtype=torch.float32) for p in model.parameters()]
+    for count, i in enumerate(members, 1):
+        for total, p in zip(totals, population.member(i).parameters()):
+            total.add_(p)
+        for p, total in zip(model.parameters(), totals):
+            p.copy_((total / count).bfloat16())
+        yield count, model

@@ -1,0 +1,158 @@
+"""The cost model: its counts against torch's and against what one counts by hand, and what a step
+must not do."""
+import collections
+import math
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import cost
+import train_q0 as q
+
+BASE = dict(layers=3, width=128, head_dim=64, mlp_hidden=320, micro_batch=2, seq_len=96,
+            batch_tokens=192, precision="bfloat16", device="cpu", dropout=0.1)
+FEATURES = dict(unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
+                mtp_weight=0.3, loop_first=1, loop_last=1, loop_passes=3, windows="SL")
+VOCAB = 500
+
+
+def config(**changes):
+    return q.resolve(q.Config(**{**BASE, **changes}))[0]
+
+
+def product_flops(part):
+    return sum(k.flops for k in part.kernels if k.name in cost.PRODUCTS)
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """The step of a model that has every feature."""
+    return cost.step(config(**FEATURES), VOCAB)
+
+
+def test_flops_are_those_that_torch_counts(compiled):
+    with FlopCounterMode(display=False) as counter:
+        eager = cost.step(config(**FEATURES), VOCAB, compile=False)
+    counted = [product_flops(p) for p in (eager.micro_batch, eager.taught, eager.update)]
+    assert counter.get_total_flops() == 2 * sum(counted)  # each ran twice
+    assert counted == [product_flops(p) for p in (compiled.micro_batch, compiled.taught,
+                                                  compiled.update)]
+    assert compiled.micro_batch.seconds() < eager.micro_batch.seconds()
+    assert compiled.micro_batch.peak < eager.micro_batch.peak
+
+
+@pytest.mark.parametrize("window", [1, 5, 8])
+def test_flops_of_attention_are_those_of_the_keys_seen(window):
+    T = 8
+    x = torch.empty(2, T, 3, 64, device="meta")
+    attend = cost.attention(None, "meta", window)
+    kernel, = kernels_of(lambda compile: attend, x, x, x)
+    seen = int(torch.ones(T, T).tril().triu(1 - window).sum())
+    assert kernel.flops == 2 * 2 * (2 * 3 * 64) * seen
+    assert kernel.full == (window == T)
+
+
+def kernels_of(function, *inputs):
+    recorder = cost.Recorder()
+    with cost.on_meta(recorder):
+        part = cost.record(recorder, lambda: function(torch.compile)(*inputs))
+    return part.kernels
+
+
+def test_fused_operations_read_and_write_once():
+    x = torch.empty(40, 300, device="meta")
+    rows, size = 40 * 4, 40 * 300 * 4
+
+    def shares(x):
+        return (x.relu() * 2 + 1).softmax(-1).sum(-1)
+
+    kernel, = kernels_of(lambda compile: compile(shares), x)
+    assert kernel.nbytes == size + rows
+    eager = kernels_of(lambda compile: shares, x)
+    assert [k.nbytes for k in eager] == [2 * size] * 4 + [size + rows]
+
+
+def test_a_reduction_over_all_reads_twice():
+    x = torch.empty(300, 300, device="meta")
+    size = x.nbytes
+    found = kernels_of(lambda compile: compile(lambda x: x / x.square().sum().sqrt()), x)
+    assert [k.nbytes for k in found] == [size + 4, 2 * size + 4]
+
+
+def test_a_product_ends_a_fused_kernel():
+    x = torch.empty(100, 100, device="meta")
+    size = x.nbytes
+    found = kernels_of(lambda compile: compile(lambda x: (x + 1) @ x * 2), x)
+    assert [(k.name, k.nbytes) for k in found] == [
+        ("fused", 2 * size), ("mm", 3 * size), ("fused", 2 * size)]
+    assert found[1].size == (1, 100, 100, 100)
+
+
+def test_memory_is_that_of_living_tensors():
+    recorder = cost.Recorder()
+    with recorder, torch.device("meta"):
+        weight = torch.empty(1000, 1000, requires_grad=True)
+        x = torch.zeros(10, 1000)
+        assert recorder.live == 4 * (1000 * 1000 + 10 * 1000)
+        part = cost.record(recorder, lambda: (x @ weight).square().sum().backward())
+        assert recorder.live == 4 * (2 * 1000 * 1000 + 10 * 1000)
+        # two small ones live when the gradient is made: that of the product, and the loss's
+        assert part.peak == pytest.approx(recorder.live + 4 * 10 * 1000, abs=20)
+        weight.grad = None
+        assert recorder.live == part.held
+
+
+def test_a_repeated_graph_costs_what_its_first_call_did():
+    recorder = cost.Recorder()
+    found = []
+    with cost.on_meta(recorder):
+        with torch.device("meta"):
+            weight = torch.empty(64, 64, requires_grad=True)
+            x = torch.zeros(8, 64)
+
+        def layer(x):
+            y = x @ weight
+            return (y.relu() * y).sin().sum(), x[:4]  # one output is a view of an input
+
+        layer = torch.compile(layer)
+        for _ in range(3):
+            found.append(cost.record(recorder, lambda: layer(x)[0].backward()))
+            weight.grad = None
+    first, *repeated = found
+    for part in repeated:
+        assert part.kernels == first.kernels
+        assert part.peak == first.peak and part.held == first.held
+
+
+def test_what_float32_weights_cost():
+    w = torch.empty(64, 64, device="meta", requires_grad=True)
+    x = torch.empty(8, 64, device="meta", dtype=torch.bfloat16)
+    recorder = cost.Recorder()
+
+    def micro_batches():
+        for _ in range(3):  # a cast, and an addition but for the first, in each
+            (x @ (w * 2).bfloat16()).sum().backward()
+
+    with recorder:
+        part = cost.record(recorder, micro_batches, [w])
+        float32 = cost.record(recorder, lambda: x.float() @ w, [w])
+    assert not cost.float32_products(part.ops) and len(cost.float32_products(float32.ops)) == 1
+    assert cost.weight_casts(part.ops, part.masters) == 3 * w.numel()
+    assert cost.gradient_additions(part.ops, [w.shape]) == {(64, 64): 2}
+
+
+def test_what_a_step_must_not_do(compiled):
+    """What made the first core twice as slow on a GPU: float32 products, casts of weights in every
+    pass, float32 additions of gradients in every pass."""
+    table = q.parameter_table(config(**FEATURES), VOCAB)
+    copied = [row.bank_shape for row in table.values()
+              if row.rule == "muon" or row.tensor == "head"]
+    once = collections.Counter(copied)
+    once[table["embed"].bank_shape] += 2  # as large as the head; the multi-token block reads it too
+    for part in (compiled.micro_batch, compiled.taught):
+        assert not cost.float32_products(part.ops)
+        assert cost.weight_casts(part.ops, part.masters) == 0
+        assert cost.gradient_additions(part.ops, copied) == once
+    update = compiled.update
+    assert cost.weight_casts(update.ops, update.masters) == sum(map(math.prod, copied))

@@ -1,0 +1,232 @@
+"""A micro-batch as the trainer runs it: recomputed, compiled, replayed as a graph; in which
+precision, and how often each weight is read."""
+import contextlib
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import small
+import torch
+from small import build, random_tokens, small
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train_q0 as q
+
+
+def tensors_in(tree):
+    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
+
+
+def storage(tensor):
+    return tensor.untyped_storage()._cdata
+
+
+# ------------------------------------------------------------------------------------------------
+# --recompute
+
+@contextlib.contextmanager
+def saved_bytes():
+    """{storage: bytes} of what forward passes inside save for their backward pass."""
+    found = {}
+
+    def pack(tensor):
+        found[storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield found
+
+
+@pytest.mark.parametrize("loops", [3, 1])
+def test_recompute_saves_memory_and_changes_nothing(loops):
+    """Dropout included. Without loops it recomputes every block, with loops the looped ones."""
+    runs = []
+    for recompute in (False, True):
+        model = build(loop_passes=loops, dropout=0.3, recompute=recompute)
+        torch.manual_seed(5)
+        with saved_bytes() as saved:
+            loss, _ = q.training_loss(model, [], model.cfg, random_tokens(4, 17))
+        loss.backward()
+        runs.append((loss, [p.grad for p in model.parameters()], sum(saved.values())))
+    (loss, grads, size), (loss_, grads_, size_) = runs
+    assert torch.equal(loss, loss_)
+    assert all(torch.equal(a, b) for a, b in zip(grads, grads_))
+    assert size_ < 0.7 * size
+
+
+# ------------------------------------------------------------------------------------------------
+# torch.compile: counted with a backend that runs what was traced, which is quick
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Counter of (function, whether it trains) of what torch.compile traces."""
+    found = Counter()
+    compiler = torch.compile
+
+    def counting(function, **options):
+        def backend(graph, inputs):
+            found[function.__name__, torch.is_grad_enabled()] += 1
+            return graph.forward
+        return compiler(function, backend=backend, **options)
+
+    monkeypatch.setattr(torch, "compile", counting)
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
+
+
+def test_graphs_do_not_grow_with_depth(graphs, tmp_path):
+    """At most one for each kind of block: a short window or not, a value embedding or not."""
+    counts = []
+    for layers in (4, 12):
+        graphs.clear()
+        torch._dynamo.reset()
+        cfg = small(layers=layers, loop_first=2, loop_last=3, dropout=0.1)
+        trainer, _ = small.trainer(tmp_path / str(layers), cfg)
+        trainer.compile_blocks()
+        trainer.run_micro_batch(False)
+        counts.append(dict(graphs))
+    assert counts[0] == counts[1] == {("block", True): 4, ("blend", True): 2}
+
+
+SHORT = dict(  # three cycles, of which the middle one has larger batches; the last two are taught
+    epochs=3, trajectories=1, cycles=3, distill_after=1, distill_weight=0.45, dropout=0.1,
+    layers=2, loop_first=1, loop_last=1, width=32, mlp_hidden=32, micro_batch=4,
+    batch_tokens=128, edge_batch_tokens=64)
+
+
+def same_weights(one, two, atol=0.0):
+    for name, master in one.optimizer.masters.items():
+        torch.testing.assert_close(two.optimizer.masters[name], master, rtol=0, atol=atol)
+
+
+def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
+    """Teacher and none, two batch sizes, a last batch of the evaluation that is not full, noise;
+    and the weights are those of a run that compiles nothing."""
+    cfg = small(**SHORT)
+    plain = small.train(tmp_path / "plain", cfg)
+    assert not graphs
+    compiled, plan = small.trainer(tmp_path / "compiled", q.replace(cfg, compile=True))
+    warm = dict(graphs)
+    assert warm
+    q.train(compiled, plan)
+    assert graphs == warm
+    same_weights(plain, compiled, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------
+# CUDA graphs: a fake on the CPU records every operation and runs them again, on the same tensors
+
+class FakeGraph(TorchDispatchMode):
+    """What Python computed on the way is frozen, as in a real graph; to read a value is an error."""
+    made = []
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+        self.replays = 0
+        self.made.append(self)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function is torch.ops.aten._local_scalar_dense.default:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        out = function(*args, **(kwargs or {}))
+        self.calls.append((function, args, kwargs or {}, tensors_in(out)))
+        return out
+
+    @torch.no_grad()
+    def replay(self):
+        self.replays += 1
+        for function, args, kwargs, outputs in self.calls:
+            for old, new in zip(outputs, tensors_in(function(*args, **kwargs))):
+                if storage(old) != storage(new):  # neither a view nor in place
+                    old.copy_(new)
+
+
+@pytest.fixture
+def cuda_graphs(monkeypatch):
+    """The graphs that are captured."""
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fakes = dict(
+        Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=FakeGraph,
+        stream=lambda stream: contextlib.nullcontext(), graph=lambda graph: graph)
+    for name, fake in fakes.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(FakeGraph, "made", [])
+    return FakeGraph.made
+
+
+def test_replayed_graphs_train_the_same(cuda_graphs, tmp_path):
+    """To the last bit, with dropout; one graph with and one without a teacher, one of the update."""
+    cfg = small(**SHORT, precision="bfloat16")
+    plain = small.train(tmp_path / "plain", cfg)
+    assert not cuda_graphs
+    replayed = small.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    batches = Counter()
+    for cycle in replayed.run.cycles:
+        batches[cycle.distilled] += cycle.steps * cycle.rows // cfg.micro_batch
+    replays = [graph.replays for graph in cuda_graphs]
+    assert replays == [batches[False], batches[True], replayed.at.step]
+    same_weights(plain, replayed)
+    losses = [entry["loss"] for entry in plain.at.curve]
+    assert losses == [entry["loss"] for entry in replayed.at.curve]
+    assert losses[-1] < losses[0]
+
+
+def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch, capsys):
+    def fails(graph):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    cfg = small(**SHORT)
+    plain = small.train(tmp_path / "plain", cfg)
+    assert capsys.readouterr().err == ""
+    tried = small.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    said = capsys.readouterr().err.splitlines()
+    parts = ("a micro-batch", "a micro-batch", "an update")
+    assert said == [f"notice: {part} is not replayed as a CUDA graph: RuntimeError: operation not "
+                    "permitted" for part in parts]
+    same_weights(plain, tried)
+
+
+# ------------------------------------------------------------------------------------------------
+# Precision
+
+class Recorder(TorchDispatchMode):
+    """Every operation: (name, tensors given, tensors made)."""
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        given = tensors_in((args, kwargs))
+        self.calls.append((function.overloadpacket.__name__, given, tensors_in(out)))
+        return out
+
+
+@pytest.mark.parametrize("taught", [False, True])
+def test_a_micro_batch_in_bf16(taught, tmp_path):
+    """All products are of bf16, no weight is cast, and each gradient is added once in float32
+    however often a layer runs."""
+    cfg = small(precision="bfloat16", distill_weight=0.45)
+    trainer, _ = small.trainer(tmp_path, cfg)
+    banks = trainer.optimizer.banks
+    with Recorder() as recorded:
+        trainer.run_micro_batch(taught)
+    products = [call for call in recorded.calls if call[0] in ("mm", "bmm", "addmm", "baddbmm")]
+    assert len(products) > 100
+    for name, given, made in products:
+        assert {x.dtype for x in (*given, *made)} == {torch.bfloat16}, name
+    large = {storage(bank.weight): name for name, bank in banks.items() if bank.copied}
+    large[storage(banks["embed"].weight)] = "embed"
+    added = Counter()
+    owners = {storage(bank.grad): name for name, bank in banks.items()}
+    for name, given, made in recorded.calls:
+        if name == "_to_copy":
+            assert storage(given[0]) not in large, large.get(storage(given[0]))
+        if name == "add_" and storage(given[0]) in owners:
+            assert given[0].dtype == torch.float32
+            added[owners[storage(given[0])]] += 1
+    assert added == Counter(banks.keys())

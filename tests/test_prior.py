@@ -1,0 +1,406 @@
+"""The prior and what is made of it, against scipy, expectation maximisation and plain numpy."""
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import scipy.optimize
+from pytest import approx
+from scipy.special import expit
+
+import train_q0 as q
+
+
+def random_predictions(M, N=400, seed=0, spread=1.5):
+    """p(true token) of members that share what is hard: [M, N] float32."""
+    rng = np.random.default_rng(seed)
+    hard = rng.normal(-2, 2, size=N)
+    own = rng.normal(size=(M, N))
+    return expit(hard + spread * own).astype(np.float32)
+
+
+def trajectory(M, N=2000):
+    """p(true token) of one trajectory's members: neighbours are alike, and later ones are better,
+    so that the prior leaves most of them out."""
+    rng = np.random.default_rng(0)
+    hard = rng.normal(-2, 2, size=N)
+    own = rng.normal(size=N)
+    rows = []
+    for i in range(M):
+        own = 0.8 * own + 0.6 * rng.normal(size=N)
+        rows.append(expit(hard + own - math.exp(-i / 6)))
+    return np.stack(rows).astype(np.float32)
+
+
+def mixture(P, w):
+    """Nats per token, in plain numpy."""
+    wide = np.asarray(P, dtype=np.float64)
+    return -np.log(np.asarray(w) @ wide).mean()
+
+
+def gradient(P, w):
+    wide = P.astype(np.float64)
+    return (wide / (w @ wide)).mean(axis=1)
+
+
+def is_certified(P, w, gap, tolerance=1e-7):
+    """Whether `gap` is below the tolerance, and what the formula says."""
+    formula = math.log(gradient(P, w).max())
+    return gap <= tolerance and gap == approx(max(0, formula), abs=1e-12)
+
+
+def em(P, passes):
+    """Weights after so many steps of expectation maximisation, which never go uphill."""
+    w = np.full(len(P), 1 / len(P))
+    for _ in range(passes):
+        w = w * gradient(P, w)
+    return w
+
+
+@pytest.fixture
+def newton_steps(monkeypatch):
+    """A list that grows by the size of the system of each Newton step."""
+    solve = q.torch.linalg.solve
+    sizes = []
+
+    def counted(matrix, vector):
+        sizes.append(len(vector))
+        return solve(matrix, vector)
+
+    monkeypatch.setattr(q.torch.linalg, "solve", counted)
+    return sizes
+
+
+# ------------------------------------------------------------------------------------------------
+# Losses
+
+def test_losses_in_one_pass():
+    """Blocks of tokens and a rest, rows in a list; a member alone is a mixture too."""
+    N = 2 * q.TOKEN_CHUNK + 7
+    P = random_predictions(5, N)
+    rng = np.random.default_rng(1)
+    weights = rng.dirichlet(np.ones(5), size=3)
+    weights[0] = [0, 0, 1, 0, 0]
+    expected = [mixture(P, w) for w in weights]
+    losses = q.mixture_losses(P, weights)
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
+    losses = q.mixture_losses(list(P), list(weights))
+    np.testing.assert_allclose(losses, expected, rtol=1e-12)
+    loss = q.mixture_loss(P, weights[1].tolist())
+    assert loss == approx(expected[1], rel=1e-12)
+    alone = q.mixture_loss(P[2:3], [1.0])
+    assert alone == approx(expected[0], rel=1e-12)
+
+
+def test_losses_are_float64():
+    """A difference shows that is far below the precision of float32."""
+    P = np.full((2, 10), 0.5)
+    P[1] += 1e-9
+    first, second = q.mixture_losses(P, np.eye(2))
+    assert first - second == approx(2e-9, rel=1e-4)
+
+
+def test_mixtures():
+    heldout = random_predictions(4, seed=1)
+    scored = random_predictions(4, seed=2)
+    w, gap = q.fit_prior(heldout)
+    entry = q.mixtures(list(heldout), list(scored))
+    assert entry.keys() == {"loss", "uniform", "learned", "gap"}
+    assert entry["loss"] == approx(mixture(scored[3:], [1.0]), rel=1e-12)
+    assert entry["uniform"] == approx(mixture(scored, [0.25] * 4), rel=1e-12)
+    assert entry["learned"] == approx(mixture(scored, w), rel=1e-12)
+    assert entry["gap"] == gap
+
+
+# ------------------------------------------------------------------------------------------------
+# The fit
+
+@pytest.mark.parametrize("M", [2, 3, 6, 12])
+def test_prior_against_scipy_and_em(M):
+    P = random_predictions(M, seed=M)
+    w, gap = q.fit_prior(P)
+    found = scipy.optimize.minimize(
+        lambda w: mixture(P, w),
+        np.full(M, 1 / M),
+        jac=lambda w: -gradient(P, w),
+        method="SLSQP",
+        bounds=[(0, 1)] * M,
+        constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
+        options={"ftol": 1e-14})
+    assert found.success
+    slow = em(P, 20_000)
+    assert w.min() >= 0
+    assert w.sum() == approx(1, abs=1e-12)
+    # within the certificate of the optimum, which scipy and EM reach to about 1e-9
+    assert is_certified(P, w, gap)
+    assert mixture(P, w) == approx(found.fun, abs=1.1e-7)
+    assert mixture(P, w) == approx(mixture(P, slow), abs=1.1e-7)
+    # F is curved: F(w) - F* = (w - w*) H (w - w*) / 2 <= 1e-7, and H >= 0.02 here
+    np.testing.assert_allclose(w, slow, atol=5e-3)
+
+
+@pytest.mark.parametrize("M", [2, 9, 20, 40, 90])
+@pytest.mark.parametrize("spread", [0.3, 3.0])
+def test_the_gap_bounds_the_distance_from_the_optimum(M, spread):
+    P = random_predictions(M, 200, seed=M, spread=spread)
+    exact, _ = q.fit_prior(P, tolerance=1e-11)
+    lowest = min(mixture(P, exact), mixture(P, em(P, 1000)))
+    for tolerance in (1.0, 1e-2, 1e-4, 1e-7, 1e-10):
+        w, gap = q.fit_prior(P, tolerance=tolerance)
+        assert is_certified(P, w, gap, tolerance)
+        assert mixture(P, w) - lowest <= gap + 1e-12
+
+
+def test_members_that_are_each_right_on_a_known_part():
+    shares = np.array([0.5, 0.3, 0.15, 0.05])
+    which = np.arange(4)
+    right = np.repeat(which, [500, 300, 150, 50])
+    P = np.where(right == which[:, None], 0.9, 1e-20)
+    w, _ = q.fit_prior(P)
+    # F(w) - F* = sum (w - w*)^2 / (2 w*) <= 1e-7: 5e-4
+    np.testing.assert_allclose(w, shares, atol=1e-3)
+    with_a_worse_one = np.vstack([P, 0.5 * P[:1]])
+    w, _ = q.fit_prior(with_a_worse_one)
+    assert w[4] < 1e-5
+
+
+@pytest.mark.parametrize("M", [1, 2, 7, 80])
+def test_identical_members_share_alike(M):
+    one = random_predictions(1)
+    P = np.repeat(one, M, axis=0)
+    w, gap = q.fit_prior(P)
+    assert w == approx(np.full(M, 1 / M))
+    assert 0 <= gap < 1e-12
+    assert mixture(P, w) == approx(mixture(one, [1.0]), abs=1e-12)
+
+
+def test_few_passes_are_needed():
+    for M, N in ((64, 2000), (150, 20_000)):
+        P = random_predictions(M, N, spread=0.3)
+        w, gap = q.fit_prior(P, max_passes=25)
+        assert is_certified(P, w, gap)
+
+
+def test_many_members_need_a_small_part_of_the_hessian(newton_steps):
+    """The products cost M^2 a pass; most members have no weight, and most passes skip them."""
+    P = trajectory(200)
+    w, gap = q.fit_prior(P)
+    assert is_certified(P, w, gap)
+    passes = len(newton_steps)
+    work = sum(size ** 2 for size in newton_steps)
+    assert passes < 30
+    assert work < 0.4 * passes * 200 ** 2
+
+
+def test_a_warm_start_saves_passes_and_keeps_the_certificate(newton_steps):
+    P = trajectory(100)
+    w, _ = q.fit_prior(P)
+    kept = w > np.quantile(w, 0.8)
+    P = P[kept]
+    newton_steps.clear()
+    cold, _ = q.fit_prior(P)
+    from_cold = len(newton_steps)
+    newton_steps.clear()
+    warm, gap = q.fit_prior(P, start=w[kept])
+    assert len(newton_steps) <= 0.6 * from_cold
+    assert is_certified(P, warm, gap)
+    assert mixture(P, warm) == approx(mixture(P, cold), abs=2e-7)
+    newton_steps.clear()
+    again, _ = q.fit_prior(P, start=warm)
+    assert again == approx(warm, rel=1e-12)
+    assert not newton_steps
+
+
+@pytest.mark.parametrize("M", [5, 100])
+def test_a_start_far_from_the_optimum_is_certified_too(M):
+    P = trajectory(M)
+    oldest_alone = np.full(M, 1e-9)
+    oldest_alone[0] = 1
+    w, gap = q.fit_prior(P, start=oldest_alone)
+    assert is_certified(P, w, gap)
+    reverse = np.arange(M, 0, -1.0) ** 9
+    w, gap = q.fit_prior(P, max_passes=30, start=reverse)
+    assert is_certified(P, w, gap)
+
+
+@pytest.mark.parametrize("bad", [0.0, -0.1, math.nan, math.inf])
+def test_what_is_no_probability_is_refused(bad):
+    P = random_predictions(3)
+    P[1, 2] = bad
+    with pytest.raises(ValueError, match="positive and finite"):
+        q.fit_prior(P)
+
+
+# ------------------------------------------------------------------------------------------------
+# Few members of many
+
+def two_kinds():
+    """p(true token) of six members that are alike and two others that are [8, 4000]."""
+    rng = np.random.default_rng(0)
+    kinds = rng.normal(size=(2, 4000))
+    error = np.repeat(kinds, (6, 2), axis=0)
+    error += 0.1 * rng.normal(size=(8, 4000))
+    return np.exp(-np.abs(error) - 0.1)
+
+
+def test_pruned():
+    """Each set is the one before without its least member, under the optimal weights."""
+    P = two_kinds()
+    before = range(8)
+    for members, weights in q.pruned(P):
+        assert set(members) <= set(before)
+        assert weights == sorted(weights, reverse=True)
+        assert sum(weights) == approx(1, abs=1e-12)
+        slow = em(P[members], 1000)
+        assert mixture(P[members], weights) <= mixture(P[members], slow) + 1e-6
+        before = members[:-1]
+    assert not before
+
+
+def test_a_pair_of_members_holds_both_kinds():
+    """The two of largest weight are alike; the pair is close to the best of all pairs."""
+    P = two_kinds()
+    pair, weights = q.best_members(P, 2)
+    assert min(pair) < 6 <= max(pair)
+    losses = []
+    for i in range(8):
+        for j in range(i):
+            w, _ = q.fit_prior(P[[i, j]])
+            losses.append(mixture(P[[i, j]], w))
+    assert mixture(P[pair], weights) <= min(losses) + 0.01
+
+
+def test_best_members():
+    P = two_kinds()
+    first = next(q.pruned(P))
+    assert q.best_members(P) == first
+    assert q.best_members(P, 8) == first
+    (member,), weights = q.best_members(P, 1)
+    assert weights == [1.0]
+    with pytest.raises(q.UserError, match="--k 0 must be at least 1"):
+        q.best_members(P, 0)
+
+
+def test_pruning_several_members_at_a_time_loses_nothing():
+    """Against one at a time, each fit from a cold start."""
+    members = np.arange(80)
+    right = np.repeat(members, 10 + members // 4)  # each on a part of its own
+    P = np.where(right == members[:, None], 0.9, 0.001)
+    P *= np.random.default_rng(0).uniform(0.5, 1, size=P.shape)
+    singly = {}
+    while len(members) > 62:
+        w, _ = q.fit_prior(P[members])
+        singly[len(members)] = mixture(P[members], w)
+        members = np.delete(members, w.argmin())
+    path = list(q.pruned(P))
+    sizes = [len(members) for members, _ in path]
+    assert sizes == [*range(80, 62, -2), *range(62, 0, -1)]
+    for members, weights in path[:9]:
+        loss = mixture(P[members], weights)
+        assert loss == approx(singly[len(members)], abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------
+# Table
+
+@pytest.mark.parametrize("M", [12, 35])
+def test_population_table(M):
+    heldout = random_predictions(M, seed=1)
+    scored = random_predictions(M, seed=2)
+    table = q.population_table(heldout, list(scored))
+    w, gap = q.fit_prior(heldout)
+    ranked = np.argsort(-w)
+    assert table["weights"] == w.tolist()
+    assert table["ranked"] == ranked.tolist()
+    assert table["gap"] == gap
+    assert [row["k"] for row in table["rows"]] == q.table_sizes(M)
+    for row in table["rows"]:
+        k = row["k"]
+        top = ranked[:k]
+        uniform = mixture(scored[top], np.full(k, 1 / k))
+        learned = mixture(scored[top], w[top] / w[top].sum())
+        members, weights = q.best_members(heldout, k)
+        pruned = mixture(scored[members], weights)
+        assert row["uniform"] == approx(uniform, abs=1e-9)
+        assert row["learned"] == approx(learned, abs=1e-9)
+        assert row["pruned"] == approx(pruned, abs=1e-9)
+
+
+def test_the_fit_of_a_table_sees_its_own_text_alone():
+    heldout = random_predictions(5, seed=1)
+    table = q.population_table(heldout, random_predictions(5, seed=2))
+    own = q.population_table(heldout, heldout)
+    assert own["weights"] == table["weights"]
+    assert own["rows"][-1]["learned"] < own["rows"][-1]["uniform"]
+
+
+def test_tables_of_small_populations_stay_those_of_the_records():
+    """As the solver of 2026-11-25 wrote them, whose fits were all cold and whole."""
+    heldout = random_predictions(16, 2000, seed=1, spread=0.5)
+    scored = random_predictions(16, 2000, seed=2, spread=0.5)
+    table = q.population_table(heldout, scored)
+    found = [[*row.values()] for row in table["rows"]]
+    assert found[1] == approx([2, 2.40756241666, 2.40775016946, 2.40759730500], abs=1e-9)
+    assert found[4] == approx([5, 2.38033457920, 2.38078332890, 2.38431351188], abs=1e-9)
+    assert found[15] == approx([16, 2.37593620600, 2.37560277642, 2.37560277642], abs=1e-9)
+
+
+def test_tables_show_every_k_of_a_small_population():
+    for M in (1, 16, 32):
+        assert q.table_sizes(M) == [*range(1, M + 1)]
+    few = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
+    assert q.table_sizes(33) == [*few, 33]
+    assert q.table_sizes(64) == [*few, 45, 64]
+    assert q.table_sizes(480) == [*few, 45, 64, 91, 128, 181, 256, 362, 480]
+
+
+def test_format_table():
+    first = {"k": 1, "uniform": 4.5, "learned": 4.5, "pruned": 4.25}
+    second = {"k": 2, "uniform": 4.125, "learned": 4.0, "pruned": 4.0}
+    table = {
+        "weights": [0.25, 0.75, 0.0001],
+        "ranked": [1, 0, 2],
+        "gap": 2.5e-8,
+        "rows": [first, second]}
+    assert q.format_table(table, "val") == [
+        "   k   uniform   learned    pruned   val loss of k members",
+        "   1   4.50000   4.50000   4.25000",
+        "   2   4.12500   4.00000   4.00000",
+        "prior gap:2.5e-08  weights (member:weight) 1:0.750 0:0.250"]
+
+
+@pytest.mark.parametrize("loss, shown", [
+    (3.048, "9.95x"), (3.003, "12.79x"), (2.987, "13.83x"),  # known results
+    (3.703, "2.00x"), (3.370, "4.00x"), (3.200, "6.00x"),
+    (3.123, "8.00x"), (3.046, "10.00x"), (2.892, "20.00x"),
+    (3.7031, "<2x"), (9.0, "<2x"), (2.8919, ">20x"), (0.1, ">20x")])
+def test_data_efficiency(loss, shown):
+    assert q.data_efficiency(loss) == shown
+
+
+# ------------------------------------------------------------------------------------------------
+# Tokenizer of a run
+
+def test_tokenizers(tmp_path):
+    """There, edited, not there, without its manifest."""
+    source = q.ROOT / "data/wiki.tiktoken"
+    copy = tmp_path / "wiki.tiktoken"
+    manifest = tmp_path / "manifest.json"
+    shutil.copyfile(source, copy)
+    entry = {"file": copy.name, "kind": "bpe", "pattern": r"\S+|\s", "eot": 2047}
+    entry["sha256"] = q.sha256_of(source)
+    manifest.write_text(json.dumps({"tokenizer": entry}))
+    found, encoding = q.load_tokenizer(tmp_path)
+    assert found == {"tokenizer": entry}
+    assert encoding.eot_token == 2047
+    tokens = encoding.encode_ordinary("The river")
+    assert encoding.decode(tokens) == "The river"
+    copy.write_bytes(source.read_bytes() + b"\n")
+    with pytest.raises(q.UserError, match="sha256 of wiki.tiktoken is not the manifest's"):
+        q.load_tokenizer(tmp_path)
+    manifest.write_text(json.dumps({"tokenizer": None}))
+    assert q.load_tokenizer(tmp_path)[1] is None
+    manifest.unlink()
+    with pytest.raises(q.UserError, match="tokenizer in .* is missing or damaged"):
+        q.load_tokenizer(tmp_path)

@@ -1,0 +1,424 @@
+"""Runs made of runs: average, pool, and a whole run as teacher (`--teacher`)."""
+import re
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from pytest import approx
+from safetensors.torch import load_file
+from tiny import (
+    MINI, VOCABULARY, edit_json, fails, predictions_of, read_json, sequences_of, works)
+
+import train_q0 as q
+from records import plot
+from records.mixture import load_mixture
+
+
+def weights_of(run, member):
+    return load_file(run / f"members/{member}/model.safetensors")
+
+
+def result_of(run):
+    return read_json(run / "result.json")
+
+
+def score(model, corpus, split):
+    """p(true token) of a run of `finished`'s sizes."""
+    sequences = sequences_of(corpus, split, 64)
+    return q.true_token_probs(model, sequences, 16, q.World())
+
+
+def loss_of(p):
+    return -np.log(p).mean()
+
+
+def assert_mean(weights, run, members):
+    """That `weights` are the mean of members', rounded once to bf16."""
+    found = [weights_of(run, i) for i in members]
+    for name, weight in weights.items():
+        mean = torch.stack([w[name].double() for w in found]).mean(0)
+        # a sum of float32 in another order: at most one unit of bf16 apart
+        torch.testing.assert_close(weight.double(), mean, rtol=2 ** -7, atol=1e-12)
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+# average ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("last, tried", [
+    (None, ["1", "2", "4"]),
+    (3, ["3"])])
+def test_average_is_the_mean_of_weights(last, tried, finished, corpus, logs, capsys):
+    """Held-out text chooses how many; predictions and losses are those of the mean."""
+    flags = ["--last", last] if last else []
+    out = works(capsys, "average", finished, "--name", "mean", *flags)
+    shown = dict(re.findall(r"traj:0 last:(\d+) heldout_loss:(\S+)", out))
+    assert list(shown) == tried
+    best = int(min(shown, key=lambda count: float(shown[count])))
+    made = logs / "mean"
+    assert_mean(weights_of(made, 0), finished, range(4 - best, 4))
+    model = q.load_member(made / "members/0")
+    cached = predictions_of(made)
+    for split, p in cached.items():
+        assert np.array_equal(p[0], score(model, corpus, split))
+    assert float(shown[str(best)]) == approx(loss_of(cached["heldout"]), abs=1e-5)
+    result = result_of(made)
+    loss = result["final_val_loss"]
+    assert loss == approx(loss_of(cached["val"]), abs=1e-6)
+    assert result["curve"][0]["last"] == best
+    newest = loss_of(predictions_of(finished)["val"][3])
+    assert f"traj:0 last:{best} val_loss:{loss:.5f} newest_val_loss:{newest:.5f}" in out
+
+
+def test_losses_of_means(finished, corpus, logs, capsys):
+    """Each of those tried is scored: here the mean of two, worked out anew."""
+    out = works(capsys, "average", finished)
+    model = q.load_member(finished / "members/3")
+    with torch.no_grad():
+        other = weights_of(finished, 2)
+        for name, weight in model.named_parameters():
+            mean = (weight.double() + other[name].double()) / 2
+            weight.copy_(mean.bfloat16())
+    loss = loss_of(score(model, corpus, "heldout"))
+    shown = re.search(r"last:2 heldout_loss:(\S+)", out)[1]
+    assert float(shown) == approx(loss, abs=1e-4)  # sums in another order
+    made, = logs.iterdir()
+    assert made.name == "first_mean"
+
+
+def test_an_average_is_a_run(finished, corpus, logs, capsys):
+    works(capsys, "average", finished, "--name", "mean", "--last", 2)
+    mixed = load_mixture("mean")
+    assert mixed.members == [0] and mixed.encoding is not None
+    out = works(capsys, "evaluate", "mean", "--data", corpus / "val.bin")
+    assert f"learned, 1  {result_of(logs / 'mean')['final_val_loss']:.5f}" in out
+    fails(capsys, "mean holds averages already: average ", "average", "mean", "--name", "again")
+
+
+def test_average_of_trajectories(trained, logs, capsys):
+    """A mean for each, of the members whose weights are still there; the prior mixes them."""
+    source = trained("two", "--trajectories", 2, "--cycles", 3, "--keep-members", 2,
+                     "--report", "dev")
+    out = works(capsys, "average", "two")
+    tried = re.findall(r"(traj:\d last:\d) h", out)
+    assert tried == ["traj:0 last:1", "traj:0 last:2", "traj:1 last:1", "traj:1 last:2"]
+    result = result_of(logs / "two_mean")
+    assert "dev loss of k members" in out
+    assert re.search(rf"^   2 .* {result['final_dev_loss']:.5f} ", out, re.M)
+    for j, entry in enumerate(result["curve"]):
+        assert entry["traj"] == j
+        end = 3 * j + 3
+        members = range(end - entry["last"], end)
+        assert_mean(weights_of(logs / "two_mean", j), source, members)
+    student = trained("student", "--population", "single", "--teacher", "two_mean")
+    assert result_of(student)["members"] == 1
+
+
+def other_data(run):
+    data = read_json(run / "run.json")["data"]
+    edit_json(run / "run.json", data={**data, "val.bin": "0" * 64})
+
+
+def no_settings(run):
+    (run / "run.json").write_text("{}")
+
+
+def no_weights(run):
+    shutil.rmtree(run / "members")
+
+
+@pytest.mark.parametrize("argv, damage, message", [
+    (["--last", "5"], None, "the weights of 4 members of a trajectory: --last 5 is out of range"),
+    (["--last", "0"], None, "the weights of 4 members of a trajectory: --last 0 is out of range"),
+    (["--name", "a/b"], None, "--name a/b must be a plain name"),
+    (["--name", "taken"], None, "taken exists: give another --name"),
+    (["--device", "cuda"], None, "torch sees no GPU"),
+    ([], other_data, "does not hold the data of .*copied any more: their hashes differ"),
+    ([], no_settings, "run.json is missing or damaged"),
+    ([], no_weights, "copied has the weights of 0 members of a trajectory")])
+def test_bad_average(argv, damage, message, copied, logs, monkeypatch, capsys):
+    (logs / "taken").mkdir(parents=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    if damage:
+        damage(copied)
+    fails(capsys, message, "average", copied, *argv)
+    assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
+
+
+def test_average_on_a_full_disk(copied, logs, monkeypatch, capsys):
+    def full(*args):
+        raise q.SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr(q, "save_file", full)
+    fails(capsys, "cannot write .*No space left", "average", copied)
+    assert not list(logs.iterdir())
+
+
+@pytest.mark.parametrize("command", ["average", "pool"])
+def test_no_torchrun(command, finished, logs, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    fails(capsys, f"{command} needs no torchrun", command, finished)
+
+
+# pool -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def trained_once(corpus, tmp_path_factory):
+    """A folder with a chain of two members and a q0 of three."""
+    logs = tmp_path_factory.mktemp("logs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(q, "LOGS", logs)
+        patch.setattr(plot, "draw_curve", lambda *args: None)
+        base = [*MINI, "--data", str(corpus), "--cycles"]
+        assert q.main([*base, "2", "--run", "chain", "--population", "chain"]) == 0
+        assert q.main([*base, "3", "--run", "several", "--seed", "1"]) == 0
+    return logs
+
+
+@pytest.fixture
+def chain(trained_once, logs):
+    return shutil.copytree(trained_once / "chain", logs / "chain")
+
+
+@pytest.fixture
+def several(trained_once, logs):
+    return shutil.copytree(trained_once / "several", logs / "several")
+
+
+def test_pooled_runs_are_one_population(chain, several, logs, capsys):
+    """Members, hashes and predictions of a chain and of q0; one prior over all."""
+    out = works(capsys, "pool", "chain", several, "--name", "both")
+    both = logs / "both"
+    result = result_of(both)
+    curve = result["curve"]
+    assert list(result["pool_of"]) == [str(chain), str(several)]
+    assert [entry["member"] for entry in curve] == [0, 1, 2, 3, 4]
+    sources = [entry["run"] for entry in curve]
+    assert sources == [str(chain)] * 2 + [str(several)] * 3
+    found = predictions_of(both)
+    for split, p in found.items():
+        parts = [predictions_of(run)[split] for run in (chain, several)]
+        assert np.array_equal(p, np.concatenate(parts))
+    for i in range(5):
+        source, own = (chain, i) if i < 2 else (several, i - 2)
+        theirs = weights_of(source, own)
+        for name, weight in weights_of(both, i).items():
+            assert torch.equal(weight, theirs[name])
+    weights, _ = q.fit_prior(found["heldout"])
+    loss = q.mixture_loss(found["val"], weights)
+    assert result["final_val_loss"] == approx(loss, abs=1e-6)
+    alone = result_of(chain)["final_val_loss"]
+    assert f"run:chain members:2 learned_val_loss:{alone:.5f} pooled_val_loss:{alone:.5f}" in out
+    assert not list(logs.glob("*.tmp"))
+
+
+def test_a_pool_is_a_run(chain, several, corpus, trained, logs, capsys):
+    """Every command takes it; a pool of pools has the members of all."""
+    works(capsys, "pool", "chain", "several")
+    pooled = logs / "chain_pool"
+    loss = result_of(pooled)["final_val_loss"]
+    out = works(capsys, "evaluate", pooled, "--data", corpus / "val.bin")
+    assert re.search(rf" learned, \d  {loss:.5f} ", out)
+    fails(capsys, "pool: average the runs it was made of: .*chain, ", "average", "chain_pool")
+    assert "chain_pool is complete" in works(capsys, "--resume", "chain_pool")
+    trained("third", "--cycles", 1)
+    works(capsys, "pool", "chain_pool", "third", "--name", "all")
+    assert result_of(logs / "all")["members"] == 6
+    pattern = r"chain brings the members of \S+chain a second time"
+    fails(capsys, pattern, "pool", "chain_pool", "chain")
+    fails(capsys, pattern, "pool", "chain", "chain", "--name", "x")
+    (several / "members/2/model.safetensors").unlink()  # a pool holds its members by itself
+    assert load_mixture("chain_pool").member(4)
+
+
+def other_text(run):
+    data = result_of(run)["data"]
+    edit_json(run / "result.json", data={**data, "heldout.bin": "0" * 64})
+
+
+def without_config(run):
+    about = result_of(run)
+    del about["config"]
+    (run / "result.json").write_text(str(about).replace("'", '"'))
+
+
+def unfinished(run):
+    (run / "result.json").unlink()
+
+
+def truncated(run):
+    file = run / "predictions/1.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+
+
+def of_an_older_script(run):
+    edit_json(run / "members/0/config.json", format=1)
+
+
+ALIKE = "several differs from .*chain in data, seq_len"
+
+
+@pytest.mark.parametrize("damage, argv, message", [
+    (other_text, [], ALIKE),
+    (unfinished, [], "several is not complete: go on with it"),
+    (truncated, [], "predictions .*several/predictions/1.safetensors .* damaged"),
+    (without_config, [], "several/result.json is missing or damaged"),
+    (of_an_older_script, [], "several/members/0 is of format 1, this script reads 2"),
+    (None, ["--name", "several"], "several exists: give another --name"),
+    (None, ["nobody"], "no run nobody under")])
+def test_bad_pool(damage, argv, message, chain, several, logs, capsys):
+    if damage:
+        damage(several)
+    fails(capsys, message, "pool", "chain", "several", *argv)
+    assert sorted(f.name for f in logs.iterdir()) == ["chain", "several"]
+
+
+@pytest.mark.parametrize("name, value", [
+    ("--report", "dev"),
+    ("--softcap", 20),
+    ("--train-tokens", 1500)])
+def test_runs_that_do_not_mix(name, value, chain, trained, capsys):
+    trained("several", name, value)
+    fails(capsys, ALIKE, "pool", "chain", "several")
+
+
+def test_members_of_several_shapes(trained, corpus, logs, capsys):
+    """Other layers, widths and windows: they mix, and teach together."""
+    trained("short", "--cycles", 2, "--layers", 3, "--windows", "SL", "--short-window", 8)
+    trained("wide", "--cycles", 1, "--width", 64, "--no-value-embeds", "--windows", "S",
+            "--short-window", 5)
+    works(capsys, "pool", "short", "wide", "--name", "x")
+    mixed = replace(load_mixture("x"), members=[0, 2], weights=[0.3, 0.7])
+    tokens = torch.from_numpy(sequences_of(corpus, "val", 32)[:16])
+    p = mixed.log_probs(tokens[:, :-1]).exp()
+    cached = predictions_of(logs / "x")["val"]
+    expected = 0.3 * cached[0] + 0.7 * cached[2]
+    found = p.gather(2, tokens[:, 1:, None]).flatten()
+    assert_allclose(found, expected[:len(found)], rtol=1e-4)
+    assert works(capsys, "sample", "x", "--tokens", 3)
+    weights = [0.3, 0.3, 0.4]  # of all, as the prior may choose one shape alone
+    student = taught_by(trained, "x", weights)
+    assert result_of(student)["flops"]["teacher"] == approx(flops_of_teachers(student, "x"))
+
+
+def taught_by(trained, teacher, weights):
+    """A student of all members of a run, of these weights."""
+    with pytest.MonkeyPatch.context() as patch:
+        everyone = list(range(len(weights)))
+        patch.setattr(q, "best_members", lambda heldout, k=None: (everyone, weights))
+        return trained("student", "--population", "single", "--teacher", teacher)
+
+
+def flops_of_teachers(student, teacher):
+    """A forward pass of each member for every token of the student's."""
+    about = read_json(student / "run.json")
+    cfg = q.Config(**about["config"])
+    of_student, _ = q.flops_per_token(cfg, VOCABULARY)
+    tokens = result_of(student)["flops"]["model"] / of_student
+    total = 0
+    for member in (q.LOGS / teacher / "members").iterdir():
+        of = q.Config(**read_json(member / "config.json")["config"])
+        _, forward = q.flops_per_token(of, VOCABULARY)
+        total += forward * tokens
+    return total
+
+
+# --teacher --------------------------------------------------------------------------------------
+
+SIZES = ["--seq-len", 64, "--micro-batch", 8]  # of `finished`, whose prior mixes several members
+SINGLE = ["--population", "single", "--teacher"]
+
+
+def test_population_teaches_one_model(finished, trained, monkeypatch):
+    """The loss of every step is that of the mixture, from the first cycle on."""
+    mixed = load_mixture(finished)
+    found = []
+    expected = []
+    training_loss = q.training_loss
+
+    def spied(model, teacher, cfg, tokens):
+        loss, ce = training_loss(model, teacher, cfg, tokens)
+        with torch.no_grad():
+            log_p = mixed.log_probs(tokens[:, :-1])
+            hidden, _ = model.eval()(tokens[:, :-1])
+            model.train()
+            logits = 15 * torch.tanh(hidden @ model.head[:VOCABULARY].T / 15)
+            log_p = (log_p / 1.2).log_softmax(-1)
+            log_q = (logits / 1.2).log_softmax(-1)
+            kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean()
+            total = 0.4 * ce + 0.6 * 1.2 ** 2 * kl
+        found.append(loss.item())
+        expected.append(total.item())
+        return loss, ce
+
+    monkeypatch.setattr(q, "training_loss", spied)
+    student = trained("one", *SIZES, *SINGLE, finished, "--distill-weight", 0.6)
+    assert len(found) >= 15  # 8 epochs of 15 or 16 sequences, 8 a step
+    assert_allclose(found, expected, rtol=1e-4)
+    flops = result_of(student)["flops"]
+    assert flops["teacher"] > flops["model"] / 3  # more than one member of the student's size
+    entry, = result_of(student)["curve"]
+    assert entry["distilled"] == 1
+    assert load_mixture(student).members == [0]
+
+
+def test_best_teachers_alone(finished, trained):
+    one = result_of(trained("one", *SIZES, *SINGLE, finished, "--teacher-k", 1))
+    two = result_of(trained("two", *SIZES, *SINGLE, finished, "--teacher-k", 2))
+    assert two["flops"]["teacher"] == approx(2 * one["flops"]["teacher"])
+    assert two["final_val_loss"] != one["final_val_loss"]
+
+
+def stop_at_micro_batch(monkeypatch, n):
+    """A signal during the n-th."""
+    calls = []
+    training_loss = q.training_loss
+
+    def interrupted(*args):
+        calls.append(1)
+        if len(calls) == n:
+            q.Stopped.signal = 15
+        return training_loss(*args)
+
+    monkeypatch.setattr(q, "training_loss", interrupted)
+
+
+@pytest.fixture
+def stopped(trained, flags, monkeypatch):
+    """A student that was stopped; its teacher."""
+    teacher = trained("many", "--cycles", 4)
+    with monkeypatch.context() as patch:
+        stop_at_micro_batch(patch, 9)
+        assert q.main([*flags, *SINGLE, "many"]) == 143
+    return teacher
+
+
+def test_stopped_student_goes_on(stopped, trained, logs, capsys):
+    works(capsys, "--resume", "x")
+    whole = trained("whole", *SINGLE, "many")
+    one = weights_of(logs / "x", 0)
+    for name, weight in weights_of(whole, 0).items():
+        assert torch.equal(weight, one[name])
+
+
+def test_resume_under_another_teacher(stopped, trained, capsys):
+    """A teacher that is no longer the same: the run does not go on as if it were."""
+    shutil.rmtree(stopped)
+    trained("many", "--cycles", 4, "--seed", 5)
+    fails(capsys, "x exists and differs in teacher", "--resume", "x")
+
+
+@pytest.mark.parametrize("argv, message", [
+    (["--teacher", "nobody"], "no run nobody under"),
+    (["--softcap", "20"], r"is \(300, 15.0, 32\), this run's \(300, 20.0, 32\)"),
+    (["--seq-len", "64", "--micro-batch", "8"], r"this run's \(300, 15.0, 64\)"),
+    (["--teacher-k", "0"], "--teacher-k 0 is out of range")])
+def test_bad_teachers(argv, message, trained, flags, logs, capsys):
+    trained("many", "--epochs", 2, "--cycles", 1)
+    fails(capsys, message, *flags, *SINGLE, "many", *argv)
+    assert not (logs / "x").exists()

@@ -1,0 +1,258 @@
+"""train_q0.py reads like a paper: its size in tokens, its density, and what golfs a line.
+
+Comments and docstrings cost nothing. Each rule is also shown a piece of code that breaks it.
+"""
+import ast
+import io
+import tokenize
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).resolve().parent.parent / "train_q0.py"
+MAX_TOKENS = 20_000
+MAX_TOKENS_A_LINE = 11  # on average; the models of the field have 7 to 11
+MAX_COLUMNS = 100
+MAX_FUNCTION_LINES = 60
+MAX_DEPTH = 4  # blocks inside one another in a function
+MAX_WALRUSES = 1  # of a function
+MAX_UNPACKED = 3  # by position; a dataclass names more
+
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match, *FUNCTIONS)
+SEQUENCES = (ast.Tuple, ast.List)
+
+# --------------------------------------------------------------------------------------------------
+# Size
+
+
+def code_tokens(source):
+    """The tokens of a file, without comments, docstrings and layout."""
+    docstrings = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Expr) and is_text(node.value):
+            docstrings |= set(range(node.lineno, node.end_lineno + 1))
+    kinds = {tokenize.OP, tokenize.NAME, tokenize.NUMBER, tokenize.STRING}
+    for name in ("FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"):  # from Python 3.12 on
+        kinds.add(getattr(tokenize, name, tokenize.STRING))
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return [t for t in tokens if t.type in kinds and t.start[0] not in docstrings]
+
+
+def too_many_tokens(source):
+    count = len(code_tokens(source))
+    if count > MAX_TOKENS:
+        yield f"{count} tokens, more than {MAX_TOKENS}"
+
+
+def too_dense(source):
+    tokens = code_tokens(source)
+    density = len(tokens) / len({t.start[0] for t in tokens})
+    if density > MAX_TOKENS_A_LINE:
+        yield f"{density:.2f} tokens a line, more than {MAX_TOKENS_A_LINE}"
+
+
+def too_wide(source):
+    for number, line in enumerate(source.splitlines(), 1):
+        if len(line) > MAX_COLUMNS:
+            yield f"line {number} has {len(line)} columns"
+
+
+def depth(node):
+    """Levels of blocks inside `node`; an `elif` is no deeper than its `if`."""
+    deepest = 0
+    for child in ast.iter_child_nodes(node):
+        is_elif = isinstance(node, ast.If) and node.orelse == [child] and isinstance(child, ast.If)
+        level = 1 if isinstance(child, BLOCKS) and not is_elif else 0
+        deepest = max(deepest, level + depth(child))
+    return deepest
+
+
+def too_long_or_deep(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, FUNCTIONS):
+            lines = node.end_lineno - node.lineno + 1
+            if lines > MAX_FUNCTION_LINES:
+                yield f"{node.name} has {lines} lines"
+            if depth(node) > MAX_DEPTH:
+                yield f"{node.name} is {depth(node)} levels deep"
+
+
+# --------------------------------------------------------------------------------------------------
+# Golf
+
+
+def is_text(node):
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def is_condition(node):
+    """Whether `node` is True or False and nothing else."""
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id in ("bool", "isinstance")
+    return isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not)
+
+
+def is_product_of_condition(node):
+    """Comparisons of tensors are masks and `a or 1` is a number: those count beside literals."""
+    if not isinstance(node, ast.BinOp) or not isinstance(node.op, ast.Mult):
+        return False
+    sides = (node.left, node.right)
+    if any(map(is_condition, sides)):
+        return True
+    literal = any(isinstance(x, (ast.Constant, ast.JoinedStr, *SEQUENCES)) for x in sides)
+    return literal and any(isinstance(x, (ast.Compare, ast.BoolOp)) for x in sides)
+
+
+def products_of_conditions(source):
+    for node in ast.walk(ast.parse(source)):
+        if is_product_of_condition(node):
+            yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def names_in(node):
+    return {x.id for x in ast.walk(node) if isinstance(x, ast.Name)}
+
+
+def root(node):
+    """The name that attributes, subscripts and methods are of, or None."""
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else None
+
+
+def tuple_assignments(source):
+    """`a, b = x, y`, except where old values make new ones (a swap) or all are parts of one."""
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.Assign) or not isinstance(node.value, ast.Tuple):
+            continue
+        for target in node.targets:
+            if not isinstance(target, ast.Tuple) or names_in(target) & names_in(node.value):
+                continue
+            roots = set(map(root, node.value.elts))
+            if None in roots or len(roots) > 1:
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def named_lambdas(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.NamedExpr)):
+            values = node.value.elts if isinstance(node.value, ast.Tuple) else [node.value]
+            if any(isinstance(value, ast.Lambda) for value in values):
+                yield f"line {node.lineno}: {ast.unparse(node)}"
+
+
+def own_nodes(function):
+    """The nodes of a function or module, without those of functions inside it."""
+    for child in ast.iter_child_nodes(function):
+        if not isinstance(child, FUNCTIONS):
+            yield child
+            yield from own_nodes(child)
+
+
+def walruses(source):
+    tree = ast.parse(source)
+    for function in [tree, *ast.walk(tree)]:
+        if isinstance(function, (ast.Module, *FUNCTIONS)):
+            found = [x for x in own_nodes(function) if isinstance(x, ast.NamedExpr)]
+            if len(found) > MAX_WALRUSES:
+                name = getattr(function, "name", "the module")
+                yield f"line {found[-1].lineno}: {name} has {len(found)} walruses"
+
+
+def starred(node):
+    """What `node` unpacks with a star or two."""
+    if isinstance(node, ast.Starred) or isinstance(node, ast.keyword) and node.arg is None:
+        return [node.value]
+    if isinstance(node, ast.Dict):
+        return [value for key, value in zip(node.keys, node.values) if key is None]
+    return []
+
+
+def starred_conditionals(source):
+    for node in ast.walk(ast.parse(source)):
+        for value in starred(node):
+            if isinstance(value, (ast.IfExp, ast.BoolOp)) or is_product_of_condition(value):
+                yield f"line {value.lineno}: *({ast.unparse(value)})"
+
+
+def unpackings(node):
+    """[(target, value or None), ...] of an assignment or a loop."""
+    if isinstance(node, ast.Assign):
+        return [(target, node.value) for target in node.targets]
+    return [(node.target, None)] if isinstance(node, (ast.For, ast.comprehension)) else []
+
+
+def long_unpackings(source):
+    """Sizes are exempt: a tensor's shape is read by position everywhere."""
+    for node in ast.walk(ast.parse(source)):
+        for target, value in unpackings(node):
+            sizes = isinstance(value, ast.Attribute) and value.attr == "shape"
+            for part in ast.walk(target):
+                if isinstance(part, SEQUENCES) and len(part.elts) > MAX_UNPACKED and not sizes:
+                    yield f"line {part.lineno}: {ast.unparse(part)}"
+
+
+# --------------------------------------------------------------------------------------------------
+# The script, and code that breaks each rule
+
+FLAT = "def f(x):\n" + "    x += 1\n" * 70
+DEEP = "def f(x):\n" + "".join(4 * (i + 1) * " " + "if x:\n" for i in range(5)) + 24 * " " + "pass"
+LADDER = "def f(x):\n    if x:\n        pass\n" + "    elif x:\n        pass\n" * 8
+
+BREAKS = {  # rule: code that it finds fault with
+    too_many_tokens: ["x = 1\n" * 7000],
+    too_dense: ["x = f(1, 2, 3, 4, 5)\n", "x = f(1, 2, 3, 4)[0]  # 13\n# and a line of comment\n"],
+    too_wide: ["x = 1  # " + "o" * 100],
+    too_long_or_deep: [FLAT, DEEP],
+    products_of_conditions: [
+        "x = 'text' * (a > b)", "x = 2 * (rank > 0)", "x = (a == b) * ['y']", "x = y * bool(z)",
+        "x = f'{a}' * (not b)", "x = (a or b) * 'c'", "x = isinstance(a, int) * 3"],
+    tuple_assignments: [
+        "a, b = x, y", "a, b = {}, 0", "a, self.b = x.c, y.c", "a, b = x[0], f(x)", "a, b = 1, 2"],
+    named_lambdas: [
+        "f = lambda x: x", "f: object = lambda: 0", "g.f = lambda: 0", "a, f = 1, lambda: 0"],
+    walruses: ["def f():\n    return (a := 1) + (b := 2)", "if (a := 1) > (b := 2): pass"],
+    starred_conditionals: [
+        "f(*(x if y else []))", "[*a, *(b and c)]", "f(**({'a': 1} if y else {}))",
+        "{**a, **(b if c else {})}", "[*['x'] * (a == b)]"],
+    long_unpackings: [
+        "a, b, c, d = f()", "for i, (a, b, c, d) in x: pass", "[a for a, b, c, d in x]",
+        "a, *b, c, d = x"]}
+FINE = """
+def f(x, mask, rows):
+    '''A docstring: """ + "word " * 12 + """'''
+    B, T, H, K = x.shape
+    a, b = divmod(x, 2)
+    a, b = b, a
+    n, D = cfg.layers, cfg.width
+    z = x
+    y = mask * (x > 0) + 2 * x + (a or 1) * (b or 1)
+    if match := find(x):
+        y = y * match
+        z = y
+    else:
+        z = 0
+    key = sorted(rows, key=lambda row: row[0])
+    for i, (name, value) in enumerate(rows):
+        y = f(*a, *[z for z in b if z], **c)
+    return y
+"""
+
+
+@pytest.mark.parametrize("rule", BREAKS, ids=lambda rule: rule.__name__)
+def test_script(rule):
+    found = list(rule(SCRIPT.read_text(encoding="utf-8")))
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("rule, code", [(rule, code) for rule in BREAKS for code in BREAKS[rule]])
+def test_rule_finds(rule, code):
+    assert list(rule(code))
+
+
+@pytest.mark.parametrize("rule", BREAKS)
+@pytest.mark.parametrize("code", [FINE, LADDER])
+def test_rule_lets_pass(rule, code):
+    assert not list(rule(code))

@@ -1,0 +1,173 @@
+"""What tests of whole runs share: settings, a corpus on the disk, and ways to run a command."""
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import prepare
+from safetensors.numpy import load_file
+
+import train_q0 as q
+
+ROOT = Path(q.__file__).resolve().parent
+# a fraction of a second; one micro-batch a step
+MINI = (
+    "--layers 1 --width 32 --head-dim 16 --mlp-hidden 32 --seq-len 32 --batch-tokens 512 "
+    "--micro-batch 16 --train-tokens 1000 --epochs 8 --distill-after 1 --lr-head 0.01 "
+    "--precision float32 --device cpu --log-every 1").split()
+# seconds; members close enough that the prior mixes several, so its optimum is inside
+SEVERAL = (
+    "--layers 1 --width 64 --head-dim 32 --mlp-hidden 128 --seq-len 64 --batch-tokens 1024 "
+    "--micro-batch 16 --train-tokens 4000 --epochs 24 --cycles 4 --distill-after 1 "
+    "--distill-weight 0.1 --lr-matrix 0.04 --lr-head 0.01 "
+    "--precision float32 --device cpu --log-every 1").split()
+VOCABULARY = 300  # no multiple of 64: the head is padded to 320
+END = 299  # <|endoftext|>
+
+
+# A corpus on the disk
+
+WORDS = ("ash birch cedar elm fir oak pine rowan willow yew walks sees under over the a green tall "
+         "old río 夜 12 naïve don't").split()
+
+
+def random_documents(number, seed=0, words=60):
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=words)) + f".\n{i} end" for i in range(number)]
+
+
+def learnable_documents(number, words=60):
+    """Of 80 made-up words; each is mostly followed by one of four, so much can be learned."""
+    rng = random.Random(0)
+    syllables = itertools.product("bdklmprst", "aeiou", "lnrs", "aeo")
+    known = rng.sample(["".join(s) for s in syllables], 80)
+    after = {word: rng.sample(known, 4) for word in known}
+    documents = []
+    for _ in range(number):
+        text = [rng.choice(known)]
+        while len(text) < words:
+            likely, = rng.choices(after[text[-1]], (8, 4, 2, 1))
+            text.append(likely if rng.random() < 0.9 else rng.choice(known))
+        documents.append(" ".join(text))
+    return documents
+
+
+def write_jsonl(path, documents):
+    lines = [json.dumps({"text": text}) + "\n" for text in documents]
+    path.write_text("".join(lines), encoding="utf-8")
+    return path
+
+
+def make_data(folder, documents, val=15_000, dev=15_000, heldout=5000):
+    """A data folder with a tokenizer of its own."""
+    source = write_jsonl(folder.with_suffix(".jsonl"), documents)
+    sizes = ["--val-bytes", val, "--dev-bytes", dev, "--heldout-bytes", heldout]
+    argv = ["text", "--input", source, "--out", folder, "--tokenizer", "train", "--vocab",
+            VOCABULARY, *sizes]
+    assert prepare.main([str(a) for a in argv]) == 0
+    return folder
+
+
+def shard_bytes(tokens):
+    header = [20240520, 1, len(tokens)] + [0] * 253
+    return np.array(header, "<i4").tobytes() + np.array(tokens, "<u2").tobytes()
+
+
+def read_shard(path):
+    """Its tokens, read anew."""
+    return np.fromfile(path, dtype="<u2", offset=1024).astype(np.int64)
+
+
+def read_documents(folder, split, encoding):
+    tokens = read_shard(folder / f"{split}.bin").tolist()
+    starts = [i for i, token in enumerate(tokens) if token == encoding.eot_token]
+    ends = [*starts[1:], len(tokens)]
+    return [encoding.decode(tokens[a + 1:b]) for a, b in zip(starts, ends)]
+
+
+def snapshot(folder):
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    return {path.relative_to(folder): path.read_bytes() for path in files}
+
+
+# Commands
+
+def user(cwd, *argv, **env):
+    """Run a command as a user would; `python` is the one that runs the tests."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    env = {**os.environ, "PATH": path, "OMP_NUM_THREADS": "1", **env}
+    argv = [str(a) for a in argv]
+    return subprocess.run(argv, cwd=cwd, capture_output=True, text=True, timeout=300, env=env)
+
+
+def clone(to):
+    """A copy of the repository without data and runs."""
+    def left_out(folder, names):
+        found = [n for n in names if n.startswith(".") or n in ("logs", "__pycache__")]
+        if Path(folder) == ROOT / "data":
+            found += [n for n in names if (ROOT / "data" / n).is_dir()]
+        return found
+    return shutil.copytree(ROOT, to, ignore=left_out)
+
+
+def works(capsys, *argv):
+    """What a command of train_q0.py prints."""
+    capsys.readouterr()
+    status = q.main([str(a) for a in argv])
+    out, error = capsys.readouterr()
+    assert status == 0, error
+    return out
+
+
+def fails(capsys, pattern, *argv):
+    """A mistake: exit status 2 and one line, which `pattern` matches."""
+    capsys.readouterr()
+    status = q.main([str(a) for a in argv])
+    error = capsys.readouterr().err
+    assert status == 2 and error.count("\n") == 1 and error.endswith("\n"), (status, error)
+    assert error.startswith("train_q0.py: error: ")
+    assert re.search(pattern, error), error
+
+
+# Damage
+
+def flip(path, at=-101):
+    """Change one bit."""
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+def shorten(path, size):
+    """Keep so many bytes; negative: lose so many."""
+    path.write_bytes(path.read_bytes()[:size])
+
+
+# Runs
+
+def read_json(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**read_json(path), **changes}))
+
+
+def predictions_of(run):
+    """{split: float32 [members, tokens]}, read anew."""
+    number = len(list((run / "predictions").iterdir()))
+    members = [load_file(run / f"predictions/{i}.safetensors") for i in range(number)]
+    return {split: np.stack([m[split] for m in members]) for split in members[0]}
+
+
+def sequences_of(data, split, seq_len):
+    """[n, seq_len + 1] consecutive pieces of a split, tail dropped, read anew."""
+    tokens = read_shard(data / f"{split}.bin")
+    n = len(tokens) // (seq_len + 1)
+    return tokens[:n * (seq_len + 1)].reshape(n, seq_len + 1)
