@@ -458,7 +458,7 @@ CPU = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate m
 def test_out_of_memory(error, monkeypatch, capsys):
     def train(argv):
         raise error
-    monkeypatch.setitem(q.COMMANDS, "train", train)
+    monkeypatch.setattr(q, "command_train", train)
     assert q.main([]) == 2
     line = capsys.readouterr().err
     assert line.count("\n") == 1 and str(error)[:40] in line
