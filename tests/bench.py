@@ -40,9 +40,8 @@ import numpy as np  # noqa: E402: after the path
 import torch  # noqa: E402
 from torch.profiler import record_function  # noqa: E402
 
-sys.path.insert(0, str(ROOT / "records"))
-import cost  # noqa: E402
 import train_q0 as q  # noqa: E402
+from records import cost  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
