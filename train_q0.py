@@ -1394,6 +1394,8 @@ class Optimizer:
 
     def compile(self):
         """Fuse what is not a product. Sizes stay open: banks share what is compiled."""
+        # betas are constants: as inputs, torch 2.13's cache on the disk takes one bank's for all
+        torch._dynamo.config.specialize_float = True
         self.muon_momentum = torch.compile(muon_momentum, dynamic=True)
         self.muon_update = torch.compile(muon_update, dynamic=True)
         self.adamw_update = torch.compile(adamw_update, dynamic=True)
