@@ -1,6 +1,9 @@
 """Optimizer: every rule against numpy float64 and torch.optim; working copies; ranks; memory."""
 import math
+import os
 import shutil
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -404,3 +407,39 @@ def test_compiled_functions_agree(backend, monkeypatch):
         torch.testing.assert_close(master, plain[name], rtol=1e-4, atol=1e-5)
     assert counters["stats"]["unique_graphs"] <= 1 + 2 * 3  # AdamW's; Muon's two: tall, square, wide
     torch._dynamo.reset()
+
+
+FIRST_STEPS = """
+import torch
+import train_q0 as q
+from models import VOCAB, small
+
+torch.set_num_threads(1)
+cfg = small()
+optimizer = q.Optimizer(q.GPT(cfg, VOCAB), cfg, q.World())
+optimizer.compile()
+for name in ("embed", "x0_scale"):  # of other betas
+    bank = optimizer.banks[name]
+    bank.grad.fill_(1e-3)
+    lr, zero, one = torch.tensor([bank.lr, 0.0, 1.0])
+    optimizer.adamw_update(bank.own, bank.grad_units, bank.first, bank.second, lr, zero, one,
+                           torch.tensor(True), one, *bank.row.betas)
+    print(name, -float(bank.master.flatten()[0]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
+def test_a_warm_compile_cache_updates_as_a_cold_one(tmp_path):
+    """The first step of AdamW is lr, whatever the betas; the second process, a resumed run say,
+    reads what the first one compiled."""
+    paths = [str(q.ROOT), str(q.ROOT / "tests")]
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path),
+           "PYTHONPATH": os.pathsep.join(paths)}
+    for _ in range(2):
+        done = subprocess.run([sys.executable, "-c", FIRST_STEPS], env=env, text=True,
+                              capture_output=True)
+        assert done.returncode == 0, done.stderr
+        steps = dict(line.split() for line in done.stdout.splitlines())
+        assert float(steps["embed"]) == pytest.approx(0.0375, rel=1e-4)
+        assert float(steps["x0_scale"]) == pytest.approx(0.025, rel=1e-4)
