@@ -1383,10 +1383,11 @@ class Optimizer:
             weight.data = bank.master.to(self.dtype) if bank.copied else bank.master
             self.banks[name] = bank
         device = next(model.parameters()).device
-        self.steps = torch.zeros((), device=device)  # that were not skipped
-        self.skipped = torch.zeros((), device=device)
-        self.lr_mult = torch.zeros((), device=device)
-        self.wd_mult = torch.zeros((), device=device)
+        zero = torch.zeros((), device=device)
+        self.steps = zero.clone()  # that were not skipped
+        self.skipped = zero.clone()
+        self.lr_mult = zero.clone()
+        self.wd_mult = zero.clone()
         self.muon_momentum = muon_momentum
         self.muon_update = muon_update
         self.adamw_update = adamw_update
@@ -1961,6 +1962,7 @@ class Trainer:
         self.optimizer.reset()
         self.optimizer.skipped.zero_()
         self.first_bad.fill_(NEVER)
+        faulthandler.cancel_dump_traceback_later()  # until the first step
 
     # Trajectories and cycles
 

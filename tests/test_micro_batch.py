@@ -115,6 +115,17 @@ def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
     same_weights(plain, compiled, atol=1e-4)
 
 
+def test_the_warm_up_leaves_no_timer(graphs, tmp_path, monkeypatch):
+    """Else it ends whoever only builds a Trainer, and forks wait for its thread for ever."""
+    calls = []
+    timer = {"dump_traceback_later": lambda *_, **__: calls.append("armed"),
+             "cancel_dump_traceback_later": lambda: calls.append("off")}
+    for name, fake in timer.items():
+        monkeypatch.setattr(q.faulthandler, name, fake)
+    models.trainer(tmp_path, q.replace(small(**SHORT), compile=True))
+    assert calls == ["armed", "off"]
+
+
 # ------------------------------------------------------------------------------------------------
 # CUDA graphs: a fake on the CPU records every operation and runs them again, on the same tensors
 
