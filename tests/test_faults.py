@@ -2,7 +2,6 @@
 import ast
 import contextlib
 import errno
-import functools
 import json
 import os
 import re
@@ -19,13 +18,14 @@ import numpy as np
 import pytest
 import torch
 from forks import (
-    CYCLE_ENDS, EVERY_STEP, RUN, Fork, at_step, command, differences, disturbed,
+    CYCLE_ENDS, EVERY_STEP, Fork, at_step, command, differences, disturbed,
     metrics_of, planted, ranks, reference, result_of, resume, shards, start, states_of,
     weights_of)
 from safetensors.numpy import save_file
-from tiny import edit_json, fails, flip, read_json, shorten
+from tiny import edit_json, fails, flip, predictions_of, read_json, shorten
 
 import train_q0 as q
+from records.population import load_predictions
 
 NEWEST = "state/0-000000011"  # of `interrupted`
 BEFORE = "state/0-000000010"
@@ -309,7 +309,7 @@ def test_skip_not_finite(base, logs, tmp_path):
     assert skipped["updates"] == result_of(logs / "x")["skipped_updates"] == 1
     assert skipped["reason"] == "the loss is not finite at step 7, micro-batch 0 of trajectory 0"
     assert weights_of(logs / "x") != weights_of(reference(base))
-    for p in q.load_predictions(logs / "x").values():
+    for p in predictions_of(logs / "x").values():
         assert np.isfinite(p).all()
 
 
@@ -631,7 +631,7 @@ def predictions_target(tmp, base, run):
     bad += [struct.pack("<Q", n) + rest for n in (2 ** 63, 2 ** 32, size - 1, size + 1)]
 
     def read():
-        for x in q.load_predictions(tmp / "r").values():
+        for x in load_predictions(tmp / "r").values():
             assert x.shape == (2, x.shape[1]) and x.dtype == np.float32
             assert (x > 0).all() and (x <= 1).all()
     return Target(file, read, made, bad)
