@@ -654,8 +654,7 @@ def test_hostile_files(kind, base, killed, logs, tmp_path):
         for raw in target.made:
             target.file.write_bytes(raw)
             told.append(check(target.read) is not None)
-        print(kind, len(told), sum(told))
-        assert 0.1 < sum(told) / len(told)
+        assert sum(told) > 5
 
     guarded(logs, act, 300)
 
