@@ -284,7 +284,8 @@ def test_torchrun_restarts(processes, base, logs):
     argv[argv.index("--run")] = "--name"  # torchrun would take --run for an option of its own
     launch = ["--standalone", "--max-restarts=1", f"--nproc_per_node={processes}", __file__]
     call = functools.partial(torchrun, [*launch, *map(str, argv)])
-    fork = Fork(logs, call=call, TEST_LOGS=logs, PYTHONPATH=q.ROOT).good(150)
+    paths = os.pathsep.join([str(q.ROOT), str(q.ROOT / "data")])
+    fork = Fork(logs, call=call, TEST_LOGS=logs, PYTHONPATH=paths).good(150)
     assert fork.went_on_from == {0: 3}
     assert (logs / "died").exists()
     assert not disturbed(base, logs, size=processes)
