@@ -13,6 +13,8 @@ import tiny
 import torch
 from scipy.special import expit, softmax
 from tiny import VOCAB, build, in_float64, random_tokens, resolved, seeded, small
+from torch.autograd import gradcheck
+from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -281,6 +283,20 @@ def test_model_against_numpy(name, precision, tolerance):
             assert np.abs(error).max() < tolerance
 
 
+def test_gradients_against_finite_differences():
+    """In random directions, of all weights but the head's."""
+    model = in_float64(build())
+    tokens = random_tokens(2, 17)
+    weights = dict(model.named_parameters())
+    del weights["head"]
+
+    def outputs(*tensors):
+        changed = dict(zip(weights, tensors))
+        return functional_call(model, changed, (tokens[:, :-1], tokens[:, 1:]))
+
+    assert gradcheck(outputs, tuple(weights.values()), fast_mode=True)
+
+
 def moved(a, b):
     """Positions at which float64 results [1, T, D] differ by more than rounding."""
     change = (a - b).abs().amax(dim=(0, 2))
@@ -351,10 +367,33 @@ def test_induction_heads_find_what_followed_the_same_token(smear):
 
 
 # ------------------------------------------------------------------------------------------------
-# Initial weights and noise; test_frozen.py has their numbers
+# Initial weights and noise
 
 CONSTANT = {
-    "resid_scale", "skip_scale", "x0_scale", "attn_gate", "value_gate", "smear", "mixing"}
+    "resid_scale": 1, "skip_scale": 1, "x0_scale": 0.1, "attn_gate": 0, "value_gate": 0,
+    "smear": 0, "mixing": torch.eye(4)}
+UNIFORM = {"qkv": 1 / 8, "gate_up": 1 / 8, "value": 1 / 8, "mtp_proj": 1 / 8}  # 1 / root of width
+DRAWN = {"embed": 1.0, "head": 0.001, "out": 1 / 8, "down": 1 / 8, **UNIFORM}  # deviations
+
+
+def test_initial_weights():
+    """Means and standard deviations to five standard errors."""
+    model = build(stir=False)
+    weights = {name: x.detach().clone() for name, x in model.named_parameters()}
+    assert weights.keys() == CONSTANT.keys() | DRAWN.keys()
+    for name, value in CONSTANT.items():
+        assert (weights[name] == value).all(), name
+    queries, keys, _ = weights["qkv"].unbind(1)
+    same = (queries == keys).all(dim=2)  # the heads for induction: a token finds its like
+    assert same.tolist() == [[False] * 32 + [True] * 32] * 7
+    weights["qkv"] = weights["qkv"][:, 1:]
+    for name, std in DRAWN.items():
+        x = weights[name].double()
+        error = std / math.sqrt(x.numel())
+        assert abs(x.mean()) < 5 * error, name
+        assert abs(x.std() - std) < 5 * error, name
+        bounded = x.abs().max() <= 1.000001 * math.sqrt(3) * std
+        assert bounded == (name in UNIFORM), name
 
 
 def test_initial_weights_depend_on_key_and_name_alone():
@@ -395,7 +434,7 @@ def test_perturbation():
     other = perturbed(model, 0, 1, 3)
     for name, old in model.named_parameters():
         assert torch.equal(one[name], same[name]), name
-        if name in CONSTANT - {"resid_scale", "mixing"}:
+        if name in CONSTANT.keys() - {"resid_scale", "mixing"}:
             assert torch.equal(one[name], old), name
             continue
         assert not torch.equal(one[name], other[name]), name
