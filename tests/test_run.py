@@ -111,13 +111,6 @@ def test_log_shows_the_metrics(run):
                 assert shown == "/".join(str(part) for part in parts)
 
 
-def test_it_learns(run):
-    steps = [event for event in events_of(run[0]) if event["event"] == "step"]
-    first = steps[0]["loss"]
-    assert first == pytest.approx(math.log(300), abs=0.02)  # the head starts near 0
-    assert steps[-1]["loss"] < first - 2
-
-
 def test_losses_from_cached_predictions(run):
     """Those printed and in the result, from the predictions and the prior's weights alone."""
     folder, stdout = run
@@ -211,39 +204,34 @@ def down_of(folder, i):
     return load_file(folder / f"members/{i}/model.safetensors")["down"].float()
 
 
-@pytest.mark.parametrize("population, trajectories, cycles, distilled", [
-    ("single", 1, 1, [0]),
-    ("ensemble", 2, 1, [0, 0]),
-    ("chain", 1, 2, [0, 1]),
-    ("snapshots", 1, 2, [0, 0]),
-    ("q0", 1, 4, [0, 1, 1, 1])])
-def test_populations(population, trajectories, cycles, distilled, trained, monkeypatch):
+@pytest.mark.parametrize("population, trajectories, distilled", [
+    ("single", 1, [0]),
+    ("ensemble", 2, [0, 0]),
+    ("chain", 1, [0, 1]),
+    ("snapshots", 1, [0, 0]),
+    ("q0", 1, [0, 1, 1, 1])])
+def test_populations(population, trajectories, distilled, trained, monkeypatch):
     """Members; a cycle's first weights against the member before; what the teacher does."""
     starts = []
-    taught = []
     differs = []  # the loss from the cross-entropy
     training_loss = q.training_loss
 
     def spied(model, teacher, cfg, tokens):
         loss, ce = training_loss(model, teacher, cfg, tokens)
         starts.append(model.down.detach().clone())
-        taught.append(bool(teacher))
         differs.append(not torch.equal(loss, ce))
+        assert differs[-1] == bool(teacher)
         return loss, ce
 
     monkeypatch.setattr(q, "training_loss", spied)
     flags = ["--cycles", 4] if population == "q0" else []  # else as many as the budget gives
     folder = trained("x", "--population", population, "--average", 0, *flags)
-    result = read_json(folder / "result.json")
-    members = trajectories * cycles
-    curve = result["curve"]
-    assert result["members"] == members
-    for i, entry in enumerate(curve):
-        assert entry["epochs"] == 8 // members * (i + 1)
-        assert entry["traj"] == i // cycles
-        assert entry["distilled"] == distilled[i]
+    curve = read_json(folder / "result.json")["curve"]
+    members = len(distilled)
+    assert [entry["distilled"] for entry in curve] == distilled
+    assert curve[-1]["epochs"] == 8 and curve[-1]["traj"] == trajectories - 1
     steps = len(starts) // members
-    assert taught == differs == [bool(d) for d in distilled for _ in range(steps)]
+    assert differs == [bool(d) for d in distilled for _ in range(steps)]
     for i in range(1, members):
         start = starts[i * steps]
         before = down_of(folder, i - 1)
@@ -251,12 +239,10 @@ def test_populations(population, trajectories, cycles, distilled, trained, monke
         if population == "snapshots":
             assert moved < 2 ** -8  # the member is rounded
         elif population == "q0":  # the draws give their deviation to 2%
-            phase = math.pi * (i - 1) / 2
-            noise = 0.15 + 0.10 * math.cos(phase)
+            noise = 0.15 + 0.10 * math.cos(math.pi * (i - 1) / 2)
             assert moved == pytest.approx(noise, rel=0.1)
         else:
             both = torch.stack([start.flatten(), before.flatten()])
-            assert moved > 0.9
             assert both.corrcoef()[0, 1].abs() < 0.15
 
 
@@ -420,17 +406,6 @@ def test_loss_is_not_finite(name, batch, flags, logs, capsys):
     fails(capsys, "lower --lr", *flags, f"--lr-{name}", "1e37",
           "--batch-tokens", batch)
     assert not list(logs.rglob("*.tmp"))
-
-
-def test_failed_write_leaves_the_old_file(tmp_path):
-    def fail(path):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-    (tmp_path / "x").write_text("old")
-    with pytest.raises(OSError):
-        q.write_atomically(tmp_path / "x", fail)
-    assert names_in(tmp_path) == {"x"}
-    assert (tmp_path / "x").read_text() == "old"
 
 
 def test_no_space_for_the_log(repo, corpus):

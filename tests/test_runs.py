@@ -2,6 +2,7 @@
 import re
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,9 +166,8 @@ def test_pooled_runs_are_one_population(chain, several, logs, capsys):
     for split, p in found.items():
         parts = [predictions_of(run)[split] for run in (chain, several)]
         assert np.array_equal(p, np.concatenate(parts))
-    for i in range(5):
-        source, own = (chain, i) if i < 2 else (several, i - 2)
-        theirs = weights_of(source, own)
+    for i, source in enumerate(sources):
+        theirs = weights_of(Path(source), i - 2 if i >= 2 else i)
         for name, weight in weights_of(both, i).items():
             assert torch.equal(weight, theirs[name])
     weights, _ = q.fit_prior(found["heldout"])
@@ -197,11 +197,6 @@ def test_a_pool_is_a_run(chain, several, corpus, trained, logs, capsys):
     assert load_mixture("chain_pool").member(4)
 
 
-def other_text(run):
-    data = result_of(run)["data"]
-    edit_json(run / "result.json", data={**data, "heldout.bin": "0" * 64})
-
-
 def unfinished(run):
     (run / "result.json").unlink()
 
@@ -210,8 +205,13 @@ def of_an_older_script(run):
     edit_json(run / "members/0/config.json", format=1)
 
 
+def of_another_text(run):
+    data = result_of(run)["data"]
+    edit_json(run / "result.json", data={**data, "heldout.bin": "0" * 64})
+
+
 @pytest.mark.parametrize("damage, argv, message", [
-    (other_text, [], "several differs from .*chain in data, seq_len"),
+    (of_another_text, [], "several differs from .*chain in data, seq_len"),
     (unfinished, [], "several is not complete: go on with it"),
     (of_an_older_script, [], "several/members/0 is of format 1, this script reads 2"),
     (None, ["--name", "several"], "several exists: give another --name"),

@@ -23,7 +23,7 @@ from tiny import (
 
 import train_q0 as q
 from records import plot
-from records.mixture import Mixture, load_mixture, load_tokenizer
+from records.mixture import load_mixture, load_tokenizer
 
 SWAP = "q0_swap"
 CONTINUATION = "q0_continuation"
@@ -238,18 +238,6 @@ def test_bad_data(damage, message, data, tmp_path, capsys):
     assert set(tmp_path.iterdir()) <= {folder}
 
 
-def test_failed_write_leaves_the_old_tasks(data, tmp_path, capsys, monkeypatch):
-    argv = ["--data", data / "learnable", "--out", tmp_path / "t", "--items", 9]
-    make(capsys, *argv)
-    before = snapshot(tmp_path)
-
-    def full(*args):
-        raise OSError(28, "No space left on device")
-    monkeypatch.setattr(tasks, "Counter", full)  # when the first two tasks are written
-    bad(capsys, "No space left", *argv, "--seed", 1)
-    assert snapshot(tmp_path) == before
-
-
 def test_foreign_folder(data, tmp_path, capsys):
     argv = ["--data", data / "learnable", "--out", tmp_path / "t", "--items", 9]
     make(capsys, *argv)
@@ -408,19 +396,6 @@ def greedy_tokens(mixture, ids, number):
     return ids[-number:]
 
 
-@pytest.mark.parametrize("length", [4, T + 20])
-def test_is_greedy(length, mixture, model, texts):
-    context = mixture.encode(texts[0])[:length]
-    likeliest = greedy_tokens(mixture, context, 6)
-    for change in (None, 0, 3, 5):
-        continuation = list(likeliest)
-        if change is not None:
-            continuation[change] ^= 1
-        found, = model._loglikelihood_tokens([(("", ""), context, continuation)])
-        score, _ = nats(mixture, context, continuation)
-        assert found == (approx(score, abs=1e-4), change is None)
-
-
 def test_loglikelihood_rolling(mixture, model, texts):
     """Each token once, in windows of T; the last one reaches back, so that its tokens see as much
     as T allows."""
@@ -498,22 +473,6 @@ def few(data, tmp_path, capsys, harness):
         pytest.skip("lm_eval is not installed")
     make(capsys, "--data", data / "learnable", "--out", tmp_path / "t", "--items", 9)
     return tmp_path / "t"
-
-
-def test_no_tokenizer(two, few, tmp_path, capsys):
-    """A run on tokens that came without one has no text."""
-    run = shutil.copytree(two, tmp_path / "run")
-    no_tokenizer(run / "data")
-    fails(capsys, "run has no tokenizer", "evaluate", run, "--task-folder", few, "--tasks", SWAP)
-
-
-def test_a_bug_is_no_bad_task(two, few, monkeypatch):
-    def broken(*args):
-        raise RuntimeError("a bug")
-    monkeypatch.setattr(Mixture, "log_probs", broken)
-    argv = ["evaluate", two, "--task-folder", few, "--tasks", SWAP]
-    with pytest.raises(RuntimeError, match="a bug"):
-        q.main([str(a) for a in argv])
 
 
 def test_unknown_task(two, few, capsys):
