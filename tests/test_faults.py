@@ -22,7 +22,7 @@ from forks import (
     metrics_of, planted, ranks, reference, result_of, resume, shards, start, states_of,
     weights_of)
 from safetensors.numpy import save_file
-from tiny import edit_json, fails, flip, predictions_of, read_json, shorten
+from tiny import edit_json, fails, flip, predictions_of, read_json, shorten, with_file
 
 import train_q0 as q
 from records.population import load_predictions
@@ -95,11 +95,6 @@ def test_something_in_the_way(name, interrupted, logs):
 # ------------------------------------------------------------------------------------------------
 # Damaged, older and swapped files
 
-def of(change, name, *given):
-    """Damage to one file of a run."""
-    return lambda run: change(run / name, *given)
-
-
 def swap(*names):
     def damage(run):
         one, two = (run / name for name in names)
@@ -138,10 +133,10 @@ def load_state(run, killed):
 
 
 DAMAGED_STATES = {  # what is done to the newest state
-    "JSON truncated": of(shorten, JSON, -9),
-    "JSON flipped": of(flip, JSON),
-    "tensors flipped": of(flip, TENSORS),
-    "tensors missing": of(Path.unlink, TENSORS),
+    "JSON truncated": with_file(JSON, shorten, -9),
+    "JSON flipped": with_file(JSON, flip),
+    "tensors flipped": with_file(TENSORS, flip),
+    "tensors missing": with_file(TENSORS, Path.unlink),
     "tensors of another step": older_tensors,
     "of another trajectory": state_with(NEWEST, at={"trajectory": 1}),
     "of another run": state_with(NEWEST, identity={"seed": 5})}
@@ -156,7 +151,7 @@ def test_damaged_state(case, interrupted, killed, capsys):
     assert re.fullmatch(f"notice: .*{JSON} is missing or damaged.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("damage", [of(shorten, JSON, -9), of(Path.unlink, JSON)])
+@pytest.mark.parametrize("damage", [with_file(JSON, shorten, -9), with_file(JSON, Path.unlink)])
 def test_a_run_whose_state_is_damaged_or_missing(damage, base, interrupted, logs):
     damage(interrupted)
     goes_on(base, logs)
@@ -201,8 +196,8 @@ def test_a_member_of_another_model(killed, monkeypatch):
         return rows
 
     monkeypatch.setattr(q, "parameter_table", edited)
-    shape = r"\(1, 2, 64, 32\)"
-    with pytest.raises(q.UserError, match=rf"missing .*'up', {shape}.*unexpected .*'gate_up', {shape}"):
+    told = r"missing .*'up', \(1, 2, 64, 32\).*unexpected .*'gate_up', \(1, 2, 64, 32\)"
+    with pytest.raises(q.UserError, match=told):
         q.load_member(killed / "members/1")
 
 
@@ -222,13 +217,14 @@ def swap_member(run):
         swap(f"members/0/{name}", f"members/1/{name}")(run)
 
 
+MEMBER = "members/1/model.safetensors"
 PREDICTIONS = "predictions/0.safetensors"
 DAMAGED_FILES = {  # what is done, what the line says; member 1 taught, both predictions are known
-    "member flipped": (of(flip, "members/1/model.safetensors"), "members/1 is .*damaged.*sha256"),
+    "member flipped": (with_file(MEMBER, flip), "members/1 is .*damaged.*sha256"),
     "member swapped": (swap_member, "members/1 is .*damaged.*sha256"),
-    "configuration": (of(shorten, "members/1/config.json", -9), "members/1 is .*damaged"),
+    "configuration": (with_file("members/1/config.json", shorten, -9), "members/1 is .*damaged"),
     "predictions swapped": (swap(PREDICTIONS, "predictions/1.safetensors"), "ions/0.*sha256"),
-    "predictions missing": (of(Path.unlink, PREDICTIONS), f"{PREDICTIONS} is missing")}
+    "predictions missing": (with_file(PREDICTIONS, Path.unlink), f"{PREDICTIONS} is missing")}
 
 
 @pytest.mark.parametrize("case", DAMAGED_FILES)
@@ -280,7 +276,7 @@ def test_not_finite(kind, base, logs):
     what = "the loss is not finite at step 7, micro-batch 1"
     if kind == "nan gradient":
         what = "a gradient is not finite at or before step 10"
-    fork.fails(f"{what} of trajectory 0; 1 updates were left out; .* state is of step 5: lower --lr")
+    fork.fails(f"{what} of trajectory 0; 1 updates were left out; .* is of step 5: lower --lr-m")
     assert "\nstep:10/15" in fork.out
     again = resume(logs, "--skip-nonfinite", "--log-every", "1").good()
     assert again.went_on_from == {0: 5}
@@ -530,7 +526,7 @@ def manifest_target(tmp, base, run):
     good = read_json(file)
     name = ("splits", "val", "files", 0, "name")
     bad = [dump(changed(good, ("vocab_size",), float("inf")))]
-    for path in ("../val.bin", "/etc/hosts", "sub/val.bin", "..", ".", "", "val.bin\0", "./val.bin"):
+    for path in ("../val.bin", "/etc/hosts", "sub/val.bin", "..", "", "val.bin\0", "./val.bin"):
         bad.append(dump(changed(good, name, path)))
 
     def read():

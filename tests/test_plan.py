@@ -1,5 +1,4 @@
-"""`plan`: its memory formula against tensors that are really kept, its estimates against what a step
-really does."""
+"""`plan`: its memory formula against tensors that are kept, its time against FLOPs."""
 import re
 
 import pytest

@@ -19,7 +19,7 @@ import torch
 from pytest import approx
 from tiny import (
     MINI, edit_json, fails, flip, learnable_documents, make_data, random_documents, read_documents,
-    read_json, shard_bytes, snapshot, works)
+    read_json, shard_bytes, snapshot, with_file, works)
 
 import train_q0 as q
 from records import plot
@@ -230,7 +230,7 @@ def other_tokenizer(folder):
     (shutil.rmtree, "No such file.*manifest.json"),
     (no_tokenizer, "has no tokenizer"),
     (other_tokenizer, "tokenizer.tiktoken is damaged"),
-    (lambda folder: flip(folder / "val.bin"), "val.bin is damaged.*SHA-256")])
+    (with_file("val.bin", flip), "val.bin is damaged.*SHA-256")])
 def test_bad_data(damage, message, data, tmp_path, capsys):
     folder = shutil.copytree(data / "learnable", tmp_path / "d")
     damage(folder)

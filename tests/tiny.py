@@ -249,6 +249,11 @@ def shorten(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def with_file(name, damage, *given):
+    """Damage to a file of a folder."""
+    return lambda folder: damage(folder / name, *given)
+
+
 # Runs
 
 def read_json(path):
