@@ -2,7 +2,6 @@
 
 TestOnDevice runs where the kernels do: here if there is a GPU, and always in a process of its own
 under Triton's interpreter, through the dispatch that a GPU takes."""
-import json
 import math
 import os
 import re
@@ -17,7 +16,6 @@ import torch
 import torch.nn.functional as F
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # as a script this file has no conftest
 triton = pytest.importorskip("triton", reason="triton is not installed")
 
 import train_q0 as q  # noqa: E402: after the check for triton
@@ -310,78 +308,54 @@ def test_probability_of_a_certain_token_is_not_above_one(monkeypatch):
 
 
 # ------------------------------------------------------------------------------------------------
-# Compiled ahead, in a process of its own: this file as a script
+# Compiled ahead for an H100
 
-@outside
-@pytest.mark.skipif(sys.platform != "linux", reason="the wheel's ptxas is for Linux")
-def test_compiled_for_sm_90a(tmp_path):
-    """All variants compile; programs fit a multiprocessor's 227 kB, three of the loss, two of the
-    product; loads are of 16 bytes, products on tensor cores fed from shared memory."""
-    done = python(__file__, TRITON_CACHE_DIR=str(tmp_path))
-    assert done.returncode == 0, done.stderr
-    table = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(table) == 9
-    for row in table:
-        is_loss = row["kernel"] == "loss_kernel"
-        assert row["shared"] * (3 if is_loss else 2) <= 227 * 1024, row
-        assert row["wide loads"] if is_loss else row["wgmma"], row
+TYPES = dict(
+    targets="*i64", scales="*fp32", out="*fp32", X="*bf16", add="*bf16",
+    **dict.fromkeys(("V", "width", "r", "k", "batch_stride", "row_stride", "col_stride"), "i32"))
+TILE = {name: size for name, size in q.SYMMETRIC_TILE.items() if not name.startswith("num")}
+WARPS = {name: size for name, size in q.SYMMETRIC_TILE.items() if name.startswith("num")}
 
 
-def compile_ahead(kernel, constants, types, options):
-    """Print a line of JSON about a kernel compiled for sm_90a."""
+def compiled(kernel, constants, types, options):
+    """The kernel for sm_90a; all but V, which is odd, are multiples of 16."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     signature = {}
     aligned = {}
     for i, name in enumerate(kernel.arg_names):
-        kind = types.get(name, "fp32")
-        if name in constants:
-            kind = "constexpr"
-        elif kind[0] == "*" or (kind == "i32" and name != "V"):  # V is odd: 50,257
-            aligned[i,] = [["tt.divisibility", 16]]
+        kind = "constexpr" if name in constants else types.get(name, "fp32")
         signature[name] = kind
+        if kind[0] == "*" or (kind == "i32" and name != "V"):
+            aligned[i,] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = made.asm["ptx"]
-    row = {
-        "kernel": kernel.__name__,
-        **constants,
-        "shared": made.metadata.shared,
-        "wgmma": ptx.count("wgmma.mma_async"),
-        "wide loads": len(re.findall(r"ld\.global\S*\.v4", ptx))}
-    print(json.dumps(row))
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-LOSSES = (  # TEACHER, GRAD, CAPPED; evaluation is of float32
-    (False, False, True, "*fp32"),
-    (True, False, True, "*bf16"),
-    (False, True, True, "*bf16"),
+@pytest.fixture
+def cold_cache(monkeypatch, tmp_path):
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
+
+
+@outside
+@pytest.mark.parametrize("taught, grad, capped, dtype", [
+    (False, False, True, "*fp32"),  # evaluation
     (True, True, True, "*bf16"),
-    (True, True, False, "*bf16"))
+    (True, True, False, "*bf16")])
+def test_the_loss_compiles_for_sm_90a(taught, grad, capped, dtype, cold_cache):
+    """Loads are of 16 bytes; three programs fit a multiprocessor's memory."""
+    constants = dict(TEACHER=taught, GRAD=grad, CAPPED=capped, BLOCK=q.LOSS_BLOCK)
+    types = dict(TYPES, z=dtype, teacher=dtype)
+    made = compiled(q.loss_kernel, constants, types, dict(num_warps=8))
+    assert re.search(r"ld\.global\S*\.v4", made.asm["ptx"])
+    assert 3 * made.metadata.shared <= 227 * 1024
 
 
-def compile_losses():
-    for *constants, dtype in LOSSES:
-        named = dict(zip(("TEACHER", "GRAD", "CAPPED"), constants))
-        types = dict(z=dtype, teacher=dtype, targets="*i64", scales="*fp32", out="*fp32", V="i32",
-                     width="i32")
-        named["BLOCK"] = q.LOSS_BLOCK
-        compile_ahead(q.loss_kernel, named, types, dict(num_warps=8))
-
-
-def compile_products():
-    tile = dict(q.SYMMETRIC_TILE)
-    options = {name: tile.pop(name) for name in ("num_warps", "num_stages")}
-    types = dict.fromkeys(("X", "add", "out"), "*bf16")
-    for name in ("r", "k", "batch_stride", "row_stride", "col_stride"):
-        types[name] = "i32"
-    for add in (False, True):
-        for unit in ("row_stride", "col_stride"):  # of a transposed view, of a contiguous tensor
-            constants = dict(tile, ADD=add, WIDEN=False)
-            constants[unit] = 1
-            compile_ahead(q.symmetric_kernel, constants, types, options)
-
-
-if __name__ == "__main__":
-    compile_losses()
-    compile_products()
+@outside
+@pytest.mark.parametrize("add, unit", [(False, "row_stride"), (True, "col_stride")])
+def test_the_product_compiles_for_sm_90a(add, unit, cold_cache):
+    """Of a transposed view and of a contiguous tensor: on tensor cores; two programs fit."""
+    constants = dict(TILE, ADD=add, WIDEN=False, **{unit: 1})
+    made = compiled(q.symmetric_kernel, constants, dict(TYPES, out="*bf16"), WARPS)
+    assert "wgmma.mma_async" in made.asm["ptx"]
+    assert 2 * made.metadata.shared <= 227 * 1024

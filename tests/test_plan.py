@@ -91,7 +91,7 @@ def test_plan_states_the_resume_state(capsys):
 
 def test_plan_time_is_flops_over_speed(capsys):
     argv = "plan --preset q0 --population single --epochs 4 --gpus 8 --mfu 0.5".split()
-    found = re.search(r"^estimated time (\d+):(\d+):(\d+)", works(capsys, *argv), re.M)
+    found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", works(capsys, *argv), re.M)
     hours, minutes, rest = map(int, found.groups())
     cfg = resolved("q0", population="single", epochs=4)
     per_token, forward = q.flops_per_token(cfg, 50257)

@@ -46,6 +46,9 @@ def resumed(base, logs, *more):
     """--resume it to its end, which is that of a run that nothing disturbed; returns the fork."""
     fork = resume(logs, *more).good()
     assert not disturbed(base, logs), fork.out
+    assert not list((logs / "x").rglob("*.tmp"))  # each is as large as a state
+    tensors = {file.stem for file in logs.glob("x/state/*.safetensors")}
+    assert tensors == states_of(logs / "x").keys()
     return fork
 
 
@@ -70,7 +73,6 @@ def test_the_reference_is_worth_comparing(base):
 
 
 # Kill -9: at chosen moments, from inside, and at random ones, from outside
-
 
 MOMENTS = {  # what happens there: (saves, what is planted, the step that it goes on from)
     "before the first state": (CYCLE_ENDS, at_step(4), None),
@@ -124,19 +126,6 @@ def test_killed_at_random(base, tmp_path, request):
             assert fork.wait() in (-signal.SIGKILL, 0)
         Fork(logs, *argv).good()
         assert not disturbed(base, logs)
-
-
-def test_kills_leave_no_rubbish(base, logs):
-    """Each is as large as a state: at full scale 20 GB a kill."""
-    argv = command(base, *EVERY_STEP)
-    for n, where in ((3, r"state/.*\.safetensors$"), (2, r"state/.*\.json$"), (1, "members/0")):
-        Fork(logs, *argv, plant=half_written(where, n)).dies()
-    Fork(logs, *argv).good()
-    assert not list((logs / "x").rglob("*.tmp"))
-    folder = logs / "x/state"
-    tensors = {file.stem for file in folder.glob("*.safetensors")}
-    assert tensors == states_of(logs / "x").keys()
-    assert len(list(folder.glob("0-*"))) == 2 * len(tensors)
 
 
 # When a state is saved, and what is in it
