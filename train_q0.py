@@ -37,6 +37,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -926,10 +927,9 @@ if triton is not None:
 
     @triton.jit
     def loss_kernel(z, teacher, targets, scales, out, V, width, softcap, weight, T,
-                    TEACHER: tl.constexpr, GRAD: tl.constexpr, CAPPED: tl.constexpr,
-                    BLOCK: tl.constexpr):
-        """One row: (loss, cross-entropy) to `out`; with GRAD its gradient replaces z. Columns from
-        V on are padding."""
+                    TEACHER: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+        """One row: (loss, cross-entropy) to `out`; its gradient replaces z. Columns from V on are
+        padding."""
         row = tl.program_id(0).to(tl.int64)
         z += row * width
         teacher += row * width
@@ -971,29 +971,28 @@ if triton is not None:
             loss = (1 - weight) * ce + weight * T * T * kl
         tl.store(out + 2 * row, loss)
         tl.store(out + 2 * row + 1, ce)
-        if GRAD:
-            scale = tl.load(scales + row)
-            for start in range(0, width, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                x = capped_block(z, cols, V, width, softcap, CAPPED)
-                d = tl.exp(x - log_1) - tl.where(cols == target, 1.0, 0.0)
-                if TEACHER:
-                    y = capped_block(teacher, cols, V, width, softcap, CAPPED)
-                    soft = tl.exp(x * cold - log_T) - tl.exp(y * cold - log_p)
-                    d = (1 - weight) * d + weight * T * soft
-                if CAPPED:
-                    d *= 1 - x * x * (1 / (softcap * softcap))
-                d = tl.where(cols < V, d * scale, 0.0)
-                tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
+        scale = tl.load(scales + row)
+        for start in range(0, width, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = capped_block(z, cols, V, width, softcap, CAPPED)
+            d = tl.exp(x - log_1) - tl.where(cols == target, 1.0, 0.0)
+            if TEACHER:
+                y = capped_block(teacher, cols, V, width, softcap, CAPPED)
+                soft = tl.exp(x * cold - log_T) - tl.exp(y * cold - log_p)
+                d = (1 - weight) * d + weight * T * soft
+            if CAPPED:
+                d *= 1 - x * x * (1 / (softcap * softcap))
+            d = tl.where(cols < V, d * scale, 0.0)
+            tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
 
 
-def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature, grad):
-    """[R, 2]: loss and cross-entropy of each row; with `grad`, z becomes the gradient by z."""
+def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature):
+    """[R, 2]: loss and cross-entropy of each row; z becomes the gradient by z."""
     out = torch.empty(len(z), 2, device=z.device)
     teacher = z if teacher_z is None else teacher_z
     loss_kernel[len(z),](z, teacher, target, scale, out, V, z.size(1), softcap or 1.0, weight,
-                         temperature, TEACHER=teacher_z is not None, GRAD=grad,
-                         CAPPED=softcap > 0, BLOCK=LOSS_BLOCK, num_warps=8)
+                         temperature, TEACHER=teacher_z is not None, CAPPED=softcap > 0,
+                         BLOCK=LOSS_BLOCK, num_warps=8)
     return out
 
 
@@ -1005,7 +1004,7 @@ def check_kernels(device_type):
     scale = torch.full((4,), 0.25, device=device_type)
     arguments = (100, target, scale, 15.0, 0.5, 1.2)
     *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z.clone(), *arguments)
-    out = launch_loss_kernel(z, teacher_z, *arguments, grad=True)
+    out = launch_loss_kernel(z, teacher_z, *arguments)
     assert_close(out.mean(0), torch.stack(losses), 1e-4)  # rounding of float32
     assert_close(z, gradient, 1e-4)
     X = torch.randn(1, 160, 64, generator=generator).to(device_type, torch.bfloat16)
@@ -1027,12 +1026,6 @@ def use_triton(device_type):
               f"{one_line(e)}", file=sys.stderr)
         return False
     return True
-
-
-def chunk_rows(head):
-    """How many rows of logits are held at a time."""
-    in_place = head.is_cuda and use_triton("cuda")
-    return max(1, (GPU_CHUNK_LOGITS if in_place else CHUNK_LOGITS) // len(head))
 
 
 def soft_capped(z, softcap):
@@ -1067,7 +1060,7 @@ def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
     arguments = (z, teacher_z, V, target, scale, softcap, weight, temperature)
     if not use_triton(z.device.type):
         return rows_loss_in_torch(*arguments)
-    out = launch_loss_kernel(*arguments, grad=True)
+    out = launch_loss_kernel(*arguments)
     loss, ce = out.mul_(scale[:, None]).sum(0)
     return loss, ce, z
 
@@ -1135,7 +1128,8 @@ class ChunkedLoss(torch.autograd.Function):
         d_head = None
         total = 0.0
         ce_total = 0.0
-        rows = chunk_rows(head)
+        in_place = head.is_cuda and use_triton("cuda")
+        rows = max(1, (GPU_CHUNK_LOGITS if in_place else CHUNK_LOGITS) // len(head))
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
             loss, ce, d = rows_loss(  # which frees the logits: they have no name here
@@ -1179,23 +1173,8 @@ def training_loss(model, teacher, cfg, tokens):
 
 def rows_probs(z, V, target, softcap):
     """p(target) of each row of raw logits z [R, >= V], which are overwritten; float32 [R]."""
-    if use_triton(z.device.type):
-        out = launch_loss_kernel(z, None, V, target, z, softcap, 0.0, 1.0, grad=False)
-        return out[:, 1].clamp_(min=0).neg_().exp_()  # fused multiply-adds may leave -5e-7
     log_q = torch.log_softmax(soft_capped(z[:, :V], softcap), dim=-1)
     return log_q.gather(1, target[:, None]).squeeze(1).exp()
-
-
-@contextlib.contextmanager
-def tf32(allowed):
-    """Products of float32 tensors in TF32, on a GPU, within this context."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 @torch.no_grad()
@@ -1203,9 +1182,8 @@ def true_token_probs(model, sequences, batch, world):
     """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
     n = len(sequences)
     head = model.head.float()
-    rows = chunk_rows(head)
+    rows = max(1, CHUNK_LOGITS // len(head))
     probs = torch.zeros(n, sequences.shape[1] - 1, device=world.device)
-    exact = model.dtype == torch.bfloat16  # 8 bits of mantissa fit in TF32's 11
     for i in range(batch * world.rank, n, batch * world.size):
         part = np.arange(i, i + batch).clip(max=n - 1)  # one shape, compiled once
         tokens = torch.from_numpy(sequences[part].astype(np.int64)).to(world.device)
@@ -1213,8 +1191,7 @@ def true_token_probs(model, sequences, batch, world):
         targets = tokens[:, 1:].flatten()
         found = []
         for j in range(0, len(hidden), rows):
-            with tf32(exact):
-                logits = F.linear(hidden[j:j + rows], head)
+            logits = F.linear(hidden[j:j + rows], head)
             found.append(rows_probs(logits, model.vocab_size, targets[j:j + rows],
                                     model.cfg.softcap))
         probs[i:i + batch] = torch.cat(found).view(batch, -1)[:n - i]
@@ -1385,7 +1362,7 @@ class Optimizer:
         device = next(model.parameters()).device
         zero = torch.zeros((), device=device)
         self.steps = zero.clone()  # that were not skipped
-        self.skipped = zero.clone()
+        self.skipped = zero.clone()  # since the last check
         self.lr_mult = zero.clone()
         self.wd_mult = zero.clone()
         self.muon_momentum = muon_momentum
@@ -1424,8 +1401,9 @@ class Optimizer:
 
     @torch.no_grad()
     def reset(self):
-        """Forget moments, gradients and steps, but not how many were skipped."""
+        """Forget moments, gradients and steps."""
         self.steps.zero_()
+        self.skipped.zero_()
         for bank in self.banks.values():
             for tensor in (bank.grad_units, bank.first, bank.second):
                 tensor.zero_()
@@ -1635,11 +1613,6 @@ def mixture_losses(P, weights):
     return (total / N).numpy()
 
 
-def mixture_loss(P, w):
-    """Nats per token of the mixture of P [M, N] (or M rows) with weights w [M]."""
-    return float(mixture_losses(P, [w])[0])
-
-
 def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
     """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex: (w float64 [M], gap).
 
@@ -1707,39 +1680,6 @@ def mixtures(heldout, scored):
     uniform = np.full(M, 1 / M)
     losses = mixture_losses(scored, [newest, uniform, w]).tolist()
     return {"loss": losses[0], "uniform": losses[1], "learned": losses[2], "gap": gap}
-
-
-def pruned(heldout, weights=None):
-    """Yield (members, weights), largest weight first: those that the prior of heldout [M, N]
-    (`weights`, where it is known) gives weight, then ever fewer, as the least of them leaves and
-    it is fitted again; of 64 and more, 1 in 32 leave at a time.
-
-    A few members pruned to beat the few of largest weight, which are much alike, and match greedy
-    selection (records/tuning).
-    """
-    w = fit_prior(heldout)[0] if weights is None else weights
-    members = np.arange(len(heldout))
-    while True:
-        ranked = np.argsort(-w, kind="stable")
-        ranked = ranked[w[ranked] > 1e-6]  # below is the solver's tolerance
-        members = members[ranked]
-        w = w[ranked] / w[ranked].sum()
-        yield members.tolist(), w.tolist()
-        left = len(members) - max(1, len(members) // 32)
-        if not left:
-            return
-        members = members[:left]
-        start = w[:left] if left > FEW_MEMBERS else None
-        w, _ = fit_prior(heldout[members], start=start)
-
-
-def best_members(heldout, k=None):
-    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k
-    below 1."""
-    if k is not None and k < 1:
-        raise UserError(f"--k {k} must be at least 1")
-    k = k or len(heldout)
-    return next(found for found in pruned(heldout) if len(found[0]) <= k)
 
 
 # Training loop ----------------------------------------------------------------------------------
@@ -1860,7 +1800,6 @@ class Trainer:
         if cfg.graphs and self.world.size == 1:
             self.optimizer.update = captured(self.optimizer.run_update, "an update")
         self.optimizer.reset()
-        self.optimizer.skipped.zero_()
         self.first_bad.fill_(NEVER)
         faulthandler.cancel_dump_traceback_later()  # until the first step
 
@@ -1884,14 +1823,15 @@ class Trainer:
         state = self.run.load_state(j) if self.world.leader else None
         self.at, self.resume_from = self.world.broadcast_object(state) or (Progress(j), None)
         self.saved_at = (self.at.step, self.at.done)
-        total_steps = sum(c.steps for c in self.run.cycles)
-        self.meter = Meter(self.cfg, self.at.step, cycles[0].steps_before, total_steps)
+        self.meter = Meter(self.cfg, self.at, sum(c.steps for c in self.run.cycles))
         if self.world.leader:
             self.log = self.run.open_log(j, self.at.log)
             if not self.resume_from:
                 ready = f"{self.ready_seconds:.1f}s"
                 self.log.event("kernels", traj=j, **self.kernels, ready=ready)
-            elif self.at.kernels != self.kernels:
+                return self.at
+            print(f"resuming trajectory {j} at step {self.at.step}")
+            if self.at.kernels != self.kernels:
                 self.log.line(f"notice: step {self.at.step} was reached with {self.at.kernels}, "
                               f"now {self.kernels}: rounding differs")
         return self.at
@@ -1901,8 +1841,6 @@ class Trainer:
         cfg = self.cfg
         key = (cfg.seed, cycle.trajectory, cycle.index)
         masters = self.optimizer.masters
-        for mean in self.mean.values():
-            mean.zero_()
         if self.resume_from:
             self.load_tensors(cycle)
         elif cycle.index == 0 or cfg.boundary == "fresh":
@@ -1911,11 +1849,9 @@ class Trainer:
         elif cfg.boundary == "perturb":
             scale = noise_scale(cycle.index, cfg.cycles, cfg.noise_first, cfg.noise_last)
             perturb(self.student.table, masters, scale, *key)
-        if cycle.index == 0 and not self.resume_from:
-            self.optimizer.skipped.zero_()
         self.resume_from = None
         self.optimizer.refresh()
-        self.meter.start(self.at)
+        self.meter.start()
 
     def load_tensors(self, cycle):
         """Weights, moments, mean and teacher of the state that the trajectory goes on from."""
@@ -1954,7 +1890,7 @@ class Trainer:
         last = s == cycle.steps - 1
         if last or (cycle.steps_before + s + 1) % self.cfg.log_every == 0:
             self.world.all_reduce(self.loss)
-            line = self.meter.line(at, cycle, float(self.loss), schedule(s, cycle.steps, self.cfg))
+            line = self.meter.line(cycle, float(self.loss), *schedule(s, cycle.steps, self.cfg))
             if self.world.leader:
                 self.log.event(**line)
             self.check_finite(cycle)
@@ -1969,7 +1905,8 @@ class Trainer:
     def check_finite(self, cycle):
         """Stop, or count with --skip-nonfinite, where updates were left out as not finite."""
         at = self.at
-        lost = int(self.optimizer.skipped) - at.skipped
+        lost = int(self.optimizer.skipped)
+        self.optimizer.skipped.zero_()
         first_bad = -self.world.largest(-int(self.first_bad))
         self.first_bad.fill_(NEVER)
         if not lost:
@@ -2072,18 +2009,18 @@ def captured(function, what):
 
 class Meter:
     """Clock of a trajectory, and the line of a logged step."""
-    def __init__(self, cfg, begun_at, steps_before, total_steps):
+    def __init__(self, cfg, at, total_steps):
         self.cfg = cfg
-        self.begun_at = begun_at  # steps done
-        self.steps_before = steps_before  # of other trajectories
-        self.total_steps = total_steps
+        self.at = at
+        self.total_steps = total_steps  # of all trajectories
+        self.begun_at = at.step
         self.started = time.perf_counter()
 
-    def start(self, at):
+    def start(self):
         """The clock of a cycle starts."""
         self.mark = time.perf_counter()
         self.last_save = self.mark
-        self.marked_step = at.step
+        self.marked_step = self.at.step
 
     def since_save(self):
         return time.perf_counter() - self.last_save
@@ -2093,23 +2030,24 @@ class Meter:
         self.last_save = time.perf_counter()
         self.mark += seconds
 
-    def line(self, at, cycle, loss, multipliers):
-        """{key: value} of the logged line; training time goes to `at`."""
+    def line(self, cycle, loss, lr_mult, wd_mult):
+        """{key: value} of the logged line; counts the time since the last one as training."""
+        at = self.at
         now = time.perf_counter()
-        lr_mult, wd_mult = multipliers
-        step = self.steps_before + at.step
+        step = cycle.steps_before + at.in_cycle
         a_step = (now - self.started) / (at.step - self.begun_at)
         eta = datetime.timedelta(seconds=round(a_step * (self.total_steps - step)))
         tokens = (at.step - self.marked_step) * cycle.rows * self.cfg.seq_len
-        speed = round(tokens / (now - self.mark))
-        at.train_seconds += now - self.mark
+        seconds = now - self.mark
+        at.train_seconds += seconds
         self.mark = now
         self.marked_step = at.step
         return {"step": (step, self.total_steps), "traj": at.trajectory,
                 "cycle": (cycle.index + 1, self.cfg.cycles),
                 "epoch": cycle.epochs_before + cycle.epochs * at.in_cycle / cycle.steps,
                 "loss": loss, "lr": self.cfg.lr_matrix * lr_mult,
-                "wd": self.cfg.weight_decay * wd_mult, "tok/s": speed, "eta": str(eta)}
+                "wd": self.cfg.weight_decay * wd_mult, "tok/s": round(tokens / seconds),
+                "eta": str(eta)}
 
 
 # Members, predictions, resume state -------------------------------------------------------------
@@ -2193,11 +2131,7 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
                         f"{unexpected}: {OWN_SCRIPT}")
     model = empty_member(cfg, vocab_size)
     model.load_state_dict(weights)
-    name = "sdpa"  # on a GPU it needs no check; on a CPU as the member was evaluated
-    if torch.device(device).type == "cpu":
-        plain = cfg.attention in ("matmul", "plain", "sdpa")
-        name = cfg.attention if plain else attention_names(cfg, "cpu", cfg.seq_len)[0]
-    model.attend = attention_by_window(ATTENTION[name], cfg, device)
+    model.attend = attention_by_window(sdpa_attention, cfg, device)  # works everywhere, unchecked
     return model.to(device)
 
 
@@ -2306,25 +2240,17 @@ class Lock:
             print(f"notice: {self.path} cannot be locked ({one_line(e)}): start no second launch "
                   "of this run on this machine", file=sys.stderr)
         silent = time.time() - self.path.stat().st_mtime
-        if self.holder() not in ("", platform.node()) and silent < SILENT_SECONDS:
+        holder = self.path.read_text(encoding="utf-8")
+        if holder not in ("", platform.node()) and silent < SILENT_SECONDS:
             return False
-        self.write(platform.node())
+        self.path.write_text(platform.node(), encoding="utf-8")
         return True
-
-    def holder(self):
-        """Name of the machine that holds it, or "". """
-        return self.path.read_text(encoding="utf-8")
-
-    def write(self, text):
-        self.file.truncate(0)
-        self.file.write(text)
-        self.file.flush()
 
     def renew(self):
         os.utime(self.path)
 
     def release(self):
-        self.write("")
+        self.path.write_text("", encoding="utf-8")
         self.file.close()
 
 
@@ -2543,6 +2469,8 @@ def set_up_world(cfg):
     if cfg.device == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
+        # of a bf16 model only products of bf16 values are in float32: TF32's 11 bits hold their 8
+        torch.backends.cuda.matmul.allow_tf32 = cfg.precision == "bfloat16"
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # keep freed memory: returning it to the system cost 3-9% of a step of tiny
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
@@ -2622,9 +2550,8 @@ def machine(world):
     """Versions and hardware, for the log."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else ""
+        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = named[1] if named else cpu
     gpu = "none"
     if world.device.type == "cuda":
         gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
@@ -2777,12 +2704,11 @@ def command_train(argv):
 def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     name = args.resume or args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = world.broadcast_object(name)
     if not args.resume:
         check_plain("--run", name)
     if world.leader:
         prepare_default_data(cfg)
-    world.broadcast_object(None)  # the others wait for the data
+    name = world.broadcast_object(name)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
     population = None
     if cfg.teacher:
@@ -2808,7 +2734,7 @@ def launch(cfg, why, args, world):
             print(f"{name} is complete: {run.folder}")
         return
     if world.leader:
-        print(resume_line(run) or lines, flush=True)
+        print(lines, flush=True)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
         train(trainer, cycles)
@@ -2858,16 +2784,6 @@ def open_run(run, about, data):
             save_json(folder / "run.json", about)
     finally:
         lock.release()
-
-
-def resume_line(run):
-    """What a run's states say of its trajectories, or "" where it has none."""
-    found = []
-    for j in range(run.identity["trajectories"]):
-        for newest in run.generations(j)[:1]:
-            step, *done = newest.stem.split("-")[1:]
-            found.append(f"trajectory {j} " + ("is done" if done else f"at step {int(step)}"))
-    return f"resuming {run.folder.name}: {', '.join(found)}" if found else ""
 
 
 def finish_run(trainer, about):

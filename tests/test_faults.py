@@ -75,7 +75,8 @@ def test_disk_full(case, base, logs):
     assert not list(logs.rglob("*.tmp")) and not (logs / "x/result.json").exists()
     for name, (_, tensors) in states_of(logs / "x").items():  # all that are left are whole
         assert q.sha256_of(logs / f"x/state/{name}.safetensors") == tensors
-    assert goes_on(base, logs).went_on_from
+    again = goes_on(base, logs)
+    assert again.went_on_from or case == "result"
 
 
 @pytest.mark.parametrize("name", [

@@ -83,7 +83,7 @@ MOMENTS = {  # what happens there: (saves, what is planted, the step that it goe
     "JSON of a state": (EVERY_STEP, half_written(r"state/.*\.json$", 9), 8),
     "a member": (CYCLE_ENDS, half_written(r"members/1/model\.safetensors$", 1), 10),
     "evaluation": (CYCLE_ENDS, planted(q, "true_token_probs", 6), 15),
-    "the result": (CYCLE_ENDS, half_written(r"result\.json$", 1), "done")}
+    "the result": (CYCLE_ENDS, half_written(r"result\.json$", 1), None)}
 SLOW = {
     "fit of the prior": (CYCLE_ENDS, planted(q, "fit_prior", 2), 10),
     "between step and save": (EVERY_STEP, planted(q.Run, "save_state", 7), 6),
@@ -100,7 +100,8 @@ def test_killed_at(moment, base, logs):
     start(base, logs, *saves, plant=plant).dies()
     assert not (logs / "x/result.json").exists()
     fork = resumed(base, logs)
-    assert step is None or fork.went_on_from == {0: step}
+    if step:
+        assert fork.went_on_from == {0: step}
 
 
 def test_killed_with_two_trajectories(base, logs):
@@ -108,7 +109,7 @@ def test_killed_with_two_trajectories(base, logs):
     argv = command(base, *TWO)
     Fork(logs, *argv, plant=at_step(15 + 9)).dies()
     again = Fork(logs, *argv, plant=half_written(r"result\.json$", 1)).dies()
-    assert again.went_on_from == {0: "done", 1: 5}
+    assert again.went_on_from == {1: 5}
     Fork(logs, *argv).good()
     assert not disturbed(base, logs, *TWO)
 
