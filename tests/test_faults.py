@@ -465,7 +465,7 @@ def changed(value, path, to):
 
 
 HOSTILE = (
-    DROP, None, True, -1, 0, 0.5, 10 ** 6, 2 ** 31, 10 ** 30, float("inf"), float("nan"), "",
+    DROP, True, -1, 0, 0.5, 10 ** 6, 2 ** 31, 10 ** 30, float("inf"), float("nan"), "",
     "../x", "val.bin", [], {}, [[]])
 
 
