@@ -43,8 +43,7 @@ def no_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
-# ------------------------------------------------------------------------------------------------
-# Recipes
+# Recipes -----------------------------------------------------------------------------------------
 
 PLAIN = (0.03, 0.8, 1.2, 0.096, 0, 0)
 LESS_DECAY = (0.03, 0.53, 1.2, 0.096, 0.1, 0)
@@ -182,8 +181,7 @@ def test_what_is_given_is_kept_or_refused(
     assert q.resolve(cfg) == (cfg, {})  # a run that goes on
 
 
-# ------------------------------------------------------------------------------------------------
-# What is given changes nothing else
+# What is given changes nothing else --------------------------------------------------------------
 
 FOLLOW = {  # settings that are derived from another one
     "seq_len": {"short_window"},
@@ -264,8 +262,7 @@ def test_on_a_gpu(gpu):
     assert (cpu.device, cpu.compile, cpu.graphs) == ("cpu", False, False)
 
 
-# ------------------------------------------------------------------------------------------------
-# Mistakes and help
+# Mistakes and help -------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("changes, message", [
     (dict(epochs=1, trajectories=2), "--epochs 1 is not 2 trajectories.*give --epochs 2"),

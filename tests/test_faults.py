@@ -46,8 +46,7 @@ def raising(error):
     return act
 
 
-# ------------------------------------------------------------------------------------------------
-# Disks
+# Disks -------------------------------------------------------------------------------------------
 
 def limit(size):
     """Stands in for a full disk: a write beyond it is an OSError. Tests may run as root, so
@@ -93,8 +92,7 @@ def test_something_in_the_way(name, interrupted, logs):
     resume(logs).fails(re.escape(f"x/{name}"))
 
 
-# ------------------------------------------------------------------------------------------------
-# Damaged, older and swapped files
+# Damaged, older and swapped files ----------------------------------------------------------------
 
 def swap(*names):
     def damage(run):
@@ -246,8 +244,7 @@ def test_another_corpus_of_the_same_name(tmp_path, logs):
     resume(logs).fails("x exists and differs in train.bin, heldout.bin, dev.bin")
 
 
-# ------------------------------------------------------------------------------------------------
-# Numbers that are not finite
+# Numbers that are not finite ---------------------------------------------------------------------
 
 def poison(step, kind, micro_batch=1):
     """Plant a loss or gradient that is not finite in a micro-batch of `step` (of two a step)."""
@@ -316,8 +313,7 @@ def test_saved_before_it_is_noticed(base, logs):
     assert result_of(logs / "x")["skipped_updates"] == 1
 
 
-# ------------------------------------------------------------------------------------------------
-# Memory, bugs, hanging
+# Memory, bugs, hanging ---------------------------------------------------------------------------
 
 CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"
 CPU = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 99 bytes."
@@ -374,8 +370,7 @@ def test_a_slow_run_does_not_hang(base, logs):
     start(base, logs, "--hang-minutes", "0.02", plant=plant).good()
 
 
-# ------------------------------------------------------------------------------------------------
-# Hostile files: nothing is run, nothing is allocated that a header merely claims
+# Hostile files: nothing is run, nothing is allocated that a header merely claims -----------------
 
 def test_nothing_is_unpickled():
     nodes = list(ast.walk(ast.parse(q.SOURCE)))
@@ -401,15 +396,6 @@ def test_sockets_are_not_needed(base, logs):
 
 
 ROOM = 200 * 2 ** 20  # bytes that a reader may allocate beyond what the process has
-
-
-def guarded(logs, act, seconds=60):
-    """Call `act` in a fork, which gets an end; what it raises fails the test."""
-    def call():
-        signal.signal(signal.SIGALRM, signal.SIG_DFL)
-        signal.alarm(seconds)
-        act()
-    return Fork(logs, call=call).good(seconds + 5)
 
 
 def check(read, seconds=1.5):
@@ -641,7 +627,7 @@ def test_hostile_files(kind, base, killed, logs, tmp_path):
             told.append(check(target.read) is not None)
         assert sum(told) > 5
 
-    guarded(logs, act, 300)
+    Fork(logs, call=act).good(300)
 
 
 @pytest.mark.parametrize("key, value", [

@@ -218,8 +218,7 @@ def test_under_the_interpreter():
     assert "skipped" not in done.stdout, done.stdout
 
 
-# ------------------------------------------------------------------------------------------------
-# Whether the kernels are used
+# Whether the kernels are used --------------------------------------------------------------------
 
 def launch_in_torch(z, teacher_z, V, target, scale, softcap, weight, temperature):
     """As launch_loss_kernel, for rows of one scale."""
@@ -295,8 +294,7 @@ assert hidden.grad.any() and q.polar_express(torch.randn(1, 256, 256).bfloat16()
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-# ------------------------------------------------------------------------------------------------
-# Compiled ahead for an H100
+# Compiled ahead for an H100 ----------------------------------------------------------------------
 
 TYPES = dict(
     targets="*i64", scales="*fp32", out="*fp32", X="*bf16", add="*bf16",

@@ -23,8 +23,7 @@ def storage(tensor):
     return tensor.untyped_storage()._cdata
 
 
-# ------------------------------------------------------------------------------------------------
-# --recompute
+# --recompute -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def saved_bytes():
@@ -60,8 +59,7 @@ def test_recompute_saves_memory_and_changes_nothing(loops):
     assert sizes[1] < 0.7 * sizes[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# torch.compile: counted with a backend that runs what was traced, which is quick
+# torch.compile: counted with a backend that runs what was traced, which is quick -----------------
 
 @pytest.fixture
 def graphs(monkeypatch):
@@ -213,8 +211,7 @@ def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch,
     same_weights(plain, tried)
 
 
-# ------------------------------------------------------------------------------------------------
-# Precision
+# Precision ---------------------------------------------------------------------------------------
 
 class Recorder(TorchDispatchMode):
     """Every operation: (name, tensors given, tensors made)."""

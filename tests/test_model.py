@@ -23,8 +23,7 @@ import train_q0 as q
 CPU = torch.device("cpu")
 
 
-# ------------------------------------------------------------------------------------------------
-# Attention kernels
+# Attention kernels -------------------------------------------------------------------------------
 
 def attention_by_loops(query, key, value, window):
     """[B, T, H, K] each, one query after the other."""
@@ -124,8 +123,7 @@ def test_kernels_of_a_cpu(changes, name):
     assert found == name
 
 
-# ------------------------------------------------------------------------------------------------
-# The model in numpy float64: one sequence, heads and queries one by one
+# The model in numpy float64: one sequence, heads and queries one by one --------------------------
 
 def rms(x):
     return x / np.sqrt((x ** 2).mean(axis=-1, keepdims=True))
@@ -366,8 +364,7 @@ def test_induction_heads_find_what_followed_the_same_token(smear):
     assert (by_position == wanted).float().mean() < 0.5
 
 
-# ------------------------------------------------------------------------------------------------
-# Initial weights and noise
+# Initial weights and noise -----------------------------------------------------------------------
 
 CONSTANT = {
     "resid_scale": 1, "skip_scale": 1, "x0_scale": 0.1, "attn_gate": 0, "value_gate": 0,
@@ -452,9 +449,7 @@ def test_a_lone_number_is_not_perturbed():
     assert all(weight.isfinite().all() for weight in found.values())
 
 
-# ------------------------------------------------------------------------------------------------
-# FLOPs
-
+# FLOPs -------------------------------------------------------------------------------------------
 
 def counted_flops(model, tokens, train):
     """FLOPs that torch counts in a pass over tokens [B, T+1] with the head, per token."""
@@ -501,8 +496,7 @@ def test_flops_of_causal_attention_count_visible_keys():
     assert whole[1] - causal[1] == pytest.approx(4 * 64 * hidden)
 
 
-# ------------------------------------------------------------------------------------------------
-# A user's edits of the script: pieces of its text, and what replaces them
+# A user's edits of the script: pieces of its text, and what replaces them ------------------------
 
 RELU_SQUARED = {
     '"gate_up": Row("gate_up", (2, M, D), fan_in, **every)':

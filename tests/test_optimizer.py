@@ -71,8 +71,7 @@ def copies(tensors):
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-# ------------------------------------------------------------------------------------------------
-# Rules
+# Rules -------------------------------------------------------------------------------------------
 
 def polar_reference(X):
     for a, b, c in COEFFICIENTS:
@@ -214,8 +213,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(bad):
     assert int(optimizer.skipped) == 2
 
 
-# ------------------------------------------------------------------------------------------------
-# Working copies
+# Working copies ----------------------------------------------------------------------------------
 
 def test_the_model_reads_masters_rounded_once_a_step():
     optimizer = published(precision="bfloat16")
@@ -245,8 +243,7 @@ def test_state_comes_back_bit_for_bit():
     assert not any(tensor.any() for tensor in twin.state().values())
 
 
-# ------------------------------------------------------------------------------------------------
-# Chunks, memory, compiled functions
+# Chunks, memory, compiled functions --------------------------------------------------------------
 
 def same_weights(found, wanted):
     """To float32 rounding."""

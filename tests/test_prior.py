@@ -71,8 +71,7 @@ def newton_steps(monkeypatch):
     return sizes
 
 
-# ------------------------------------------------------------------------------------------------
-# Losses
+# Losses ------------------------------------------------------------------------------------------
 
 def test_losses_in_one_pass():
     """Blocks of tokens and a rest, rows in a list; a member alone is a mixture too."""
@@ -100,8 +99,7 @@ def test_losses_are_float64():
     assert first - second == approx(2e-9, rel=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
-# The fit
+# The fit -----------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("M", [2, 3, 6, 12])
 def test_prior_against_scipy_and_em(M):
@@ -199,8 +197,7 @@ def test_what_is_no_probability_is_refused(bad):
         q.fit_prior(P)
 
 
-# ------------------------------------------------------------------------------------------------
-# Few members of many
+# Few members of many -----------------------------------------------------------------------------
 
 def two_kinds():
     """p(true token) of six members that are alike and two others that are [8, 4000]."""
@@ -255,8 +252,7 @@ def test_pruning_several_members_at_a_time_loses_nothing():
         assert loss == approx(singly[len(members)], abs=1e-5)
 
 
-# ------------------------------------------------------------------------------------------------
-# Table
+# Table -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("M", [12, 35])
 def test_population_table(M):

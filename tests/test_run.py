@@ -179,7 +179,6 @@ def test_bad_select(argv, pattern, run, logs, capsys):
 
 # Seeds and populations --------------------------------------------------------------------------
 
-
 def test_same_seed_same_bits(finished, corpus, logs):
     """In another process, which logs less."""
     argv = [*SEVERAL, "--data", str(corpus), "--run", "again", "--log-every", "1000"]

@@ -314,7 +314,6 @@ def test_contexts_of_generated_text(prompt, fixed):
 
 # Tools that read finished runs ------------------------------------------------------------------
 
-
 def test_prior_rows(finished):
     result = read_json(finished / "result.json")
     rows = prior.rows_of(str(finished))
