@@ -202,8 +202,11 @@ def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
         return model
 
     monkeypatch.setattr(q, "load_member", one_at_a_time)
-    works(capsys, "evaluate", finished, "--data", corpus / "heldout.bin")
+    shards = (corpus / "heldout.bin", corpus / "dev.bin")
+    out = works(capsys, "evaluate", finished, "--data", *shards)
     assert len(seen) == 5
+    n = sum(len(read_shard(file)) for file in shards) // 65
+    assert out.startswith(f"{64 * n} tokens predicted")
 
 
 def test_evaluate_without_a_tokenizer(copied, corpus, capsys):
@@ -253,6 +256,21 @@ def test_sample_command(finished, capsys):
     assert sampled("--seed", 1) == first != sampled("--seed", 0)
     cold = sampled("--temperature", 0, "--seed", 1)
     assert cold == sampled("--temperature", 0) == sampled("--top-p", 0)
+
+
+def test_sample_shows_each_piece_at_once(finished, monkeypatch):
+    events = []
+
+    def slowly(*args):
+        for piece in "ab":
+            events.append("asked")
+            yield piece
+
+    monkeypatch.setattr(mixture.Mixture, "generate", slowly)
+    monkeypatch.setattr("builtins.print", lambda *args, **how: events.append((*args, how)))
+    q.main(["sample", str(finished), "--prompt", "p"])
+    at_once = {"end": "", "flush": True}
+    assert events[:-1] == [("p", at_once), "asked", ("a", at_once), "asked", ("b", at_once)]
 
 
 class Fixed(mixture.Mixture):
@@ -325,6 +343,19 @@ def test_prior_rows(finished):
     assert rows["pruned to 2"] == approx(table[2]["pruned"], abs=1e-6)
     texts = {loss for name, loss in rows.items() if name.startswith("held-out text")}
     assert len(texts) == 4  # halved, quartered, times 2, times 4
+
+
+def test_greedy_members(finished):
+    heldout = predictions_of(finished)["heldout"]
+
+    def loss(*members):
+        P = heldout[list(members)]
+        return loss_of(q.fit_prior(P)[0] @ P)
+
+    first, second = prior.greedy(heldout, 2)
+    assert loss(first) == min(loss(i) for i in range(4))
+    others = {0, 1, 2, 3} - {first}
+    assert loss(first, second) == min(loss(first, i) for i in others)
 
 
 def test_curve_of_a_log(finished):
