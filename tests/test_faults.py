@@ -467,7 +467,8 @@ def mangled(raw):
     for size in (0, 1, 8, 9, len(raw) // 2, len(raw) - 1):
         yield raw[:size]
     yield raw + b"\0"
-    for at in range(0, len(raw), len(raw) // 100 + 1):
+    step = 2 * (len(raw) // 200) + 1  # odd, so that both bytes of numbers are hit
+    for at in range(0, len(raw), step):
         yield raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1:]
 
 

@@ -462,7 +462,7 @@ def test_pooled_curves(finished, another, tmp_path):
     assert one[-1, plot.LOSS] == approx(table["rows"][0]["pruned"], abs=2e-6)
 
 
-def test_runs_that_do_not_pool(finished, another, pooled, tmp_path):
+def test_runs_that_do_not_pool(finished, another, tmp_path):
     config = read_json(another / "run.json")["config"]
     edit_json(another / "run.json", config={**config, "dropout": 0.3})
     third = shutil.copytree(finished, tmp_path / "third")
