@@ -103,16 +103,19 @@ def test_losses_are_float64():
     assert first - second == approx(2e-9, rel=1e-4)
 
 
-def test_mixtures():
+def test_mixtures(tmp_path):
+    """A curve's entry: the newest member's loss, and those of all, uniformly and by the prior."""
     heldout = random_predictions(4, seed=1)
     scored = random_predictions(4, seed=2)
+    predictions = q.Predictions(tmp_path, ("heldout", "val"))
+    predictions.cached = {i: {"heldout": heldout[i], "val": scored[i]} for i in range(4)}
     w, gap = q.fit_prior(heldout)
-    entry = q.mixtures(list(heldout), list(scored))
-    assert entry.keys() == {"loss", "uniform", "learned", "gap"}
-    assert entry["loss"] == approx(mixture(scored[3:], [1.0]), rel=1e-12)
-    assert entry["uniform"] == approx(mixture(scored, [0.25] * 4), rel=1e-12)
-    assert entry["learned"] == approx(mixture(scored, w), rel=1e-12)
-    assert entry["gap"] == gap
+    assert predictions.mixtures(range(4)) == {
+        "loss": approx(mixture(scored[3:], [1.0]), rel=1e-12),
+        "uniform": approx(mixture(scored, [0.25] * 4), rel=1e-12),
+        "learned": approx(mixture(scored, w), rel=1e-12),
+        "gap": gap,
+        "of": 4}
 
 
 # ------------------------------------------------------------------------------------------------
