@@ -120,8 +120,6 @@ class Config:
     epochs: int = knob(16, "budget: epochs over the training text, all members together", low=1)
     trajectories: int | None = knob(None, "independent runs; they differ by seed alone", low=1)
     cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
-    epochs_per_cycle: int | None = knob(
-        None, "sets how many cycles the budget buys; a rest goes to the first", low=1)
     boundary: str | None = knob(
         None, "weights at a cycle's start", choices="perturb continue fresh")
     average: float | None = knob(
@@ -207,9 +205,8 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None:
-                check_value(f, value)
+            if getattr(self, f.name) is not None:
+                check_value(f, getattr(self, f.name))
 
 GROUPS = {  # of --help: the first field of each
     "preset": "population", "data": "data", "layers": "model", "lr_matrix": "optimizer",
@@ -279,19 +276,16 @@ POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
 def allocate(cfg):
     """(trajectories, cycles) that the budget buys; where one is given, the other gets the rest."""
     length = LENGTHS[cfg.preset]
-    per = cfg.epochs_per_cycle
     left = max(1, cfg.epochs // ((cfg.trajectories or 1) * (cfg.cycles or 1)))
     trajectories = 1
     member = length["member"]
     if cfg.population in ("q0", "snapshots"):
         member = length["cycle"]
         if not cfg.trajectories:
-            trajectories = max(1, left // max(length["trajectory"], per or 1))
+            trajectories = max(1, left // length["trajectory"])
     each = left // trajectories
     many = 1  # below 6 epochs two are worse
-    if per:
-        many = max(1, each // per)
-    elif each >= 6:
+    if each >= 6:
         many = max(2, (each + (member - 1) // 2) // member)  # the nearest number
     counts = {"single": (1, 1), "ensemble": (many, 1), "chain": (1, many)}
     wanted = counts.get(cfg.population, (trajectories, many))
@@ -300,16 +294,12 @@ def allocate(cfg):
 def derive_budget(cfg):
     """(field, value, reason) of what the epochs buy. Raises UserError as `resolve` does."""
     J, C = allocate(cfg)
-    each = cfg.epochs // (J * C)
-    per = cfg.epochs_per_cycle or max(1, each)
-    others = C if cfg.population == "ensemble" else J  # per * others: what one more would cost
-    if each < per or (each > per and cfg.epochs - J * C * per >= per * others):
-        raise UserError(f"--epochs {cfg.epochs} is not {J} trajectories x {C} cycles x {per} "
-                        f"epochs: give --epochs {J * C * per} or leave one of them out")
+    if cfg.epochs < J * C:
+        raise UserError(f"--epochs {cfg.epochs} are fewer than one for each of {J} trajectories x "
+                        f"{C} cycles: give --epochs {J * C}, or fewer of them")
     reason = f"population {cfg.population}, {cfg.epochs} epochs"
     yield "trajectories", J, reason
     yield "cycles", C, reason
-    yield "epochs_per_cycle", each, "the budget shared evenly"
 
 def derive_recipe(cfg):
     """What is tuned or published for the population."""
@@ -1671,17 +1661,6 @@ def keep_positive(x, dx):
     return x + dx * min(1.0, 0.99 / max(1e-300, nearest))
 
 
-def mixtures(heldout, scored):
-    """A curve's entry: losses on `scored` (M rows) of the newest member, of all members uniformly
-    and under the prior of `heldout` (M rows)."""
-    w, gap = fit_prior(np.stack(heldout))
-    M = len(w)
-    newest = np.eye(M)[-1]
-    uniform = np.full(M, 1 / M)
-    losses = mixture_losses(scored, [newest, uniform, w]).tolist()
-    return {"loss": losses[0], "uniform": losses[1], "learned": losses[2], "gap": gap}
-
-
 # Training loop ----------------------------------------------------------------------------------
 
 def train(trainer, cycles_by_trajectory):
@@ -1894,8 +1873,8 @@ class Trainer:
             if self.world.leader:
                 self.log.event(**line)
             self.check_finite(cycle)
-        save_is_due = self.meter.since_save() > 60 * self.cfg.save_minutes
-        asked = 2 if Stopped.signal else int(save_is_due)
+        unsaved = time.perf_counter() - self.meter.last_save
+        asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
         if asked or last:  # before the evaluation, which may be interrupted
             self.save()
@@ -2022,9 +2001,6 @@ class Meter:
         self.last_save = self.mark
         self.marked_step = self.at.step
 
-    def since_save(self):
-        return time.perf_counter() - self.last_save
-
     def saved(self, seconds):
         """A save took so long, which is no training time."""
         self.last_save = time.perf_counter()
@@ -2086,9 +2062,10 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def check_format(what, found):
-    if found != FORMAT:
-        raise UserError(f"{what} is of format {found}, this script reads {FORMAT}: {OWN_SCRIPT}")
+def check_format(saved):
+    if saved.get("format") != FORMAT:
+        raise UserError(f"it is of format {saved.get('format', 1)}, this script reads {FORMAT}: "
+                        f"{OWN_SCRIPT}")
 
 
 def save_member(folder, cfg, vocab_size, weights, position):
@@ -2113,9 +2090,7 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
     where a file is damaged, of another model, or not the one of hash `sha256`."""
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
-        found_format = about.get("format", 1)
-    check_format(f"member {folder}", found_format)
-    with reading(f"member {folder}"):
+        check_format(about)
         if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
             raise ValueError("the sha256 of model.safetensors is not the recorded one")
         weights = load_tensor_file(folder / "model.safetensors")
@@ -2180,8 +2155,13 @@ class Predictions:
 
     def mixtures(self, members):
         """Losses of the newest of `members`, of all uniformly and under their prior; how many."""
-        found = [self.of(split, members) for split in self.splits]
-        return {**mixtures(*found), "of": len(members)}
+        heldout, scored = (self.of(split, members) for split in self.splits)
+        w, gap = fit_prior(np.stack(heldout))
+        M = len(w)
+        newest = np.eye(M)[-1]
+        uniform = np.full(M, 1 / M)
+        losses = mixture_losses(scored, [newest, uniform, w]).tolist()
+        return {"loss": losses[0], "uniform": losses[1], "learned": losses[2], "gap": gap, "of": M}
 
 
 def hashes_of(run, member):
@@ -2322,7 +2302,7 @@ class Run:
                     body = saved["body"]
                     if digest(body) != saved["sha256"] or sha256_of(tensors) != body["tensors"]:
                         raise ValueError("a sha256 does not match")
-                    check_format("it", body.get("format", 1))
+                    check_format(body)
                     if body["identity"] != self.identity:
                         raise ValueError("it is of another run")
                     at = Progress(**body["at"])
@@ -2628,10 +2608,8 @@ def saved_config(run, given):
     path = find_run(run) / "run.json"
     with reading(path, "; start a new run"):
         saved = load_json(path)["config"]
-        same_fields = saved.keys() == {f.name for f in fields(Config)}
-    if not same_fields:
-        raise UserError(f"{path} has other settings than this script knows: {OWN_SCRIPT}")
-    with reading(path, "; start a new run"):
+        if saved.keys() != {f.name for f in fields(Config)}:
+            raise UserError(f"it has other settings than this script knows: {OWN_SCRIPT}")
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
         resolve(Config(**base))  # values of another kind raise here
@@ -2860,7 +2838,8 @@ def log_final(log, cfg, result, hardware):
     if "H100" in hardware["gpu"] or "H200" in hardware["gpu"]:
         mfu["mfu"] = speed / (H100_FLOPS * hardware["processes"])
     log.event(**{key: result[key]}, members=result["members"], k=result["members"],
-              epochs=cfg.epochs, flops=flops, teacher_flops=result["flops"]["teacher"], tflops=speed / 1e12, **mfu,
+              epochs=cfg.epochs, flops=flops, teacher_flops=result["flops"]["teacher"],
+              tflops=speed / 1e12, **mfu,
               train_time=f"{result['total_seconds']:.0f}s",
               peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
 
