@@ -178,7 +178,7 @@ def test_formats_of_an_older_script(interrupted, logs):
     about = read_json(interrupted / "members/1/config.json")
     del about["format"]  # as members had it then
     (interrupted / "members/1/config.json").write_text(json.dumps(about))
-    with pytest.raises(q.UserError, match="^member .*/1 is of format 1, this script reads 2: use"):
+    with pytest.raises(q.UserError, match="^member .*/1 .*of format 1, this script reads 2: use"):
         q.load_member(interrupted / "members/1")
     config = read_json(interrupted / "run.json")["config"]
     edit_json(interrupted / "run.json", config={**config, "rotary_base": 10_000})
