@@ -1,10 +1,10 @@
 """Turn text into token shards for train_q0.py: four disjoint splits of whole documents.
 
-    python data/prepare.py wiki                      the default corpus: 10,033 Wikipedia leads, 5 MB
-    python data/prepare.py text --input mine/*.txt   your own: .txt (a document a file) or .jsonl (a line)
-    python data/prepare.py fineweb                   100M FineWeb tokens, GPT-2 BPE (downloads 400 MB)
-    python data/prepare.py slowrun --input DIR       from Slowrun's fineweb_train.pt and fineweb_val.pt
-    python data/prepare.py bpe                       retrain data/wiki.tiktoken: the same bytes again
+    python data/prepare.py wiki                   default corpus: 10,033 Wikipedia leads, 5 MB
+    python data/prepare.py text --input FILE...   yours: .txt (a document a file), .jsonl (a line)
+    python data/prepare.py fineweb                100M FineWeb tokens, GPT-2 BPE, downloads 400 MB
+    python data/prepare.py slowrun --input DIR    from Slowrun's fineweb_train.pt, fineweb_val.pt
+    python data/prepare.py bpe                    retrain data/wiki.tiktoken: the same bytes again
 
 An output folder holds train.bin, heldout.bin (fits the prior), dev.bin (tuning), val.bin (the
 score), manifest.json with their hashes and perhaps tokenizer.tiktoken. It appears whole or not at
@@ -152,7 +152,7 @@ def merge(ids, pair, new):
 
 
 def format_ranks(tokens):
-    """Ranks in tiktoken's file format, as bytes: base64 of a token, a space, its rank; one a line."""
+    """Ranks in tiktoken's file format, as bytes. A line: base64 of a token, a space, its rank."""
     lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
     return b"".join(lines)
 
@@ -207,7 +207,7 @@ def runs_of(text):
 def drop_near_duplicates(texts, keep_similar=False):
     """(documents kept, number dropped). Empty documents go uncounted; exact copies of an earlier
     document go, and near-duplicates unless `keep_similar`: those that share SIMILAR of the runs of
-    both (Jaccard) with one kept before. Compared are the five whose sketches have most in common."""
+    both (Jaccard) with one kept before. It is compared with the five of likest sketch."""
     filled = [text for text in texts if text.strip()]
     distinct = list(dict.fromkeys(filled))
     if keep_similar:
@@ -367,7 +367,7 @@ def check_file(path):
     try:
         mode = os.stat(path).st_mode
     except OSError as error:
-        raise Fail(f"{path}: {error.strerror}: check the name") from error
+        raise Fail(f"{brief(error)}: check the name") from error
     if stat.S_ISDIR(mode):
         raise Fail(f"{path} is a directory: name a file")
     if not stat.S_ISREG(mode):
@@ -579,7 +579,7 @@ def report(out, manifest):
     print(f"{out}: vocabulary {vocab_size:,}, near-duplicates {dropped}{skipped}")
 
 
-def prepare_text(args, name, source, documents, more=None):
+def prepare_text(args, name, source, documents, **more):
     """From texts to a dataset folder: near-duplicates, splits, tokenizer, shards. `documents()`,
     called only if there is work to do, gives texts and further entries of the manifest; `more` is
     what else the recipe holds."""
@@ -588,7 +588,7 @@ def prepare_text(args, name, source, documents, more=None):
         "tokenizer": hashlib.sha256(committed).hexdigest() if committed else args.tokenizer,
         "vocab": args.vocab,
         "targets": args.targets,
-        **(more or {})}
+        **more}
     head = {"format": FORMAT, "name": name, "source": source, "seed": args.seed, "recipe": recipe}
     if is_done(args.out, head, args.force):
         return
@@ -687,12 +687,12 @@ def text(args):
         texts, skipped = read_documents(args.input, args.field, args.skip_bad)
         return texts, {"bad_documents_skipped": skipped}
 
-    prepare_text(args, args.out.name, source, documents, recipe)
+    prepare_text(args, args.out.name, source, documents, **recipe)
 
 
 def fetch_hub(filename):
-    """Path of a shard of HUB_DATASET in the hub's cache. What arrives damaged is deleted and fetched
-    once more. Fail: no such file, no network, damaged twice."""
+    """Path of a shard of HUB_DATASET in the hub's cache. What arrives damaged is deleted and
+    fetched once more. Fail: no such file, no network, damaged twice."""
     for _ in range(2):
         path = download(filename)
         blob = path.resolve()  # the cache names a large file by its SHA-256 as the hub states it
@@ -717,9 +717,8 @@ def download(filename):
             return Path(hf_hub_download(
                 HUB_DATASET, filename, repo_type="dataset", revision=HUB_REVISION))
         except Exception as error:  # network errors share no class across the client's versions
-            missing = isinstance(error, final)
-            if isinstance(error, errors.LocalEntryNotFoundError):  # not in the cache, and no network
-                missing = False
+            no_network = isinstance(error, errors.LocalEntryNotFoundError)
+            missing = isinstance(error, final) and not no_network
             if missing or wait is None:
                 raise Fail(f"can't download {filename} of {HUB_DATASET} ({brief(error)}): try "
                            "again, shards that arrived whole are kept") from error

