@@ -139,10 +139,11 @@ def train_bpe(texts, size):
 
 def merge(ids, pair, new):
     """`ids` with every `pair`, from the left, replaced by `new`."""
+    first, second = pair
     merged = []
     i = 0
     while i < len(ids):
-        if tuple(ids[i:i + 2]) == pair:
+        if ids[i] == first and i + 1 < len(ids) and ids[i + 1] == second:
             merged.append(new)
             i += 2
         else:

@@ -83,8 +83,7 @@ def documents(tmp_path):
     """A file of 305: 3 near-copies, 1 empty, 1 that spells the special token."""
     texts = random_documents(300)
     copies = [texts[5], texts[6].upper(), texts[7].replace(".\n", " once more.\n")]
-    special = ("Before <|endoftext|> and after <|endoftext|> it, all is text, for a writer may well "
-               "mention it.")
+    special = "Before <|endoftext|> and after <|endoftext|> it, all is text: it may be written."
     return write_jsonl(tmp_path / "corpus.jsonl", [*texts, *copies, special, "  \n "])
 
 
@@ -153,22 +152,20 @@ def test_committed_ranks():
         known.add(token)
 
 
-TEXT = strategies.text(max_size=60) | strategies.text(" \n\t'ab1.<|endoftext>é夜", max_size=60)
-
-
-@given(TEXT, strategies.binary(max_size=40))
+@given(strategies.text(" \n\t'ab1.<|endoftext>é夜", max_size=60) | strategies.text(max_size=60),
+       strategies.binary(max_size=40))
 @settings(max_examples=50, deadline=None)
 def test_round_trip(text, data):
     tokens = ENCODING.encode_ordinary(text)
-    assert ENCODING.decode_bytes(tokens) == text.encode()
-    assert 2047 not in tokens
+    assert ENCODING.decode_bytes(tokens) == text.encode() and 2047 not in tokens
     assert ENCODING.decode_bytes(list(data)) == data  # bytes are the first 256 ids
 
 
 def naive_bpe(texts, size):
     """Every pair recounted for every merge."""
     import regex
-    words = [list(piece.encode()) for text in texts for piece in regex.findall(prepare.PATTERN, text)]
+    pieces = itertools.chain(*(regex.findall(prepare.PATTERN, text) for text in texts))
+    words = [list(piece.encode()) for piece in pieces]
     tokens = list(BYTES)
     while len(tokens) < size - 1:
         counts = Counter(pair for word in words for pair in zip(word, word[1:]))
@@ -181,13 +178,11 @@ def naive_bpe(texts, size):
 
 
 def test_train_bpe_is_the_plain_algorithm():
-    odd = "aaaaaaa aaaa aaab abab bcbc abcabc xbc ab c " * 3
-    texts = [*random_documents(20), odd]
+    texts = [*random_documents(20), "aaaaaaa aaaa aaab abab bcbc abcabc xbc ab c " * 3]
     tokens = prepare.train_bpe(texts, 330)
     assert tokens == naive_bpe(texts, 330) == prepare.train_bpe(texts[::-1], 330)
-    assert len(set(tokens)) == 329
     encoding = prepare.load_bpe(prepare.format_ranks(tokens))
-    assert encoding.decode(encoding.encode_ordinary(odd)) == odd
+    assert encoding.decode(encoding.encode_ordinary(texts[-1])) == texts[-1]
     assert prepare.merge([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
 
 
@@ -309,8 +304,8 @@ BAD_LINES = {
     b"{oops": "expected a JSON object",
     b'["text"]': "expected a JSON object",
     b"[" * 100_000: "expected a JSON object",
-    b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content .str., id .int.;.*--field',
-    b'{"text": null}': r'no text in "text"; its fields: text .null.;.*--skip-bad',
+    b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content .str., id .int.;',
+    b'{"text": null}': r'no text in "text".* text .null.;.*--field.*--skip-bad',
     b"{}": "no text.*its fields: none;",
     b'{"text": "\xff"}': "not valid UTF-8",
     b'{"text": "half \\ud83d"}': "not valid UTF-8"}
@@ -730,17 +725,16 @@ def always(fault):
     return lambda hub: hub.faults.update({FIRST: [fault] * 100})
 
 
-def change_first(change):
-    return lambda hub: hub.files.update({FIRST: change(hub.files[FIRST])})
+def change(edit):
+    return lambda hub: hub.files.update({FIRST: edit(hub.files[FIRST])})
 
 
 @pytest.mark.parametrize("damage, argv, message", [
     (always("flip"), [], "arrived damaged twice"),
     (always("cut"), [], "can't download"),
-    (change_first(lambda raw: b"\0" * 4 + raw[4:]), [], "arrived damaged twice"),
-    (change_first(lambda raw: raw[:-2]), [], "arrived damaged twice"),
-    (change_first(lambda raw: shard_bytes(np.frombuffer(raw, "<u2")[513:])), [],
-     "do not start with a document"),
+    (change(lambda raw: b"\0" * 4 + raw[4:]), [], "arrived damaged twice"),
+    (change(lambda raw: raw[:-2]), [], "arrived damaged twice"),
+    (change(lambda raw: shard_bytes(np.frombuffer(raw, "<u2")[513:])), [], "do not start with"),
     (lambda hub: hub.files.pop(THIRD), [], f"can't download {THIRD}"),
     (lambda hub: hub.server_close(), [], f"can't download {FIRST}"),
     (lambda hub: None, ["--heldout-tokens", "30000"], "no tokens are left for train")],
@@ -791,14 +785,14 @@ def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
     hashes = {path.name: prepare.file_sha256(path) for path in folder.iterdir()}
     assert "fineweb_train.pt and fineweb_val.pt: not the file" in run_ok(capsys, *argv)
     assert not check_manifest(out)["published"]
-    pieces = {name: read_shard(out / f"{name}.bin").tolist() for name in prepare.SPLITS}
+    pieces = {}
+    for name, entry in check_manifest(out)["splits"].items():
+        pieces[name] = read_shard(out / f"{name}.bin").tolist()
+        assert pieces[name][0] == END and pieces[name].count(END) == entry["documents"]
     assert pieces["val"] == tokens["val"]
     assert pieces["heldout"] + pieces["train"] + pieces["dev"] == tokens["train"]
     for name, target in {"heldout": 900, "dev": 1500}.items():
         assert target <= len(pieces[name]) < target + 401
-    for name, entry in check_manifest(out)["splits"].items():
-        assert pieces[name][0] == END
-        assert entry["documents"] == pieces[name].count(END)
     assert "left alone" in run_ok(capsys, *argv)
     monkeypatch.setattr(prepare, "SLOWRUN_SHA256", hashes)
     assert "not the file" not in run_ok(capsys, *argv, "--force")
@@ -809,20 +803,18 @@ def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
     {"tokens": None}, {"tokens": [1, 2, 3]}, {"tokens": [[END]]}, {"tokens": [END, 60000]},
     {"tokens": [END, -1]}, {"tokens": [50256.0]}, {"tokens": []},
     {"tokens": Path("x")},  # weights_only refuses other classes
-    {"bos_id": 0}, {"bos_id": None}, {"doc_starts": [0, 5]}, {"doc_starts": "x"}], ids=str)
+    {"bos_id": 0}, {"bos_id": None}, {"doc_starts": [0, 5]}, {"doc_starts": "x"},
+    b"", b"garbage", b"PK\x03\x04", 900], ids=str)
 def test_bad_slowrun(changes, slowrun, capsys):
+    """Malformed, no such file at all, or the first 900 bytes of one."""
     folder, tokens, argv = slowrun
-    write_slowrun(folder, **tokens, **changes)
-    run_bad(capsys, "not a Slowrun data file", *argv)
+    val = folder / "fineweb_val.pt"
+    if isinstance(changes, dict):
+        write_slowrun(folder, **tokens, **changes)
+    else:
+        val.write_bytes(val.read_bytes()[:900] if changes == 900 else changes)
+    run_bad(capsys, "fineweb_(train|val).pt: not a Slowrun data file", *argv)
     assert names_in(folder.parent) == ["in"]
-
-
-@pytest.mark.parametrize("content", [b"", b"garbage", b"PK\x03\x04", None])
-def test_damaged_slowrun(content, slowrun, capsys):
-    folder, _, argv = slowrun
-    whole = (folder / "fineweb_train.pt").read_bytes()
-    (folder / "fineweb_val.pt").write_bytes(whole[:900] if content is None else content)
-    run_bad(capsys, "fineweb_val.pt: not a Slowrun data file", *argv)
 
 
 def test_slowrun_without_enough_text(slowrun, capsys):
