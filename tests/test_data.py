@@ -402,12 +402,15 @@ def test_existing_output(tmp_path, capsys, argv):
 @pytest.mark.parametrize("entry", ["tokenizer", "shard"])
 def test_manifest_leads_elsewhere(entry, name, out, capsys, argv, tmp_path):
     """Nothing is read by prepare.py and tasks.py: it might never end."""
-    os.mkfifo(out / "pipe")
-    (out / "link").symlink_to("/dev/zero")
-    (tmp_path / "outside").write_text("secret")
+    if name == "pipe":
+        os.mkfifo(out / name)
+    if name == "link":
+        (out / name).symlink_to("/dev/zero")
     manifest = read_json(out / "manifest.json")
     changed = {"shard": manifest["splits"]["val"]["files"][0], "tokenizer": manifest["tokenizer"]}
-    changed[entry]["file" if entry == "tokenizer" else "name"] = name
+    key = "file" if entry == "tokenizer" else "name"
+    (out / changed[entry][key]).rename(tmp_path / "outside")  # even if all hashes are true
+    changed[entry][key] = name
     edit_json(out / "manifest.json", **manifest)
     run_bad(capsys, "", *argv)
     assert tasks.main(["--data", str(out), "--out", str(tmp_path / "t")]) == 2
