@@ -72,9 +72,9 @@ except ImportError:  # CPU builds of torch come without it
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # on a CPU, in tests
 
 ROOT = Path(__file__).resolve().parent
-LOGS = ROOT / "logs"
-NEVER = 2 ** 62
+LOGS = Path(os.environ.get("Q0_LOGS", ROOT / "logs"))  # elsewhere where the checkout is read-only
 WARM_UP_MINUTES = 30  # compiling may take longer than a step may hang
+JOIN_TIME = datetime.timedelta(minutes=5)  # in which all processes of a launch are there
 
 
 class UserError(Exception):
@@ -1719,9 +1719,7 @@ class Trainer:
         shape = (cfg.micro_batch, cfg.seq_len + 1)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.share = torch.ones((), device=device)  # of the micro-batch in the step's mean
-        self.index = torch.zeros((), dtype=torch.long, device=device)  # of it in the trajectory
         self.loss = torch.zeros((), device=device)  # cross-entropy of the step so far
-        self.first_bad = torch.full((), NEVER, device=device)  # micro-batch of no finite loss
         self.micro_batch = {taught: functools.partial(self.run_micro_batch, taught)
                             for taught in (False, True)}
 
@@ -1732,8 +1730,6 @@ class Trainer:
         (loss * self.share).backward()
         self.optimizer.add_gradients()
         self.loss += ce * self.share
-        bad = torch.where(loss.isfinite(), NEVER, self.index)
-        self.first_bad.copy_(torch.minimum(self.first_bad, bad))
 
     def forward_backward(self, cycle):
         """Gradients of one step: this rank's micro-batches. Which units a micro-batch drops depends
@@ -1750,7 +1746,6 @@ class Trainer:
         self.share.fill_(1 / count)
         for m in range(self.world.rank, count, self.world.size):
             self.tokens.copy_(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch])
-            self.index.fill_(at.step * count + m)
             torch.manual_seed(seed_of("dropout", cfg.seed, at.trajectory, at.step, m))
             self.micro_batch[cycle.distilled]()
 
@@ -1779,7 +1774,6 @@ class Trainer:
         if cfg.graphs and self.world.size == 1:
             self.optimizer.update = captured(self.optimizer.run_update, "an update")
         self.optimizer.reset()
-        self.first_bad.fill_(NEVER)
         faulthandler.cancel_dump_traceback_later()  # until the first step
 
     # Trajectories and cycles
@@ -1809,7 +1803,7 @@ class Trainer:
                 ready = f"{self.ready_seconds:.1f}s"
                 self.log.event("kernels", traj=j, **self.kernels, ready=ready)
                 return self.at
-            print(f"resuming trajectory {j} at step {self.at.step}")
+            say(f"resuming trajectory {j} at step {self.at.step}")
             if self.at.kernels != self.kernels:
                 self.log.line(f"notice: step {self.at.step} was reached with {self.at.kernels}, "
                               f"now {self.kernels}: rounding differs")
@@ -1834,7 +1828,10 @@ class Trainer:
 
     def load_tensors(self, cycle):
         """Weights, moments, mean and teacher of the state that the trajectory goes on from."""
-        tensors = load_tensor_file(self.resume_from) if self.world.leader else None
+        tensors = None
+        if self.world.leader:
+            with reading(f"state {self.resume_from}"):
+                tensors = load_tensor_file(self.resume_from)
         for name, master in self.optimizer.masters.items():
             if self.world.leader:
                 master.copy_(tensors[f"model.{name}"])
@@ -1843,7 +1840,7 @@ class Trainer:
             mean.copy_(tensors[f"mean.{name}"])
         self.optimizer.load(tensors)
         if cycle.distilled and self.at.in_cycle < cycle.steps and not self.population:
-            self.set_newest(cycle.member - 1, self.at.curve[-1]["weights"])
+            self.set_newest(cycle.member - 1, self.at.curve[-1]["config"])
 
     def set_newest(self, member, sha256=None):
         """Load a member from its folder: it is evaluated, and teaches the next cycle, as saved."""
@@ -1872,7 +1869,7 @@ class Trainer:
             line = self.meter.line(cycle, float(self.loss), *schedule(s, cycle.steps, self.cfg))
             if self.world.leader:
                 self.log.event(**line)
-            self.check_finite(cycle)
+            self.check_finite()
         unsaved = time.perf_counter() - self.meter.last_save
         asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
@@ -1881,24 +1878,19 @@ class Trainer:
         if asked == 2:
             raise Stopped
 
-    def check_finite(self, cycle):
+    def check_finite(self):
         """Stop, or count with --skip-nonfinite, where updates were left out as not finite."""
         at = self.at
         lost = int(self.optimizer.skipped)
         self.optimizer.skipped.zero_()
-        first_bad = -self.world.largest(-int(self.first_bad))
-        self.first_bad.fill_(NEVER)
         if not lost:
             return
-        step, m = divmod(first_bad, cycle.rows // self.cfg.micro_batch)
-        what = f"the loss is not finite at step {step + 1}, micro-batch {m}"
-        if step >= at.step:
-            what = f"a gradient is not finite at or before step {at.step}"
-        what += f" of trajectory {at.trajectory}"
+        what = (f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
+                f"{at.trajectory}: {lost} updates were left out")
         if not self.cfg.skip_nonfinite:
-            raise UserError(f"{what}; {lost} updates were left out; the last saved state is of "
-                            f"step {self.saved_at[0]}: lower --lr-matrix, try --precision float32, "
-                            "or --resume it with --skip-nonfinite")
+            raise UserError(f"{what}; the last saved state is of step {self.saved_at[0]}: lower "
+                            "--lr-matrix, try --precision float32, or --resume it with "
+                            "--skip-nonfinite")
         at.skipped += lost
         if self.world.leader:
             self.log.event("skipped", updates=at.skipped, reason=what)
@@ -2030,7 +2022,7 @@ class Meter:
 # All of a run is files in its folder: members (bf16 weights + configuration), their p(true token),
 # the states that --resume goes on from, and the locks that say which launch trains what.
 
-FORMAT = 2  # of members and states: 2 holds banks of weights, 1 held a tensor for each layer
+FORMAT = 3  # of members and states: 1 had no banks of weights, 2 hashes of weights alone
 OWN_SCRIPT = "use the train_q0.py at the head of its run's log"
 
 
@@ -2041,6 +2033,9 @@ def write_atomically(path, write):
         write(tmp)
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        tmp.chmod(0o666 & ~mask)  # safetensors makes files that others cannot read
         os.replace(tmp, path)
     except SafetensorError as e:
         raise OSError(f"cannot write {path}: {e}") from None
@@ -2087,12 +2082,14 @@ def empty_member(cfg, vocab_size):
 
 def load_member(folder, precision=None, sha256=None, device="cpu"):
     """The member in `folder`, as a frozen GPT in evaluation mode on `device`. Raises UserError
-    where a file is damaged, of another model, or not the one of hash `sha256`."""
+    where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
         check_format(about)
-        if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
-            raise ValueError("the sha256 of model.safetensors is not the recorded one")
+        if sha256 not in (None, sha256_of(folder / "config.json")):
+            raise ValueError("the sha256 of config.json is not the recorded one")
+        if sha256_of(folder / "model.safetensors") != about["sha256"]:
+            raise ValueError("the sha256 of model.safetensors is not that of config.json")
         weights = load_tensor_file(folder / "model.safetensors")
         cfg, _ = resolve(replace(Config(**about["config"]), device="cpu"))
         vocab_size = int(about["vocab_size"])
@@ -2165,8 +2162,8 @@ class Predictions:
 
 
 def hashes_of(run, member):
-    """sha256 of a member's weights and predictions."""
-    return {"weights": sha256_of(run / f"members/{member}/model.safetensors"),
+    """sha256 of a member's config.json, which has that of its weights, and of its predictions."""
+    return {"config": sha256_of(run / f"members/{member}/config.json"),
             "predictions": sha256_of(run / f"predictions/{member}.safetensors")}
 
 
@@ -2185,18 +2182,6 @@ class Progress:
     log: list = field(default_factory=list)  # bytes of the log and of the metrics
     kernels: dict = field(default_factory=dict)
     skipped: int = 0  # updates left out because they were not finite
-
-    def check(self, trajectory, cycles):
-        """Raise ValueError where this is not the progress of a trajectory of so many cycles."""
-        first = trajectory * cycles
-        counts = [*self.log, self.cycle, self.in_cycle, self.step, self.sequences]
-        whole = all(type(n) is int and n >= 0 for n in counts)
-        members = [entry["member"] for entry in self.curve]
-        hashed = all({"of", "weights", "predictions"} <= entry.keys() for entry in self.curve)
-        if (not whole or len(self.log) != 2 or self.trajectory != trajectory
-                or self.cycle > cycles or type(self.done) is not bool or not hashed
-                or members != list(range(first, first + self.cycle))):
-            raise ValueError("it does not say where the trajectory stands")
 
 
 SILENT_SECONDS = 900  # after which a holder on another machine counts as gone
@@ -2232,6 +2217,9 @@ class Lock:
     def release(self):
         self.path.write_text("", encoding="utf-8")
         self.file.close()
+
+
+STATE_FILE = re.compile(r"(\d+-\d{9}(?:-done)?)\.(?:json|safetensors)(?:\.tmp)?")
 
 
 class Run:
@@ -2273,7 +2261,8 @@ class Run:
     def generations(self, trajectory):
         """States of a trajectory, newest first: JSON files, each beside its tensors."""
         files = self.state.glob(f"{trajectory}-*.json")
-        return sorted(files, key=lambda f: f.stem, reverse=True)
+        ours = [file for file in files if STATE_FILE.fullmatch(file.name)]
+        return sorted(ours, key=lambda file: file.stem, reverse=True)
 
     def save_state(self, at, tensors):
         """Write a state: the tensors first, then the JSON that makes it valid; only then the last
@@ -2286,8 +2275,9 @@ class Run:
                 "tensors": sha256_of(tensor_file)}
         save_json(path, {"body": body, "sha256": digest(body)})
         keep = {f.stem for f in self.generations(at.trajectory)[:2]}
-        for old in self.state.glob(f"{at.trajectory}-*"):
-            if old.stem not in keep:  # what a killed process left half-written, too
+        for old in self.state.glob(f"{at.trajectory}-*"):  # half-written ones of a kill, too
+            ours = STATE_FILE.fullmatch(old.name)
+            if ours and ours[1] not in keep:
                 old.unlink()
 
     def load_state(self, trajectory):
@@ -2306,7 +2296,8 @@ class Run:
                     if body["identity"] != self.identity:
                         raise ValueError("it is of another run")
                     at = Progress(**body["at"])
-                    at.check(trajectory, self.identity["cycles"])
+                    if at.trajectory != trajectory:
+                        raise ValueError("it is of another trajectory")
                 return at, tensors
             except UserError as e:
                 if path == files[-1]:
@@ -2336,10 +2327,6 @@ class Run:
 # All ranks of a launch train one trajectory after the other. Trajectories do not communicate, so
 # side by side means several launches of one run, on one machine or many: each takes the next that
 # is neither done nor held, and whoever finishes the last one fits the prior.
-
-SUM_SHARDS = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-GATHER_SHARDS = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 @dataclass(frozen=True)
 class World:
@@ -2388,13 +2375,13 @@ class World:
         if self.size == 1:
             return units
         out = torch.empty_like(self.shard(units))
-        SUM_SHARDS(out, units)
+        dist.reduce_scatter_single(out, units)
         return out
 
     def all_gather(self, own, whole):
         """Collect every rank's slice in `whole`, which may hold `own`."""
         if self.size > 1:
-            GATHER_SHARDS(whole, own.clone())
+            dist.all_gather_single(whole, own.clone())
         elif own.data_ptr() != whole.data_ptr():
             whole.copy_(own)
 
@@ -2412,8 +2399,12 @@ class World:
                                 "process with the same flags and data")
 
 
+SIGNALS = [number for number in signal.Signals  # also of a closed terminal, and a cluster's
+           if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP")]
+
+
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C asked the run to stop at the next step; a second signal kills."""
+    """A signal asked the run to stop at the next step; a second one of its kind kills."""
     signal = 0  # that was heard
 
     @classmethod
@@ -2421,6 +2412,12 @@ class Stopped(Exception):
         cls.signal = number
         signal.signal(number, signal.SIG_DFL)
         print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
+def suspend(number, frame):
+    """Ctrl-Z: the time until the run is woken does not count as hanging."""
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def reset_watchdog(minutes):
@@ -2439,15 +2436,23 @@ def check_divides(cfg, size):
                         f"use {', '.join(map(str, valid))} processes or another --micro-batch")
 
 
+def set_by_torchrun(name, alone):
+    """A number in the environment; `alone` where there is none."""
+    value = os.environ.get(name, str(alone))
+    if not value.isdecimal():
+        raise UserError(f"environment variable {name} is {value!r}, not a number: unset it")
+    return int(value)
+
+
 @contextlib.contextmanager
 def set_up_world(cfg):
     """Context of the processes that torchrun started, or of one."""
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = set_by_torchrun("RANK", 0)
+    size = set_by_torchrun("WORLD_SIZE", 1)
     check_divides(cfg, size)
     device = torch.device("cpu")
     if cfg.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", set_by_torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
         # of a bf16 model only products of bf16 values are in float32: TF32's 11 bits hold their 8
         torch.backends.cuda.matmul.allow_tf32 = cfg.precision == "bfloat16"
@@ -2459,8 +2464,14 @@ def set_up_world(cfg):
     if size == 1:
         yield world
         return
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(f"rank {rank} waits for {size - 1} more processes: unset WORLD_SIZE if you meant one",
+              file=sys.stderr)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIME))
+    except (ValueError, dist.DistError) as e:
+        raise UserError(f"the other {size - 1} processes are not there: {one_line(e)}") from None
     # a store that torchrun keeps over a restart still holds the addresses of the processes before
-    store, _, _ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     patience = datetime.timedelta(minutes=max(WARM_UP_MINUTES, cfg.hang_minutes))
@@ -2471,6 +2482,14 @@ def set_up_world(cfg):
 
 
 # Log --------------------------------------------------------------------------------------------
+
+def say(text):
+    """Print `text`; where the standard output is closed or full, a run goes on without."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
 
 class Log:
     """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
@@ -2489,7 +2508,7 @@ class Log:
 
     def line(self, text):
         self.text.write(text + "\n")
-        print(text, flush=True)
+        say(text)
 
     def event(self, *flags, **pairs):
         text, data = event_lines(*flags, **pairs)
@@ -2555,8 +2574,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def config_parser(extra):
-    """Parser with a flag for each Config field, after those of `extra` {name: options}."""
+def config_parser(extra, preset):
+    """Parser with a flag for each Config field, with the defaults of `preset` in its help, after
+    those of `extra` {name: options}."""
     p = Parser(prog="train_q0.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, options in extra.items():
@@ -2569,20 +2589,27 @@ def config_parser(extra):
         text = f.metadata["why"]
         if f.metadata["choices"]:
             text += f" ({', '.join(f.metadata['choices'])})"
-        default = "derived" if f.default is None else f.default
+        default = preset.get(f.name, f.default)
+        default = "derived" if default is None else default
         if f.name in GROUPS:
             group = p.add_argument_group(GROUPS[f.name])
         group.add_argument(flag(f.name), help=f"{text} [{default}]", **kinds[f.type.split(" ")[0]])
     return p
 
 
+def suggestion(word, known):
+    """Advice where `word` is nearly one of the `known`."""
+    near = difflib.get_close_matches(word, known, 1, cutoff=0.75)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 def parse_config(argv, **extra):
     """Config from flags, defaults from the preset. Returns (cfg, reasons, namespace)."""
-    known, unknown = config_parser(extra).parse_known_args(argv)
+    preset = dict(zip(argv, argv[1:])).get("--preset")
+    known, unknown = config_parser(extra, PRESETS.get(preset, {})).parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, vars(known)), 1)
-        advice = f": did you mean {near[0]}?" if near else " (see --help)"
-        raise UserError(f"unknown argument {unknown[0]}{advice}")
+        near = suggestion(unknown[0].split("=")[0], map(flag, vars(known)))
+        raise UserError(f"unknown argument {unknown[0]}: {near}see --help")
     given = {k: v for k, v in vars(known).items() if v is not None and k not in extra}
     reason = "given"
     if getattr(known, "resume", None):
@@ -2629,17 +2656,15 @@ def find_run(name):
     for folder in (LOGS / name, Path(name)):
         if folder.is_dir():
             return folder
-    latest = [f"; there is {run.name}" for run in sorted(LOGS.glob("*"))[-3:]]
-    raise UserError(f"no run {name} under {LOGS}{''.join(latest)}")
+    runs = sorted(LOGS.glob("*"), key=lambda run: -run.stat().st_mtime)
+    newest = "".join(f"; there is {run.name}" for run in runs[:3])
+    raise UserError(f"no run {name} under {LOGS}{newest}")
 
 
 def check_plain(option, name):
     """Raise UserError where `name` cannot be the name of a new run."""
     if Path(name).name != name or name in (".", ".."):
         raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
-
-
-H100_FLOPS = 989e12  # a second, dense bf16
 
 
 def describe(cfg, why, epoch_tokens, vocab_size):
@@ -2667,11 +2692,14 @@ def command_train(argv):
                        "--name"),
         resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"))
     Stopped.signal = 0
-    before = {number: signal.signal(number, Stopped.heard)
-              for number in (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
+              for number in SIGNALS
               if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves it
     try:
         with set_up_world(cfg) as world:
+            for number in before:
+                heard = suspend if number.name == "SIGTSTP" else Stopped.heard
+                signal.signal(number, heard)
             launch(cfg, why, args, world)
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -2681,12 +2709,11 @@ def command_train(argv):
 
 def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
-    name = args.resume or args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    if not args.resume:
-        check_plain("--run", name)
+    if args.run:
+        check_plain("--run", args.run)
     if world.leader:
         prepare_default_data(cfg)
-    name = world.broadcast_object(name)  # the others wait for the data
+    world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
     population = None
     if cfg.teacher:
@@ -2697,6 +2724,9 @@ def launch(cfg, why, args, world):
     world.agree(corpus.hashes)
     epoch_tokens = corpus.train_sequences * cfg.seq_len
     cycles = plan_cycles(cfg, epoch_tokens)
+    name = args.resume or args.run
+    if not name:
+        name = world.broadcast_object(new_name() if world.leader else None)
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
@@ -2709,10 +2739,10 @@ def launch(cfg, why, args, world):
         open_run(run, about, find_data(cfg))
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
-            print(f"{name} is complete: {run.folder}")
+            say(f"{name} is complete: {run.folder}")
         return
     if world.leader:
-        print(lines, flush=True)
+        say(lines)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
         train(trainer, cycles)
@@ -2720,6 +2750,16 @@ def launch(cfg, why, args, world):
             finish_run(trainer, about)
     finally:
         run.release()
+
+
+def new_name():
+    """A name that no other run has: the time, once it is not taken."""
+    while True:
+        name = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        with contextlib.suppress(FileExistsError):
+            (LOGS / name).mkdir(parents=True)
+            return name
+        time.sleep(1)
 
 
 def prepare_default_data(cfg):
@@ -2754,11 +2794,11 @@ def open_run(run, about, data):
             if differ:
                 raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
                                 "--run name, or the settings and data it began with")
-        else:
-            for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
-                if (data / file).exists():
-                    copy = functools.partial(shutil.copyfile, data / file)
-                    write_atomically(folder / "data" / file, copy)
+        for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
+            if (data / file).exists() and not (folder / "data" / file).exists():
+                copy = functools.partial(shutil.copyfile, data / file)
+                write_atomically(folder / "data" / file, copy)
+        if not (folder / "run.json").exists():
             save_json(folder / "run.json", about)
     finally:
         lock.release()
@@ -2771,8 +2811,8 @@ def finish_run(trainer, about):
     cfg = trainer.cfg
     trajectories = range(cfg.trajectories)
     if not all(run.is_done(j) for j in trajectories):
-        print(f"other launches train {run.folder.name}: the last to finish writes the result; one "
-              f"on another machine counts as gone after {SILENT_SECONDS // 60} silent minutes")
+        say(f"other launches train {run.folder.name}: the last to finish writes the result; one "
+            f"on another machine counts as gone after {SILENT_SECONDS // 60} silent minutes")
         return
     lock = Lock(run.state / "result.lock")
     if not lock.acquire():  # another launch ended just now
@@ -2782,66 +2822,49 @@ def finish_run(trainer, about):
             return
         states = [run.load_state(j)[0] for j in trajectories]
         log = run.open_log(0, states[0].log)
-        result = summarize(trainer, states)
+        numbers, curve = summarize(trainer, states)
         for at in states[1:]:  # as if one launch had trained all in turn
             events = [event_lines("ensemble", **pairs) for entry in at.curve
                       for pairs in ensembles(entry, f"{cfg.report}_loss")]
             log.append(run.log_files(at.trajectory), events)
-        log_final(log, cfg, result, about["machine"])
+        log.event(**numbers)
+        result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
         try:
             from records.population import report
             result["table"], lines = report(trainer.predictions, trainer.corpus.name)
             log.line("\n".join(lines))
             from records.plot import draw_curve
-            draw_curve(run.folder / "curve.png", result["curve"], cfg.report)
+            draw_curve(run.folder / "curve.png", curve, cfg.report)
         except ImportError as e:
             print(f"notice: the table or curve.png is not made: {one_line(e)}", file=sys.stderr)
-        save_json(run.folder / "result.json", {**result, **about})  # last: the run is complete
+        save_json(run.folder / "result.json", result)  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
                 part.unlink()
     finally:
         lock.release()
-    print(f"written to {run.folder}")
+    say(f"written to {run.folder}")
 
 
 def summarize(trainer, states):
-    """Numbers of a run whose trajectories are all done: losses, curve, work and time."""
+    """({name: number} for the log's last line, curve) of a run whose trajectories are all done."""
     cfg = trainer.cfg
     predictions = trainer.predictions
-    key = f"{cfg.report}_loss"
     curve = [entry for at in states for entry in at.curve]
     for n, entry in enumerate(curve, 1):
         predictions.load(entry["member"], entry["predictions"])
         if entry["of"] != n:  # fitted before the other trajectories' members were there
             entry |= predictions.mixtures(range(n))
+    flops = run_flops(cfg, trainer.run.cycles, trainer.corpus.vocab_size, trainer.population)
     seconds = sum(at.train_seconds for at in states)
-    evaluated = sum(at.eval_seconds for at in states)
-    cycles = trainer.run.cycles
-    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
-    vocab_size = trainer.corpus.vocab_size
-    return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
-            f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs,
-            "curve": curve, "flops": run_flops(cfg, cycles, vocab_size, trainer.population),
-            "skipped_updates": sum(at.skipped for at in states), "kernels": states[-1].kernels,
-            "train_seconds": seconds, "eval_seconds": evaluated,
-            "total_seconds": seconds + evaluated, "tokens_per_second": tokens / seconds,
-            "peak_memory_mb": peak_memory_mb(trainer.world.device)}
-
-
-def log_final(log, cfg, result, hardware):
-    """The line that says what the run reached, and at what cost."""
-    key = f"final_{cfg.report}_loss"
-    flops = sum(result["flops"].values())
-    speed = flops / result["train_seconds"]
-    mfu = {}
-    if "H100" in hardware["gpu"] or "H200" in hardware["gpu"]:
-        mfu["mfu"] = speed / (H100_FLOPS * hardware["processes"])
-    log.event(**{key: result[key]}, members=result["members"], k=result["members"],
-              epochs=cfg.epochs, flops=flops, teacher_flops=result["flops"]["teacher"],
-              tflops=speed / 1e12, **mfu,
-              train_time=f"{result['total_seconds']:.0f}s",
-              peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
+    return {f"final_{cfg.report}_loss": curve[-1]["learned"], "members": len(curve),
+            "k": len(curve), "epochs": cfg.epochs, "flops": sum(flops.values()),
+            "teacher_flops": flops["teacher"], "tflops": sum(flops.values()) / seconds / 1e12,
+            f"uniform_{cfg.report}_loss": curve[-1]["uniform"],
+            f"last_member_{cfg.report}_loss": curve[-1]["loss"],
+            "skipped_updates": sum(at.skipped for at in states), "train_seconds": seconds,
+            "eval_seconds": sum(at.eval_seconds for at in states),
+            "peak_memory_mb": peak_memory_mb(trainer.world.device)}, curve
 
 
 def find_command(name):
@@ -2851,22 +2874,24 @@ def find_command(name):
     except ModuleNotFoundError as e:
         raise UserError(f"{name} needs records/ beside this script: {e}") from None
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name}: give flags, or one of {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {name}: {suggestion(name, COMMANDS)}give flags to train, "
+                        f"or one of {', '.join(COMMANDS)}")
     return COMMANDS[name]
 
 
 def main(argv=None):
     """Run the command that argv begins with, or train. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", 0))
-    whose = f"rank {rank}: " if rank else ""
+    rank = 0
     try:
+        rank = set_by_torchrun("RANK", 0)
         named = argv and not argv[0].startswith("-")
         command = find_command(argv.pop(0)) if named else command_train
         return command(argv) or 0
     except (UserError, OSError) as e:
         if rank:
             time.sleep(2)  # a mistake that all ranks see is told by rank 0, whose end stops all
+        whose = f"rank {rank}: " if rank else ""
         print(f"train_q0.py: error: {whose}{e}", file=sys.stderr)
         return 2
     except Stopped:

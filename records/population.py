@@ -13,7 +13,7 @@ import train_q0 as q
 # Predictions ------------------------------------------------------------------------------------
 
 def recorded_hashes(run, kind, members):
-    """sha256 of each member's "weights" or "predictions" as a finished run has them; else None."""
+    """sha256 of each member's "config" or "predictions" as a finished run has them; else None."""
     if not (run / "result.json").exists():
         return [None] * members
     with q.reading(run / "result.json"):
@@ -98,7 +98,7 @@ class Population:
 
     def member(self, i):
         """Member i of the run, read and checked, as a frozen GPT."""
-        sha256 = recorded_hashes(self.folder, "weights", len(self.heldout))[i]
+        sha256 = recorded_hashes(self.folder, "config", len(self.heldout))[i]
         return q.load_member(self.folder / f"members/{i}", sha256=sha256, device=self.device)
 
     @functools.cached_property

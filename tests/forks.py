@@ -242,7 +242,7 @@ def wait_for(path, limit=60):
 
 # Runs compared
 
-TIMES = ("tok/s", "eta", "ready", "tflops", "train_time", "peak_memory")
+TIMES = ("tok/s", "eta", "ready", "tflops", "train_seconds", "eval_seconds", "peak_memory_mb")
 TIMED = re.compile(rf" ?\b(?:{'|'.join(TIMES)}):\S+")
 # of the header: when and how the run was started, settings that change no number, where it ran,
 # and what was derived, which a resumed run is given
@@ -274,7 +274,7 @@ def losses_of(run):
 
 
 def result_of(run):
-    timed = ("seconds", "per_second", "memory_mb", "command", "time", "machine", "config")
+    timed = ("seconds", "tflops", "memory_mb", "command", "time", "machine", "config")
     result = json.loads((run / "result.json").read_text())
     return {k: v for k, v in result.items() if not k.endswith(timed)}
 
