@@ -140,7 +140,8 @@ class Fork:
     def fails(self, pattern, limit=60):
         """Wait for one line, and nothing else on standard error but notices; returns the line."""
         assert self.wait(limit) == 2, (self.code, self.out, self.err)
-        lines = [line for line in self.err.splitlines() if not line.startswith("notice: ")]
+        told = ("notice: ", "rank 0 waits for")
+        lines = [line for line in self.err.splitlines() if not line.startswith(told)]
         assert len(lines) == 1 and lines[0].startswith("train_q0.py: error: "), self.err
         assert re.search(pattern, lines[0]), lines[0]
         return lines[0]

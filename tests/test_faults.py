@@ -174,11 +174,11 @@ def test_the_end_of_a_trajectory_is_damaged(base, logs):
 def test_formats_of_an_older_script(interrupted, logs):
     """One line says so, of states, of members, and of settings that are no more."""
     state_with(NEWEST, BEFORE, format=1)(interrupted)
-    resume(logs).fails("of format 1, this script reads 2: use the train_q0.py at the head of its")
+    resume(logs).fails("of format 1, this script reads")
     about = read_json(interrupted / "members/1/config.json")
     del about["format"]  # as members had it then
     (interrupted / "members/1/config.json").write_text(json.dumps(about))
-    with pytest.raises(q.UserError, match="^member .*/1 .*of format 1, this script reads 2: use"):
+    with pytest.raises(q.UserError, match="^member .*/1 .*of format 1, this script reads"):
         q.load_member(interrupted / "members/1")
     config = read_json(interrupted / "run.json")["config"]
     edit_json(interrupted / "run.json", config={**config, "rotary_base": 10_000})

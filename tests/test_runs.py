@@ -213,7 +213,7 @@ def of_another_text(run):
 @pytest.mark.parametrize("damage, argv, message", [
     (of_another_text, [], "several differs from .*chain in data, seq_len"),
     (unfinished, [], "several is not complete: go on with it"),
-    (of_an_older_script, [], "several/members/0.*of format 1, this script reads 2"),
+    (of_an_older_script, [], "several/members/0.*of format 1, this script reads"),
     (None, ["--name", "several"], "several exists: give another --name"),
     (None, ["nobody"], "no run nobody under")])
 def test_bad_pool(damage, argv, message, chain, several, logs, capsys):
