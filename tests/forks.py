@@ -140,8 +140,8 @@ class Fork:
     def fails(self, pattern, limit=60):
         """Wait for one line, and nothing else on standard error but notices; returns the line."""
         assert self.wait(limit) == 2, (self.code, self.out, self.err)
-        told = ("notice: ", "rank 0 waits for")
-        lines = [line for line in self.err.splitlines() if not line.startswith(told)]
+        told = re.compile(r"notice: |rank \d+ waits for ")
+        lines = [line for line in self.err.splitlines() if not told.match(line)]
         assert len(lines) == 1 and lines[0].startswith("train_q0.py: error: "), self.err
         assert re.search(pattern, lines[0]), lines[0]
         return lines[0]
