@@ -2071,7 +2071,7 @@ def save_member(folder, cfg, vocab_size, weights, position):
     rounded = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in weights.items()}
     write_atomically(path, lambda tmp: save_tensors(rounded, tmp))
     save_json(folder / "config.json", {"format": FORMAT, "vocab_size": vocab_size, **position,
-                                       "sha256": sha256_of(path), "config": asdict(cfg)})
+                                       "sha256": sha256_of(path), "config": method_settings(cfg)})
 
 
 def empty_member(cfg, vocab_size):
