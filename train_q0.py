@@ -50,6 +50,9 @@ try:
 except ImportError:  # Windows: launches do not see each other; the peak of memory is not known
     fcntl = None
     resource = None
+# OpenMP's threads sleep while they wait: spinning, they take the cores from every other process.
+# Read when torch loads; the one thing an import changes, and a setting of the user's stays.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
 import torch.distributed as dist
