@@ -6,11 +6,11 @@ snapshots, each snapshot teaches the next, and a prior fitted on held-out text m
 predictions. Method: arXiv 2606.03938.
 
     python train_q0.py                                    laptop: default corpus, preset tiny
-    python train_q0.py --preset small                     one GPU (after: python data/prepare.py fineweb)
+    python train_q0.py --preset small                     one GPU; before: data/prepare.py fineweb
     torchrun --nproc_per_node=8 train_q0.py --preset q0   one node, 8 GPUs
     python train_q0.py --resume RUN                       go on with a run that was stopped
     python train_q0.py plan --preset q0 --epochs 256      what a run would do, without running it
-    python train_q0.py select RUN --k 4                   fit the prior again from cached predictions
+    python train_q0.py select RUN --k 4                   fit the prior again, from predictions
     python train_q0.py evaluate RUN --data SHARD          score members and mixtures, or --tasks
     python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
     python train_q0.py average RUN                        one model: mean weights of newest members
@@ -389,7 +389,7 @@ SPLITS = ("train", "heldout", "dev", "val")
 
 
 def seed_of(*key):
-    """A 63-bit seed, a pure function of `key`. All randomness comes from here, so none is stored."""
+    """A 63-bit seed, a pure function of `key`. All randomness comes from here: none is stored."""
     digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
@@ -411,7 +411,8 @@ def read_shard(path, vocab_size, sha256=None):
         if sha256 is not None and sha256_of(path) != sha256:
             raise ValueError("its sha256 is not the manifest's")
         if len(tokens) and tokens.max() >= vocab_size:
-            raise ValueError(f"it holds token {tokens.max()}, beyond the vocabulary of {vocab_size}")
+            raise ValueError(f"it holds token {tokens.max()}, beyond the vocabulary of "
+                             f"{vocab_size}")
     return tokens
 
 
@@ -456,9 +457,10 @@ class Corpus:
 
 
 def load_corpus(folder, seq_len, train_tokens):
-    """Read and check a prepared corpus. Raises UserError for anything missing, damaged, too small."""
+    """Read and check a corpus. Raises UserError for what is missing, damaged or too small."""
     manifest_file = folder / "manifest.json"
-    with reading(manifest_file, "; prepare the data first (python data/prepare.py wiki, or fineweb)"):
+    advice = "; prepare the data first (python data/prepare.py wiki, or fineweb)"
+    with reading(manifest_file, advice):
         manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
         vocab_size = int(manifest["vocab_size"])
         eot = int(manifest["eot"])
@@ -1013,7 +1015,7 @@ def check_kernels(device_type):
 @functools.cache
 def use_triton(device_type):
     """Whether tensors there go through the Triton kernels: on a GPU where they prove themselves in
-    a trial run, or on a CPU under Triton's interpreter (tests). Says loudly where a GPU goes without."""
+    a trial run, or on a CPU under Triton's interpreter (tests). Says where a GPU goes without."""
     if device_type != "cuda" and not INTERPRETED:
         return False
     try:
@@ -1264,7 +1266,8 @@ if triton is not None:
         inside = (rows[:, None] < r) & (cols[None, :] < r)
         lower = rows[:, None] * r + cols[None, :]
         if ADD:
-            total += beta * tl.load(add + matrix * r * r + lower, mask=inside, other=0.0).to(tl.float32)
+            added = tl.load(add + matrix * r * r + lower, mask=inside, other=0.0)
+            total += beta * added.to(tl.float32)
         total = total.to(out.dtype.element_ty)
         out += matrix * r * r
         tl.store(out + lower, total, mask=inside)
@@ -1457,10 +1460,11 @@ class Optimizer:
                               self.steps.clamp(min=1), *bank.row.betas)
             return
         parts = math.ceil(bank.own.numel() / UPDATE_WEIGHTS)
-        slices = (x.tensor_split(parts) for x in (bank.own, grad, bank.first, bank.second))
-        for own, g, first, second in zip(*slices):
-            X = self.muon_momentum(g, first, clip, ok, self.dtype)
-            self.muon_update(own, polar_express(X), second, lr, wd, ok)
+        size = math.ceil(len(bank.own) / parts)
+        for start in range(0, len(bank.own), size):
+            units = slice(start, start + size)
+            X = self.muon_momentum(grad[units], bank.first[units], clip, ok, self.dtype)
+            self.muon_update(bank.own[units], polar_express(X), bank.second[units], lr, wd, ok)
 
     def moments(self):
         """(name in a state, bank, this rank's slice) of every moment."""
@@ -1901,7 +1905,8 @@ class Trainer:
 
     def run_micro_batch(self, taught):
         """Forward and backward pass of self.tokens; adds to the gradients and to self.loss."""
-        loss, ce = training_loss(self.student, self.teacher if taught else [], self.cfg, self.tokens)
+        teacher = self.teacher if taught else []
+        loss, ce = training_loss(self.student, teacher, self.cfg, self.tokens)
         (loss * self.share).backward()
         self.optimizer.add_gradients()
         self.loss += ce * self.share
@@ -1914,7 +1919,8 @@ class Trainer:
         cfg = self.cfg
         at = self.at
         self.run.alive(cfg.hang_minutes)
-        batch = torch.from_numpy(self.corpus.batch(cfg.seed, at.trajectory, at.sequences, cycle.rows))
+        rows = self.corpus.batch(cfg.seed, at.trajectory, at.sequences, cycle.rows)
+        batch = torch.from_numpy(rows)
         if self.world.device.type == "cuda":  # a copy for which the host does not wait
             batch = batch.pin_memory().to(self.world.device, non_blocking=True)
         count = cycle.rows // cfg.micro_batch
@@ -1938,7 +1944,7 @@ class Trainer:
             self.optimizer.compile()
 
     def warm_up(self):
-        """Compile and capture all that a run will use before its first step; nothing of it stays."""
+        """Compile and capture all that a run will use, before its first step; no trace stays."""
         cfg = self.cfg
         reset_watchdog(cfg.hang_minutes and max(cfg.hang_minutes, WARM_UP_MINUTES))
         with torch.no_grad():
@@ -1979,7 +1985,8 @@ class Trainer:
         if self.world.leader:
             self.log = self.run.open_log(j, self.at.log)
             if not self.resume_from:
-                self.log.event("kernels", traj=j, **self.kernels, ready=f"{self.ready_seconds:.1f}s")
+                ready = f"{self.ready_seconds:.1f}s"
+                self.log.event("kernels", traj=j, **self.kernels, ready=ready)
             elif self.at.kernels != self.kernels:
                 self.log.line(f"notice: step {self.at.step} was reached with {self.at.kernels}, "
                               f"now {self.kernels}: rounding differs")
@@ -2069,15 +2076,15 @@ class Trainer:
             what = f"a gradient is not finite at or before step {at.step}"
         what += f" of trajectory {at.trajectory}"
         if not self.cfg.skip_nonfinite:
-            raise UserError(f"{what}; {lost} updates were left out; the last saved state is of step "
-                            f"{self.saved_at[0]}: lower --lr-matrix, try --precision float32, or "
-                            "--resume it with --skip-nonfinite")
+            raise UserError(f"{what}; {lost} updates were left out; the last saved state is of "
+                            f"step {self.saved_at[0]}: lower --lr-matrix, try --precision float32, "
+                            "or --resume it with --skip-nonfinite")
         at.skipped += lost
         if self.world.leader:
             self.log.event("skipped", updates=at.skipped, reason=what)
 
     def finish_cycle(self, cycle):
-        """The cycle's end becomes a member: on the disk, with its p(true token); it teaches next."""
+        """The cycle's end becomes a member, saved with its p(true token); it teaches next."""
         cfg = self.cfg
         started = time.perf_counter()
         folder = self.run.folder / f"members/{cycle.member}"
@@ -2131,7 +2138,7 @@ class Trainer:
                 tensors |= {f"model.{n}": p.cpu() for n, p in self.optimizer.masters.items()}
                 tensors |= {f"mean.{n}": p.cpu() for n, p in self.mean.items()}
             self.run.save_state(at, tensors)
-            # a state inside a cycle is taught by the newest member, the state before by the one before
+            # a state inside a cycle is taught by the newest member, the one before by its like
             keep = max(self.cfg.keep_members or len(at.curve), 1 if at.done else 2)
             for old in at.curve[:-keep]:
                 weights = self.run.folder / f"members/{old['member']}/model.safetensors"
@@ -2423,8 +2430,8 @@ class Lock:
         except BlockingIOError:
             return False
         except OSError as e:  # some shared file systems have no locks
-            print(f"notice: {self.path} cannot be locked ({one_line(e)}): start no second launch of "
-                  "this run on this machine", file=sys.stderr)
+            print(f"notice: {self.path} cannot be locked ({one_line(e)}): start no second launch "
+                  "of this run on this machine", file=sys.stderr)
         silent = time.time() - self.path.stat().st_mtime
         if self.holder() not in ("", platform.node()) and silent < SILENT_SECONDS:
             return False
@@ -3103,7 +3110,8 @@ def main(argv=None, command=None):
         print(f"train_q0.py: error: {whose}{e}", file=sys.stderr)
         return 2
     except Stopped:
-        print("stopped; its state is saved: go on with --resume and the run's name", file=sys.stderr)
+        print("stopped; its state is saved: go on with --resume and the run's name",
+              file=sys.stderr)
         return 128 + Stopped.signal
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

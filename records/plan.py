@@ -9,74 +9,141 @@ import torch
 
 import train_q0 as q
 
-PUBLISHED_MFU, CPU_MFU = 0.26, 0.26  # our count for the published run; preset tiny, measured
+PUBLISHED_MFU = 0.26  # our count for the published run
+CPU_MFU = 0.26  # of preset tiny, measured
+
+
+def activation_bytes(cfg, width_bytes):
+    """Bytes that eager autograd keeps of a micro-batch (torch.compile keeps fewer)."""
+    D = cfg.width
+    rows = cfg.micro_batch * cfg.seq_len
+    order = q.layer_order(cfg)
+    value = sum(q.has_value_embed(cfg, i) for i in order) / len(order)
+    dropped = 2 if cfg.dropout > 0 else 0
+    streams = 5 + dropped + cfg.x0_mix + 2 * value + cfg.attn_gates
+    token = D * (16 + width_bytes * streams) + width_bytes * 5 * cfg.mlp_hidden
+    token += 12 * D // cfg.head_dim
+    passes = len(order) + bool(cfg.mtp_weight)
+    if cfg.recompute:  # of a looped block what enters it is left
+        kept = passes - cfg.loop_passes * (cfg.loop_last + 1 - cfg.loop_first)
+        passes = max(1, kept if cfg.loop_passes > 1 else 1)
+    mixed = 3 * D * D * len(q.block_names(cfg)) * width_bytes if cfg.head_mixing else 0
+    return round(passes * rows * token + mixed + rows * D * 6)
 
 
 def memory_per_device(cfg, vocab_size, ranks=1, population=None):
-    """{part: bytes} at the peak of a step; `ranks` share a trajectory and its optimizer; `previous` is the member that
-    was evaluated and teaches where no `population` does. Activations are those of eager autograd (torch.compile keeps
-    fewer); `update` and activations never live at the same time."""
-    D, h, order, rows = cfg.width, cfg.mlp_hidden, q.layer_order(cfg), cfg.micro_batch * cfg.seq_len
-    with torch.device("meta"):
-        model = q.GPT(cfg, vocab_size)
-    count, groups = sum(p.numel() for p in model.parameters()), q.Optimizer(model, cfg).groups
-    muon = [sum(p.numel() for p in params) for _, params, _, _, rule, *_ in groups if rule[0] == "muon"]
-    act = 2 if cfg.precision == "bfloat16" else 4  # bytes of an activation; norms keep a float32 copy of their input
-    value = sum(q.has_value_embed(cfg, i) for i in order) / len(order)
-    token = D * (16 + act * (5 + 2 * (cfg.dropout > 0) + cfg.x0_mix + 2 * value + cfg.attn_gates))
-    token += act * 5 * h + 12 * D // cfg.head_dim
-    passes, cast = len(order) + bool(cfg.mtp_weight), (act == 2) * act * ((4 + value) * D * D + 3 * D * h)
-    teachers = [p for model in population.models for p in model.parameters()] if population else []
-    logits = act * (1 + bool(cfg.distill_weight))  # bytes each; a mixture is summed up in float32
-    logits += 12 * bool(population and len(population.models) > 1)
-    parts = {"weights": 4 * count, "gradients": 4 * count, "optimizer": (8 * count - 4 * sum(muon)) // ranks,
-             "average": 4 * count * bool(cfg.average), "previous": act * count,
-             "teachers": sum(p.numel() * p.element_size() for p in teachers),
-             "logits": logits * min(q.GPU_CHUNK_LOGITS, rows * vocab_size),
-             "activations": round(passes * (rows * token + cast) + rows * D * 6 + 8 * D * vocab_size),
-             "update": (8 + 12 // ranks) * max(muon)}
-    return {**parts, "peak": sum(parts.values()) - min(parts["activations"], parts["update"])}
+    """{part: bytes} at the peak of a step; `ranks` share the optimizer's moments. `previous` is the
+    member that was evaluated, and teaches where no `population` does. Activations and what an
+    update needs never live at the same time."""
+    table = q.parameter_table(cfg, vocab_size)
+    sizes = {name: math.prod(row.bank_shape) for name, row in table.items()}
+    count = sum(sizes.values())
+    muon = [sizes[name] for name, row in table.items() if row.rule == "muon"]
+    narrow = cfg.precision == "bfloat16"
+    width_bytes = 2 if narrow else 4
+    teachers = []
+    if population:
+        teachers = [p for model in population.models for p in model.parameters()]
+    logit_bytes = 2 * width_bytes if cfg.distill_weight else width_bytes
+    if population and len(population.models) > 1:
+        logit_bytes += 12  # a mixture is summed up in float32
+    logits = min(q.GPU_CHUNK_LOGITS, cfg.micro_batch * cfg.seq_len * vocab_size)
+    copied = sum(muon) + sizes["head"]
+    parts = {
+        "weights": 4 * count,
+        "working copy": 2 * copied if narrow else 0,
+        "gradients": 4 * count,
+        "optimizer": (8 * count - 4 * sum(muon)) // ranks,
+        "average": 4 * count if cfg.average else 0,
+        "previous": width_bytes * count,
+        "teachers": sum(p.numel() * p.element_size() for p in teachers),
+        "logits": logit_bytes * logits,
+        "activations": activation_bytes(cfg, width_bytes),
+        # a bank's float32 temporaries and its matrices in the precision of products
+        "update": min(max(muon), q.UPDATE_WEIGHTS) * (16 + 3 * width_bytes)}
+    spared = min(parts["activations"], parts["update"])
+    return {**parts, "peak": sum(parts.values()) - spared}
+
+
+def gb(n):
+    return f"{n / 1e9:.3g} GB"
+
+
+def memory_lines(cfg, vocab_size, ranks, population, room):
+    """What a device holds, and a warning with a way out where that is more than `room` bytes."""
+    def peak(micro_batch):
+        smaller = replace(cfg, micro_batch=micro_batch)
+        return memory_per_device(smaller, vocab_size, ranks, population)["peak"]
+    parts = memory_per_device(cfg, vocab_size, ranks, population)
+    yield "memory per device: " + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
+    if parts["peak"] > 0.95 * room:
+        smaller = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0]
+        fits = [m for m in smaller if peak(m) <= 0.95 * room]
+        advice = "nor with --micro-batch 1: use a smaller model"
+        if fits:
+            advice = f"use --micro-batch {fits[-1]}"
+        yield f"warning: that does not fit in {gb(room)}: {advice}"
+
+
+def disk_line(cfg, vocab_size, eval_tokens):
+    parts = memory_per_device(cfg, vocab_size)
+    members = cfg.trajectories * cfg.cycles
+    state = parts["weights"] + parts["average"] + parts["optimizer"]
+    return (f"disk: members {gb(members * parts['weights'] // 2)}, predictions "
+            f"{gb(members * 4 * eval_tokens)}, resume state 2 x {gb(state)} a trajectory "
+            f"({state / 1e9:.1f} s a save at 1 GB/s)")
+
+
+def speed_of(cfg, gpus, on_gpus, mfu):
+    """(FLOP/s, share of it that a run reaches, what it is of)."""
+    if on_gpus:
+        return gpus * q.H100_FLOPS, mfu or PUBLISHED_MFU, f"{gpus} x H100"
+    a = torch.randn(1024, 1024).to(getattr(torch, cfg.precision))
+    best = min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
+    return 2 * 1024 ** 3 / best, mfu or CPU_MFU, "this CPU, measured"
+
+
+def text_of(cfg):
+    """(tokens of an epoch, vocabulary, tokens to evaluate a member on); a guess without data."""
+    data = q.find_data(cfg)
+    if (data / "manifest.json").exists():
+        corpus = q.load_corpus(data, cfg.seq_len, cfg.train_tokens)
+        evaluated = sum(corpus.eval_sequences(s).size for s in ("heldout", cfg.report))
+        return corpus.train_sequences * cfg.seq_len, corpus.vocab_size, evaluated
+    small = cfg.data == q.Config.data
+    tokens = cfg.train_tokens or 100_000_000
+    vocab_size = 2048 if small else 50257
+    print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
+    return tokens, vocab_size, 130_000 if small else 10_132_000
 
 
 def plan(argv):
     """Print what a run would do: members, steps, FLOPs, memory, disk and time."""
     cfg, why, args = q.parse_config(
         argv, gpus=dict(type=int, help="estimate for this many H100s [the device at hand]"),
-        mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
-        memory=dict(type=float, help="GB per device, to check against [80 with --gpus, else this machine's]"))
-    data, on_gpus = q.find_data(cfg), args.gpus or cfg.device == "cuda"
-    if (data / "manifest.json").exists():
-        corpus = q.load_corpus(data, cfg.seq_len, cfg.train_tokens)
-        tokens, vocab_size = corpus.train_sequences * cfg.seq_len, corpus.vocab_size
-        eval_tokens = sum(corpus.eval_sequences(s).size for s in ("heldout", cfg.report))
-    else:
-        vocab_size, eval_tokens = (2048, 130_000) if cfg.data == q.Config.data else (50257, 10_132_000)
-        tokens = cfg.train_tokens or 100_000_000
-        print(f"{data} is not prepared yet: assuming {tokens} tokens, vocabulary {vocab_size}")
+        mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs, as published; "
+                                  f"{CPU_MFU} here]"),
+        memory=dict(type=float, help="GB per device [80 with --gpus, else this machine's]"))
+    on_gpus = bool(args.gpus) or cfg.device == "cuda"
+    gpus = args.gpus or 1
+    if args.gpus and "precision" in why:
+        cfg = replace(cfg, precision="bfloat16")
+        why["precision"] = "on a GPU"
+    epoch_tokens, vocab_size, eval_tokens = text_of(cfg)
     population = q.load_teacher(cfg, vocab_size, torch.device("cpu"))
-    lines, flops = q.describe(cfg, why, tokens, vocab_size, population)
-    gpus, members = args.gpus or 1, cfg.trajectories * cfg.cycles
-    ranks = gpus // cfg.trajectories if gpus % cfg.trajectories == 0 else gpus  # that share a trajectory
-    gb = lambda n: f"{n / 1e9:.3g} GB"
-    parts = memory_per_device(cfg, vocab_size, ranks, population)
-    here = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else math.inf  # Windows
-    room = 1e9 * args.memory if args.memory else 80e9 if on_gpus else here
-    lines.append(f"memory per device: {', '.join(f'{k} {gb(v)}' for k, v in parts.items())}")
-    if parts["peak"] > 0.95 * room:
-        needs = lambda m: memory_per_device(replace(cfg, micro_batch=m), vocab_size, ranks, population)["peak"]
-        fits = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0 and needs(m) <= 0.95 * room]
-        advice = f"use --micro-batch {fits[-1]}" if fits else "nor with --micro-batch 1: use a smaller model"
-        lines.append(f"warning: that does not fit in {gb(room)}: {advice}")
-    state = parts["weights"] + parts["average"] + memory_per_device(cfg, vocab_size)["optimizer"]
-    lines.append(f"disk: members {gb(members * parts['weights'] // 2)}, predictions {gb(members * 4 * eval_tokens)}, "
-                 f"resume state 2 x {gb(state)} a trajectory ({state / 1e9:.1f} s a save at 1 GB/s)")
-    if on_gpus:
-        speed, mfu, of = gpus * q.H100_FLOPS, args.mfu or PUBLISHED_MFU, f"{gpus} x H100"
-    else:  # the best of five square matrix products
-        a = torch.randn(1024, 1024).to(getattr(torch, cfg.precision))
-        speed = 2 * 1024 ** 3 / min(timeit.repeat(lambda: a @ a, number=1, repeat=5))
-        mfu, of = args.mfu or CPU_MFU, "this CPU, measured"
-    forward = q.flops_per_token(cfg, vocab_size)[1] * members * eval_tokens
-    lines.append(f"estimated time: {datetime.timedelta(seconds=round((flops + forward) / (speed * mfu)))} for "
-                 f"{flops + forward:.3g} FLOPs at {mfu:.0%} of {speed / 1e12:.3g} TFLOP/s ({of})")
+    lines = q.describe(cfg, why, epoch_tokens, vocab_size)
+    room = 80e9 if on_gpus else math.inf
+    if args.memory:
+        room = 1e9 * args.memory
+    elif not on_gpus and hasattr(os, "sysconf"):  # Windows does not say
+        room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    lines += memory_lines(cfg, vocab_size, gpus, population, room)
+    lines.append(disk_line(cfg, vocab_size, eval_tokens))
+    cycles = sum(q.plan_cycles(cfg, epoch_tokens), [])
+    flops = sum(q.run_flops(cfg, cycles, vocab_size, population).values())
+    flops += q.flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens
+    speed, mfu, device = speed_of(cfg, gpus, on_gpus, args.mfu)
+    time = datetime.timedelta(seconds=round(flops / (speed * mfu)))
+    lines.append(f"estimated time: {time} for {flops:.3g} FLOPs at {mfu:.0%} of "
+                 f"{speed / 1e12:.3g} TFLOP/s ({device})")
     print("\n".join(lines))

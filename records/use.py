@@ -80,11 +80,11 @@ def evaluate(argv):
         evaluate_text(learned, args.data)
         return
     try:
-        from records import harness
+        from records.harness import evaluate_tasks
     except ImportError as e:
         raise q.UserError(
             f"--tasks needs EleutherAI's harness: pip install lm_eval ({e})") from None
-    harness.evaluate_tasks(compared(learned), args.tasks.split(","), args.task_folder, args.limit)
+    evaluate_tasks(compared(learned), args.tasks.split(","), args.task_folder, args.limit)
 
 
 def compared(learned):

@@ -30,6 +30,7 @@ import time
 import timeit
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -39,9 +40,8 @@ import numpy as np  # noqa: E402: after the path
 import torch  # noqa: E402
 from torch.profiler import record_function  # noqa: E402
 
-sys.path.insert(0, str(ROOT / "records"))
-import cost  # noqa: E402
 import train_q0 as q  # noqa: E402
+from records import cost  # noqa: E402
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -160,7 +160,7 @@ def loss_versions(tokens, vocab, width, dtype, taught):
     teacher = [(1.0, draw(tokens, 1, dtype), draw(vocab, 0.05, dtype))] if taught else []
     weight, gradients = 0.45 * taught, lambda found: torch.autograd.grad(found[0], (hidden, head))
     plain = lambda loss=q.plain_loss: gradients(loss(hidden, head.to(dtype), targets, 15.0, teacher, weight, 1.2))
-    chunked = lambda: gradients(q.ChunkedLoss.apply(hidden, head, targets, 15.0, teacher, weight, 1.2))
+    chunked = lambda: gradients(q.ChunkedLoss.apply(hidden, head.to(dtype), vocab, targets, 15.0, teacher, weight, 1.2))
     return plain, chunked
 
 def chunk_sizes(name, exponents, tokens, vocab, width, dtype, taught):
@@ -206,84 +206,39 @@ def loss():
     yield from chunk_sizes("CHUNK_LOGITS", pick(range(20, 27), (12, 22)), pick(1536, 64), vocab, width, torch.bfloat16,
                            False)
 
-def unguarded(weight, grad, first, second, lr, wd, clip, ok, steps, rule):
-    """q.updated with numbers for its 0-D tensors and no way to leave a step out."""
-    grad, decay = grad * clip, weight
-    if rule[0] == "muon":
-        update = q.muon_update(grad, first, second, 1.0, *rule[1:])
-        lr, decay = lr * max(1, weight.size(1) / weight.size(2)) ** 0.5, weight * (update * weight > 0)
-    else:
-        b1, b2 = rule[1]
-        first.lerp_(grad, 1 - b1)
-        second.lerp_(grad.square(), 1 - b2)
-        update = first / (1 - b1 ** steps) / (second / (1 - b2 ** steps)).sqrt_().add_(1e-10)
-    return weight - lr * (wd * decay + update)
-
-def update_loop(stacks, update, number):
-    """A function that clips and updates stack after stack of weights [n, rows, cols] (Muon) or [n] (AdamW)."""
-    state = []
-    for x in stacks:
-        first, second, rule = torch.zeros_like(x), torch.zeros_like(x), ("adamw", (0.8, 0.95))
-        if x.ndim == 3:
-            rule, second = ("muon", 0.95, torch.bfloat16), first.sum(2 if x.size(1) >= x.size(2) else 1, keepdim=True)
-        state.append((x.clone(), torch.randn_like(x), first, second, rule))
-
-    @torch.no_grad()
-    def step():
-        clip = number((1 / sum(grad.square().sum() for _, grad, *_ in state).sqrt()).clamp(max=1))
-        lr, wd, steps = (number(torch.tensor(x)) for x in (0.01, 0.8, 3.0))
-        for x, grad, first, second, rule in state:
-            x.copy_(update(x, grad, first, second, lr, wd, clip, torch.tensor(True), steps, rule))
-    return step
+def prepared(shape):
+    """Random matrices as Muon hands them to polar_express: at most as many rows as columns."""
+    X = torch.randn(shape)
+    return (X / (1.02 * X.norm(dim=(-2, -1), keepdim=True))).bfloat16()
 
 @section(200)
 def optimizer():
     """Optimizer: stacks of matrices against loops over single ones"""
-    yield "### orthogonalize, bfloat16: a call a matrix against a call a stack"
-    for shape in pick([(20, 128, 128), (8, 384, 128), (8, 768, 768)], [(3, 32, 16)]):
-        G = torch.randn(shape)
-        yield from versus({"G": str(shape)}, {"single": lambda: [q.orthogonalize(g[None], torch.bfloat16) for g in G],
-                                              "stack": lambda: q.orthogonalize(G, torch.bfloat16)})
-    cfg = tiny(precision="bfloat16")
-    model = q.GPT(cfg, pick(2048, 128)).init_weights(0)
-    step, named = q.Optimizer(model, cfg).step, [(n, p, torch.randn_like(p)) for n, p in model.named_parameters()]
-    stacks = {}
-    for name, p, _ in named:
-        kind = name if name in ("embed", "head") else p.shape[-2:]
-        stacks.setdefault(kind, []).append(p.detach().flatten() if kind == name else p.detach().reshape(-1, *kind))
-    stacks = [torch.cat(found) for found in stacks.values()]
-    single = [x for stack in stacks for x in (stack.split(1) if stack.ndim == 3 else [stack])]
-
-    def whole():
-        for _, p, grad in named:
-            p.grad = grad
-        step(0.1, 1.0)
-
-    versions = {"Optimizer.step": whole, "loop over single matrices": update_loop(single, q.updated, lambda x: x),
-                "loop over stacks": update_loop(stacks, q.updated, lambda x: x),
-                "loop over stacks, numbers for the 0-D tensors, no guard": update_loop(stacks, unguarded, float)}
-    yield f"### A step of tiny's optimizer: {len(single)} units in {len(stacks)} stacks, Muon in bfloat16"
-    repeats, notes = compare(versions)
-    yield from notes
-    for name, xs in repeats.items():
-        yield {"version": name, "ms": 1000 * median(xs),
-               "it / Optimizer.step": median(xs) / median(repeats["Optimizer.step"])}
+    yield "### polar_express, bfloat16: a call a matrix against a call a bank"
+    for shape in pick([(20, 128, 128), (8, 128, 384), (8, 768, 768)], [(3, 16, 32)]):
+        X = prepared(shape)
+        yield from versus({"X": str(shape)}, {"single": lambda: [q.polar_express(x[None]) for x in X],
+                                              "bank": lambda: q.polar_express(X)})
+    training = Training(tiny(), q.World(), vocab=pick(2048, 128))
+    yield "### An update of tiny"
+    yield from versus({"banks": len(training.optimizer.banks)}, {"update": training.update})
 
 def attention_rows(names, cases, **machine):
     for B, T, H, K in cases:
         yield f"### bfloat16, forward + backward: B {B}, T {T}, heads {H} of {K}"
         cfg = settings(seq_len=T, head_dim=K, width=H * K, windows="SL", batch_tokens=T, micro_batch=1,
                        precision="bfloat16", **machine)
-        kernels = {}
-        for name in names:
-            try:
-                kernels[name] = q.ATTENTION[name](cfg, DEVICE)
-            except Exception as e:
-                yield f"{name} does not run: {one_line(e)}"
         for window in (T // 2, T):
+            kernels = {}
+            for name in names:
+                try:
+                    kernels[name] = q.ATTENTION[name](cfg, DEVICE, window)
+                except Exception as e:
+                    yield f"{name} does not run: {one_line(e)}"
             *inputs, d = (torch.randn(B, T, H, K, device=DEVICE, dtype=torch.bfloat16) for _ in range(4))
-            mask, _ = q.window_mask(T, window, DEVICE), [x.requires_grad_() for x in inputs]
-            run = lambda attend: torch.autograd.grad(attend(*inputs, window, mask), inputs, d)
+            for x in inputs:
+                x.requires_grad_()
+            run = lambda attend: torch.autograd.grad(attend(*inputs), inputs, d)
             flops = 12 * B * H * K * (window * (window + 1) / 2 + (T - window) * window)  # 3 x forward, visible keys
             best = lambda times: min((s for s in times.values() if s == s), default=math.nan)
             for item in versus({"window": window}, {n: functools.partial(run, f) for n, f in kernels.items()},
@@ -310,25 +265,22 @@ class Training:
     """A model of random weights, perhaps a teacher, and random tokens, in the training step of train()."""
 
     def __init__(self, cfg, world, vocab=2048, taught=False):
-        self.cfg, self.world, self.vocab = cfg, world, vocab
-        attend = q.choose_attention(cfg, world.device)[1]
-        raw, teacher = (q.GPT(cfg, vocab).to(world.device) if wanted else None for wanted in (True, taught))
-        for model in filter(None, (raw, teacher)):
-            model.attend = attend
-            for p in model.parameters():
-                torch.nn.init.normal_(p, std=0.02)
-        teacher = teacher and teacher.to(raw.dtype).eval().requires_grad_(False)
-        compiled = lambda model: torch.compile(model, dynamic=False) if model and cfg.compile else model
-        self.model, self.teacher = compiled(raw.train()), compiled(teacher)
-        self.optimizer = q.Optimizer(raw, cfg, world)
+        self.cfg, self.world, self.taught = cfg, world, taught
+        corpus, run = SimpleNamespace(vocab_size=vocab), SimpleNamespace(folder=Path())
+        self.trainer = q.Trainer(cfg, corpus, world, run)
+        self.model, self.optimizer = self.trainer.student, self.trainer.optimizer
+        for weights in (self.optimizer.masters, dict(self.trainer.newest.named_parameters())):
+            q.init_weights(self.model.table, weights, "bench")
+        self.optimizer.refresh()
         self.count = cfg.batch_tokens // (cfg.seq_len * cfg.micro_batch)
+        self.trainer.share.fill_(1 / self.count)
         self.tokens = torch.randint(vocab, (cfg.micro_batch, cfg.seq_len + 1), device=world.device)
         forward_backward, forward = q.flops_per_token(cfg, vocab)
         self.flops = forward_backward + forward * taught  # a token
 
     def micro(self):
-        teacher = [] if self.teacher is None else [(1.0, self.teacher)]
-        (q.training_loss(self.model, teacher, self.cfg, self.tokens)[0] / self.count).backward()
+        self.trainer.tokens.copy_(self.tokens)
+        self.trainer.micro_batch[self.taught]()
 
     def update(self):
         with record_function("bench: optimizer"):
@@ -689,16 +641,16 @@ def gpu_products():
                  lambda: q.symmetric_product(A, A, 0.4, 0.5))):
             yield from versus({"X": str(shape), "product": name}, {"torch": plain, "kernel": fast}, lambda times: {
                 f"{v} TFLOP/s": 2 * shape[0] * shape[1] ** 2 * inner / s / 1e12 for v, s in times.items()}, seconds=0.4)
-    yield "### orthogonalize"
-    for shape in pick([(30, 2048, 2048), (60, 5632, 2048), (48, 768, 768), (24, 2048, 768)], [(1, 32, 16)]):
-        G = torch.randn(shape, device=DEVICE)
-        fast = lambda: q.orthogonalize(G, dtype)
-        yield from versus({"G": str(shape)}, {"torch": without_kernels(fast), "kernel": fast}, seconds=0.4)
+    yield "### polar_express"
+    for shape in pick([(30, 2048, 2048), (60, 2048, 5632), (48, 768, 768), (24, 768, 2048)], [(1, 16, 32)]):
+        X = prepared(shape).to(DEVICE, dtype)
+        fast = lambda: q.polar_express(X)
+        yield from versus({"X": str(shape)}, {"torch": without_kernels(fast), "kernel": fast}, seconds=0.4)
 
 @section(60)
 def gpu_attention():
     """Attention kernels"""
-    yield from attention_rows(("plain", *pick(("sdpa", "flex", "flash3"), ("sdpa",))),
+    yield from attention_rows(("plain", *pick(("sdpa", "flex"), ("sdpa",))),
                               pick([(16, 1024, 12, 64), (4, 2048, 16, 128)], [(1, 32, 2, 16)]))
 
 @section(40)

@@ -23,11 +23,6 @@ def base(tmp_path_factory):
     return tmp_path_factory.mktemp("base")
 
 
-@pytest.fixture
-def logs(tmp_path):
-    return tmp_path / "logs"
-
-
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
 

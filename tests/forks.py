@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import records.plot
 import train_q0 as q
 
 # Three cycles of five steps of two micro-batches; dropout, noise at boundaries, a teacher from the
@@ -96,7 +97,7 @@ class Fork:
             os.environ.update({k: str(v) for k, v in env.items()})
             torch.set_num_threads(1)
             q.LOGS = logs
-            q.draw_curve = lambda *args: None  # takes longer than the run
+            records.plot.draw_curve = lambda *args: None  # takes longer than the run
             if plant:
                 plant()
             found = call() if call else q.main([str(a) for a in argv])
@@ -315,3 +316,8 @@ KINDS = {"weights": weights_of, "log": log_of, "metrics": metrics_of, "result": 
 def differences(one, two, kinds=tuple(KINDS)):
     """What differs between two finished runs; [] where they are the same bits but for times."""
     return [kind for kind in kinds if KINDS[kind](one) != KINDS[kind](two)]
+
+
+def disturbed(base, logs, *more, size=1, kinds=tuple(KINDS)):
+    """What differs between run x and one that nothing disturbed."""
+    return differences(reference(base, *more, size=size), logs / "x", kinds)

@@ -39,26 +39,8 @@ def test_loss_and_a_process_of_its_own():
 
 
 def test_optimizer():
-    orthogonal, *versions = run("optimizer")
-    assert orthogonal["G"] == "(3, 32, 16)" and [v["version"] for v in versions][0] == "Optimizer.step"
-    assert len(versions) == 4 and versions[0]["it / Optimizer.step"] == 1
-
-
-def test_the_guard_costs_no_accuracy():
-    """The version without a guard computes what the guarded one does."""
-    results = []
-    for update, number in ((bench.q.updated, lambda x: x), (bench.unguarded, float)):
-        for shape in ((2, 8, 4), (1, 4, 8), (50,)):
-            torch.manual_seed(0)
-            weight, grad = torch.randn(2, *shape)
-            second = torch.zeros_like(weight) if weight.ndim < 3 else weight.new_zeros(
-                (2, 8, 1) if shape[1] == 8 else (1, 1, 8))
-            rule = ("muon", 0.95, torch.float32) if weight.ndim == 3 else ("adamw", (0.8, 0.95))
-            lr, wd, clip, steps = (number(torch.tensor(x)) for x in (0.01, 0.8, 0.5, 3.0))
-            results.append(update(weight, grad, torch.zeros_like(weight), second, lr, wd, clip, torch.tensor(True),
-                                  steps, rule))
-    for a, b in zip(results[:3], results[3:]):
-        torch.testing.assert_close(a, b)
+    orthogonal, update = run("optimizer")
+    assert orthogonal["X"] == "(3, 16, 32)" and update["banks"] > 5
 
 
 def test_attention():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import cost
+from records import cost
 import train_q0 as q
 
 BASE = dict(layers=3, width=128, head_dim=64, mlp_hidden=320, micro_batch=2, seq_len=96,

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 
 import train_q0 as q
 from forks import (
-    EVERY_STEP, RUN, TWO, Fork, all_good, at_step, command, die, differences, files_of,
-    losses_of, planted, ranks, reference, result_of, resume, shards, start, wait_for,
-    weights_of)
+    EVERY_STEP, RUN, TWO, Fork, all_good, at_step, command, die, disturbed, files_of, losses_of,
+    planted, ranks, reference, result_of, resume, shards, start, wait_for, weights_of)
 
 # Every feature of the model; one step a cycle, so that three steps see the noise of two boundaries
 # and a teacher. Little weight decay: it acts where update and weight have one sign, so an update
@@ -37,11 +36,12 @@ def report_holdings():
     real = q.Trainer.finish_trajectory
 
     def finish(trainer):
-        optimizer = trainer.optimizer
-        banks = optimizer.banks.values()
-        held = {"moments": sum(b.first.numel() + b.second.numel() for b in banks),
-                "units": sum(b.first[0].numel() + b.second[0].numel() for b in banks),
-                "weights": q.digest([float(p.double().sum()) for p in optimizer.masters.values()])}
+        held = {"moments": 0, "units": 0, "weights": []}
+        for bank in trainer.optimizer.banks.values():
+            for moment in (bank.first, bank.second):
+                held["moments"] += moment.numel()
+                held["units"] += moment[0].numel()
+            held["weights"].append(float(bank.master.double().sum()))
         print(f"\nholds {json.dumps(held)}", flush=True)
         real(trainer)
     q.Trainer.finish_trajectory = finish
@@ -59,30 +59,37 @@ def trained(base, size, *more):
     argv = command(base, *STEPS, *more)
     forks = all_good(ranks(size, place / "logs", *argv, plants=plants))
     assert not (place / "other").exists()  # rank 0 writes all files
-    holds = [json.loads(re.search("^holds (.*)", fork.out, re.M)[1]) for fork in forks]
-    return place / "logs/x", holds
+    told = [re.search("^holds (.*)", fork.out, re.M)[1] for fork in forks]
+    return place / "logs/x", [json.loads(text) for text in told]
 
 
 @pytest.mark.parametrize("size, more, tolerance", [
-    (2, EVERYTHING, 1e-4), (4, EVERYTHING, 1e-4), (2, HALF, 0.1)])
+    (2, EVERYTHING, 1e-4), (4, EVERYTHING, 1e-4), (2, HALF, 0.1)],
+    ids=["2", "4", "bfloat16"])
 def test_any_number_of_processes(size, more, tolerance, base):
     """Weights and moments after three steps, and their names and shapes in the state."""
     one, (alone,) = trained(base, 1, *more)
     run, holds = trained(base, size, *more)
-    files = [r / "state/0-000000003.safetensors" for r in (one, run)]
-    wanted, found = map(load_file, files)
-    assert {n: x.shape for n, x in found.items()} == {n: x.shape for n, x in wanted.items()}
+    _, wanted = read(one)
+    _, found = read(run)
+    assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name] - tensor).norm() <= tolerance * tensor.norm(), name
-    assert len({rank["weights"] for rank in holds}) == 1  # gathered, not computed apart
-    for rank in holds:  # ceil(units / size) of each bank
+    for rank in holds:
+        assert rank["weights"] == holds[0]["weights"]  # gathered, not computed apart
+        # ceil(units / size) of each bank
         assert rank["moments"] <= alone["moments"] / size + alone["units"]
+
+
+def read(run):
+    """(settings, tensors of the state) after three steps."""
+    about = json.loads((run / "run.json").read_text())
+    return q.Config(**about["config"]), load_file(run / "state/0-000000003.safetensors")
 
 
 def test_state_has_the_shapes_of_the_banks(base):
     run, _ = trained(base, 1, *EVERYTHING)
-    saved = load_file(run / "state/0-000000003.safetensors")
-    cfg = q.Config(**json.loads((run / "run.json").read_text())["config"])
+    cfg, saved = read(run)
     for name, row in q.parameter_table(cfg, 100).items():
         assert saved[f"model.{name}"].shape == row.bank_shape
         assert saved[f"first.{name}"].numel() == saved[f"model.{name}"].numel()
@@ -91,8 +98,7 @@ def test_state_has_the_shapes_of_the_banks(base):
 
 def test_state_goes_through_other_processes_unchanged(base, logs):
     run, _ = trained(base, 1, *EVERYTHING)
-    tensors = load_file(run / "state/0-000000003.safetensors")
-    cfg = q.Config(**json.loads((run / "run.json").read_text())["config"])
+    cfg, tensors = read(run)
 
     def load_and_save():
         with q.set_up_world(cfg) as world:
@@ -147,8 +153,8 @@ def test_a_rank_that_dies_ends_the_others(how, base, logs):
     def fail():
         raise RuntimeError("planted")
     act = die if how == "killed" else fail
-    plant = at_step(8, act)
-    first, second = ranks(2, logs, *command(base, *EVERY_STEP), plants={1: plant})
+    argv = command(base, *EVERY_STEP)
+    first, second = ranks(2, logs, *argv, plants={1: at_step(8, act)})
     code = second.wait()
     mark = time.monotonic()
     assert first.wait(20) not in (0, None)
@@ -158,7 +164,7 @@ def test_a_rank_that_dies_ends_the_others(how, base, logs):
     else:
         assert code == -signal.SIGKILL
         all_good(ranks(2, logs, "--resume", "x"))
-        assert differences(reference(base, size=2), logs / "x") == []
+        assert not disturbed(base, logs, size=2)
 
 
 DIFFERENT = {  # what rank 1 does differently: more flags, what is planted, what the line names
@@ -198,7 +204,7 @@ def test_ranks_that_differ(tmp_path):
 
 
 @pytest.mark.parametrize("middle, edge, size, valid", [
-    (8, 8, 3, [1, 2, 4, 8]), (12, 8, 3, [1, 2, 4]), (6, 6, 4, [1, 2, 3, 6]), (1, 1, 2, [1])])
+    (8, 8, 3, "1, 2, 4, 8"), (12, 8, 3, "1, 2, 4"), (6, 6, 4, "1, 2, 3, 6"), (1, 1, 2, "1")])
 def test_micro_batches_that_do_not_divide(middle, edge, size, valid, monkeypatch, capsys):
     """The numbers of processes that it names work, all of them, and none is left out."""
     for name, value in dict(RANK=0, WORLD_SIZE=size, LOCAL_RANK=0).items():
@@ -206,9 +212,8 @@ def test_micro_batches_that_do_not_divide(middle, edge, size, valid, monkeypatch
     batches = ["--batch-tokens", 256 * middle, "--edge-batch-tokens", 256 * edge]
     assert q.main([*RUN, *map(str, batches), "--run", "x"]) == 2
     line = capsys.readouterr().err
-    assert line.count("\n") == 1 and f" {size} processes: use " in line
-    named = re.search(r"use ([\d, ]+) processes", line)[1]
-    assert [int(n) for n in named.split(", ")] == valid
+    assert line.count("\n") == 1
+    assert f" {size} processes: use {valid} processes or another" in line
 
 
 # Launches of one run, side by side
@@ -262,7 +267,7 @@ def test_two_launches(killed, base, logs):
     for name, fork in forks.items():
         if killed not in (name, "both"):
             fork.good()
-    assert differences(reference(base, *TWO), logs / "x", NUMBERS) == []
+    assert not disturbed(base, logs, *TWO, kinds=NUMBERS)
     nothing_is_held(logs / "x")
 
 
@@ -276,7 +281,7 @@ def test_two_launches_that_nothing_disturbs(base, logs):
     assert not (logs / "x/result.json").exists()
     (logs / "first goes on").touch()
     assert "written to" in first.good().out
-    assert differences(reference(base, *TWO), logs / "x", NUMBERS) == []
+    assert not disturbed(base, logs, *TWO, kinds=NUMBERS)
     nothing_is_held(logs / "x")
     before = files_of(logs / "x")
     again = Fork(logs, *argv).good()
@@ -292,7 +297,8 @@ def test_a_launch_that_starts_while_the_result_is_written(base, logs):
 
     def appear():
         result.rename(run / "result.json")
-    start(base, logs, *TWO, plant=planted(q.Lock, "acquire", 4, act=appear)).good()
+    plant = planted(q.Lock, "acquire", 4, act=appear)
+    start(base, logs, *TWO, plant=plant).good()
     assert (run / "log.txt").read_bytes() == before
 
 
@@ -334,4 +340,4 @@ def test_a_file_system_without_locks(number, base, logs):
         q.fcntl.flock = flock
     fork = start(base, logs, plant=no_locks).good()
     assert re.search(r"^notice: .*/0.lock cannot be locked \(.*start no second", fork.err, re.M)
-    assert differences(reference(base), logs / "x") == []
+    assert not disturbed(base, logs)

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import train_q0 as q0
+from records import plot
 from frozen import case
 
 # --------------------------------------------------------------------------------------------------
@@ -333,7 +334,7 @@ def marked(name):
 @needs_mkl
 @pytest.mark.parametrize("name", [marked(name) for name in case.RUN_FLAGS])
 def test_run(tmp_path, monkeypatch, name):
-    monkeypatch.setattr(q0, "draw_curve", lambda *args: None)
+    monkeypatch.setattr(plot, "draw_curve", lambda *args: None)
     monkeypatch.setattr(q0, "LOGS", tmp_path / "logs")
     data = q0.ROOT / "data/wiki" if case.on_default_corpus(name) else case.write_text(tmp_path)
     if not (data / "manifest.json").exists():

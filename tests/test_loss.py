@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax, rel_entr, softmax
-from small import VOCAB, build, in_float64, random_tokens, seeded, small
+from models import VOCAB, build, in_float64, random_tokens, seeded, small
 
 import train_q0 as q
 

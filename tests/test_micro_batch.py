@@ -5,9 +5,9 @@ from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-import small
+import models
 import torch
-from small import build, random_tokens, small
+from models import build, random_tokens, small
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -83,7 +83,7 @@ def test_graphs_do_not_grow_with_depth(graphs, tmp_path):
         graphs.clear()
         torch._dynamo.reset()
         cfg = small(layers=layers, loop_first=2, loop_last=3, dropout=0.1)
-        trainer, _ = small.trainer(tmp_path / str(layers), cfg)
+        trainer, _ = models.trainer(tmp_path / str(layers), cfg)
         trainer.compile_blocks()
         trainer.run_micro_batch(False)
         counts.append(dict(graphs))
@@ -105,9 +105,9 @@ def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
     """Teacher and none, two batch sizes, a last batch of the evaluation that is not full, noise;
     and the weights are those of a run that compiles nothing."""
     cfg = small(**SHORT)
-    plain = small.train(tmp_path / "plain", cfg)
+    plain = models.train(tmp_path / "plain", cfg)
     assert not graphs
-    compiled, plan = small.trainer(tmp_path / "compiled", q.replace(cfg, compile=True))
+    compiled, plan = models.trainer(tmp_path / "compiled", q.replace(cfg, compile=True))
     warm = dict(graphs)
     assert warm
     q.train(compiled, plan)
@@ -160,9 +160,9 @@ def cuda_graphs(monkeypatch):
 def test_replayed_graphs_train_the_same(cuda_graphs, tmp_path):
     """To the last bit, with dropout; one graph with and one without a teacher, one of the update."""
     cfg = small(**SHORT, precision="bfloat16")
-    plain = small.train(tmp_path / "plain", cfg)
+    plain = models.train(tmp_path / "plain", cfg)
     assert not cuda_graphs
-    replayed = small.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    replayed = models.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
     batches = Counter()
     for cycle in replayed.run.cycles:
         batches[cycle.distilled] += cycle.steps * cycle.rows // cfg.micro_batch
@@ -180,9 +180,9 @@ def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch,
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
     cfg = small(**SHORT)
-    plain = small.train(tmp_path / "plain", cfg)
+    plain = models.train(tmp_path / "plain", cfg)
     assert capsys.readouterr().err == ""
-    tried = small.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    tried = models.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
     said = capsys.readouterr().err.splitlines()
     parts = ("a micro-batch", "a micro-batch", "an update")
     assert said == [f"notice: {part} is not replayed as a CUDA graph: RuntimeError: operation not "
@@ -211,7 +211,7 @@ def test_a_micro_batch_in_bf16(taught, tmp_path):
     """All products are of bf16, no weight is cast, and each gradient is added once in float32
     however often a layer runs."""
     cfg = small(precision="bfloat16", distill_weight=0.45)
-    trainer, _ = small.trainer(tmp_path, cfg)
+    trainer, _ = models.trainer(tmp_path, cfg)
     banks = trainer.optimizer.banks
     with Recorder() as recorded:
         trainer.run_micro_batch(taught)

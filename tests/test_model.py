@@ -9,10 +9,10 @@ import sys
 
 import numpy as np
 import pytest
-import small
+import models
 import torch
 from scipy.special import expit, softmax
-from small import VOCAB, build, in_float64, random_tokens, resolved, seeded, small
+from models import VOCAB, build, in_float64, random_tokens, resolved, seeded, small
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -111,7 +111,8 @@ def test_no_kernel_that_works_is_an_error(as_on_a_gpu):
 
 def test_kernels_of_a_cpu():
     long = resolved(seq_len=2048, micro_batch=1)
-    assert q.choose_attention(small(), CPU)[0] == "matmul"
+    assert q.choose_attention(small(precision="bfloat16"), CPU)[0] == "matmul"
+    assert q.choose_attention(small(), CPU)[0] == "sdpa"
     assert q.choose_attention(long, CPU)[0] == "sdpa"
     assert q.choose_attention(small(attention="plain"), CPU)[0] == "plain"
 
@@ -209,7 +210,7 @@ def model_reference(model, tokens, order, windows, with_value):
 
 
 OFF = dict(
-    small.PLAIN, windows="L", unet=False, x0_mix=False, attn_gates=False, head_mixing=False,
+    models.PLAIN, windows="L", unet=False, x0_mix=False, attn_gates=False, head_mixing=False,
     loop_first=0, loop_last=0, loop_passes=1, mtp_weight=0)
 SHAPES = {  # settings; order of the layers, their windows, those with a value embedding
     "plain": (OFF, range(6), [16] * 6, []),
@@ -556,7 +557,7 @@ def edited(tmp_path, monkeypatch):
     (GAIN, "gain", (7, 64))])
 def test_an_edit_of_the_block_trains(edits, name, shape, edited, tmp_path):
     module = edited(edits)
-    trainer, plan = small.trainer(tmp_path / "run", small(batch_tokens=128), module)
+    trainer, plan = models.trainer(tmp_path / "run", small(batch_tokens=128), module)
     cycles = plan[0]
     trainer.start_trajectory(cycles)
     trainer.start_cycle(cycles[0])
@@ -587,5 +588,5 @@ def test_an_edit_of_the_block_trains(edits, name, shape, edited, tmp_path):
 def test_an_edit_that_forgets_half_is_one_clear_error(edits, message, precision, edited, tmp_path):
     module = edited(edits)
     with pytest.raises(module.UserError, match=message):
-        trainer, plan = small.trainer(tmp_path / "run", small(precision=precision), module)
+        trainer, plan = models.trainer(tmp_path / "run", small(precision=precision), module)
         trainer.run_micro_batch(False)

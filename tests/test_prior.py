@@ -10,6 +10,7 @@ from pytest import approx
 from scipy.special import expit
 
 import train_q0 as q
+from records.mixture import load_tokenizer
 
 
 def random_predictions(M, N=400, seed=0, spread=1.5):
@@ -391,16 +392,17 @@ def test_tokenizers(tmp_path):
     entry = {"file": copy.name, "kind": "bpe", "pattern": r"\S+|\s", "eot": 2047}
     entry["sha256"] = q.sha256_of(source)
     manifest.write_text(json.dumps({"tokenizer": entry}))
-    found, encoding = q.load_tokenizer(tmp_path)
-    assert found == {"tokenizer": entry}
+    found = load_tokenizer(tmp_path)
+    assert found["manifest"] == {"tokenizer": entry}
+    encoding = found["encoding"]
     assert encoding.eot_token == 2047
     tokens = encoding.encode_ordinary("The river")
     assert encoding.decode(tokens) == "The river"
     copy.write_bytes(source.read_bytes() + b"\n")
     with pytest.raises(q.UserError, match="sha256 of wiki.tiktoken is not the manifest's"):
-        q.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     manifest.write_text(json.dumps({"tokenizer": None}))
-    assert q.load_tokenizer(tmp_path)[1] is None
+    assert load_tokenizer(tmp_path)["encoding"] is None
     manifest.unlink()
     with pytest.raises(q.UserError, match="tokenizer in .* is missing or damaged"):
-        q.load_tokenizer(tmp_path)
+        load_tokenizer(tmp_path)

@@ -11,7 +11,8 @@ import torch
 from scipy.stats import t as students_t
 
 import train_q0 as q0
-from test_run import MINI, copy_repo, corpus, user  # noqa: F401 (corpus is a fixture)
+from records import plot
+from tiny import MINI, clone as copy_repo, user
 
 ROOT = Path(q0.__file__).resolve().parent
 sys.path.insert(0, str(ROOT / "records"))
@@ -47,7 +48,7 @@ def logs(corpus, tmp_path_factory):  # noqa: F811
     folder, threads, texts = tmp_path_factory.mktemp("logs"), torch.get_num_threads(), {"old": [], "new": []}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(q0, "LOGS", folder)
-        patch.setattr(q0, "draw_curve", lambda *args: None)
+        patch.setattr(plot, "draw_curve", lambda *args: None)
         torch.set_num_threads(1)
         for seed in SEEDS:
             for side, argv in (("old", OLD), ("new", NEW)):

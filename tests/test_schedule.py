@@ -3,7 +3,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from small import resolved
+from models import resolved
 
 import train_q0 as q
 
