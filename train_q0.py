@@ -428,7 +428,7 @@ class Corpus:
     name: str
     vocab_size: int
     splits: dict  # split -> uint16 [n]
-    hashes: dict  # shard file -> sha256
+    hashes: dict  # split -> its files in order, with sha256; the end-of-text token
     documents: tuple  # of uint16 arrays: the training documents in file order
     seq_len: int
 
@@ -472,9 +472,8 @@ def load_corpus(folder, seq_len, train_tokens):
         if not all(files.values()):
             raise ValueError("every split must list files")
     splits = {}
-    hashes = {}
+    hashes = {"eot": eot, **files}
     for s in SPLITS:
-        hashes |= {f["name"]: f["sha256"] for f in files[s]}
         shards = [read_shard(folder / f["name"], vocab_size, f["sha256"]) for f in files[s]]
         splits[s] = np.concatenate(shards)
     train = splits["train"]

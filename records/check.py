@@ -1,13 +1,15 @@
-"""Check the folders of records from their logs alone, and rebuild the tables in records/README.md.
+"""Check the folders of records from their logs and predictions, and rebuild the tables in
+records/README.md.
 
     python records/check.py                        every folder, and whether the tables are current
     python records/check.py FOLDER ...             these, with their source's diff to a commit
+    python records/check.py FOLDER --pack RUN ...  copy logs and predictions of runs to FOLDER/logs
     python records/check.py FOLDER --write-result  write FOLDER/result.json from the logs first
     python records/check.py --tables               rebuild the tables
     python records/check.py --source LOG           print the script that wrote a log, to rerun a row
 
-Rules and tables: records/README.md. Exit status 1 and a line per problem. Standard library alone,
-no network.
+Rules and tables: records/README.md. Exit status 1 and a line per problem. No network. Logs alone
+are checked with the standard library; predictions and plans need what train_q0.py imports.
 """
 import argparse
 import ast
@@ -15,6 +17,7 @@ import collections
 import datetime
 import difflib
 import functools
+import hashlib
 import json
 import math
 import re
@@ -26,15 +29,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 RECORDS = Path(__file__).resolve().parent
+if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
+    sys.path.insert(0, str(RECORDS.parent))
+try:
+    from records import recompute
+    MISTAKES = (recompute.q.UserError,)
+except ImportError:  # without torch
+    recompute = None
+    MISTAKES = ()
+
 SEEDS = 5  # of the rule
 LEVEL = 0.99
 PRINTED = 1.1e-5  # losses are logged with five decimals: the most by which two equal ones differ
-MACHINE = ("cpu", "threads", "torch", "gpu")  # what makes two runs comparable
+WHOLE_STEPS = 1.05  # a cycle has a whole number of steps: the most by which it exceeds its epochs
+MAX_LOG = 10_000_000  # bytes; 960 epochs of the published run are 2,000,000
+MAX_SOURCE = 1_000_000
+MACHINE = ("cpu", "threads", "torch", "gpu")  # what result.json says of it
 # settings in which a rerun may differ from the row it repeats: the seed, and those of the machine
 FREE = {"seed", "data", "precision", "device", "compile", "graphs", "recompute", "attention",
         "log_every", "save_minutes", "keep_members", "hang_minutes", "skip_nonfinite"}
+HARDWARE = ("precision", "device", "compile", "graphs")  # no comparison may differ in these
+# settings that other versions of the script lack, with the values they had there
+ELSEWHERE = {"smear": False, "induction": False, "average": 0.0, "graphs": False,
+             "rotary_base": 10_000, "momentum": 0.95, "lr_resid": 0.00025, "lr_x0": 0.025,
+             "lr_mixing": 0.02}
 BEGIN = "<!-- tables: made by records/check.py --tables -->\n"
 END = "<!-- end of tables -->\n"
+# what reading a missing, damaged or hostile file raises
+FAULTS = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError,
+          RecursionError, MemoryError, OSError)
 
 
 # The rule ---------------------------------------------------------------------------------------
@@ -83,14 +106,11 @@ def rule(old, new):
 
 # A log ------------------------------------------------------------------------------------------
 
-parse_python = functools.lru_cache(ast.parse)  # once for all seeds
-
-
 @dataclass
 class Log:
     source: str
     about: dict  # command, machine, configuration, data
-    header: str  # derived settings
+    header: list  # lines of derived settings
     lines: list  # of events
 
 
@@ -102,40 +122,76 @@ class Plan:
     epochs: int
 
 
+def unique(pairs):
+    """A JSON object. Raises ValueError where it has a key twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key twice")
+    return found
+
+
 def read_log(path):
     """A log.txt in its parts; a line of = ends the first two, and the source may hold such lines
-    too."""
+    too. Raises one of FAULTS where it is not one."""
+    if path.stat().st_size > MAX_LOG:
+        raise ValueError(f"{path} is larger than {MAX_LOG} bytes")
     text = path.read_text(encoding="utf-8")
-    source, header, events = text.rsplit("=" * 100 + "\n", 2)
-    about, end = json.JSONDecoder().raw_decode(header)
-    return Log(source, about, header[end:], events.splitlines())
+    parts = text.rsplit("=" * 100 + "\n", 2)
+    if len(parts) < 3 or len(parts[0]) > MAX_SOURCE:
+        raise ValueError(f"{path} is not the log.txt of a run")
+    source, header, events = parts
+    about, end = json.JSONDecoder(object_pairs_hook=unique).raw_decode(header)
+    return Log(source, about, header[end:].splitlines(), events.splitlines())
+
+
+@functools.lru_cache(maxsize=8)  # once for all seeds
+def functions_and_settings(source):
+    """({name: code of a function}, names of the fields of Config) of a script."""
+    functions = {}
+    settings = set()
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.FunctionDef):
+            functions[node.name] = ast.unparse(node)
+        elif isinstance(node, ast.ClassDef) and node.name == "Config":
+            settings = {x.target.id for x in node.body if isinstance(x, ast.AnnAssign)}
+    return functions, settings
 
 
 def group(lines):
-    """{first key: [{key: value}, ...]} of event lines."""
+    """{first key: [{key: value}, ...]} of event lines. Raises ValueError for a key twice."""
     kinds = ("step", "member", "members", "final_val_loss")  # `members` begins an ensemble's line
     events = {kind: [] for kind in kinds}
     for line in lines:
-        pairs = dict(re.findall(r"([\w/]+):(\S+)", line))
-        kind = next(iter(pairs), "")
+        pairs = [word.split(":", 1) for word in line.split() if ":" in word]
+        kind = pairs[0][0] if pairs else ""
         if kind in events:
-            events[kind].append(pairs)
+            events[kind].append(unique(pairs))
     return events
 
 
 def read_table(lines):
     """{k: [uniform, learned, pruned]} of event lines."""
-    row = re.compile(r" *(\d+)" + r" +(\d+\.\d+)" * 3)
-    found = {}
-    for match in filter(None, map(row.fullmatch, lines)):
-        k, *losses = match.groups()
-        found[int(k)] = [float(x) for x in losses]
-    return found
+    found = []
+    for line in lines:
+        words = line.split()
+        if len(words) == 4 and words[0].isdigit():
+            found.append((int(words[0]), [float(x) for x in words[1:]]))
+    return unique(found)
 
 
-def numbers(pattern, text):
-    """The ints that the groups of `pattern` find."""
-    return [int(x) for x in re.search(pattern, text).groups()]
+def read_weights(lines):
+    """{member: weight under the prior}, the largest first; those below 0.0005 are not printed."""
+    line, = [x for x in lines if x.startswith("prior gap:")]
+    _, _, weights = line.partition("  weights (member:weight) ")
+    pairs = [word.split(":") for word in weights.split(" ")]
+    return unique([(int(member), float(weight)) for member, weight in pairs])
+
+
+def numbers(pattern, lines):
+    """The ints that the groups of `pattern` find in the one line that it matches whole."""
+    found = [match.groups() for match in map(re.compile(pattern).fullmatch, lines) if match]
+    only, = found
+    return [int(x) for x in only]
 
 
 def losses_of(events):
@@ -150,21 +206,20 @@ def attempt(make, *args):
     """What `make` returns, or None where a file is missing or not what it should be."""
     try:
         return make(*args)
-    except (ValueError, LookupError, TypeError, AttributeError, SyntaxError, RecursionError,
-            OSError):
+    except FAULTS:
         return None
 
 
 def settings(config):
-    """Settings in the terms of today's script: earlier ones had no induction heads, no smear and
-    no average, and said by how much decay starts above its end. Decay in two digits, so that a
-    row can be rerun in either way of saying it."""
+    """Settings in the terms of every version of the script: what one lacks has the value that it
+    had there. Earlier ones said by how much decay starts above its end. Decay in two digits, so
+    that a row can be rerun in either way of saying it."""
     decay = config["weight_decay"]
     if "wd_floor" in config:
         ends = (decay * config["wd_floor"], decay)
     else:
         ends = (decay * config["wd_start"], decay * config["wd_end"])
-    found = {"smear": False, "induction": False, "average": 0.0}
+    found = dict(ELSEWHERE)
     for key, value in config.items():
         if not key.startswith("wd_") and key != "weight_decay":
             found[key] = value
@@ -175,135 +230,164 @@ def settings(config):
 # One run: its log, and what must agree in it ----------------------------------------------------
 
 class Run:
-    """A log. Trajectories with processes of their own add NAME_trajectory<J>.txt."""
+    """A log."""
 
     def __init__(self, path):
         log = read_log(path)
-        parse_python(log.source)
+        self.path = path
         self.name = path.name
-        self.seed, = numbers(r"_seed(\d+)", path.name)
+        self.seed, = numbers(r"(?:new|old)_seed(\d+)\.txt", [path.name])
         self.source = log.source
+        self.functions, self.settings = functions_and_settings(log.source)
         self.config = log.about["config"]
-        self.machine = {x: log.about["machine"][x] for x in MACHINE}
+        self.machine = log.about["machine"]
+        self.place = {**self.machine, **{x: self.config.get(x) for x in HARDWARE}}
         self.data = {k: v for k, v in log.about["data"].items() if k != "name"}
+        self.script = self.data.pop("script", None)
         start = datetime.datetime.fromisoformat(log.about["time"])
         self.start = start.replace(tzinfo=None)
-        self.read_header(log.header)
+        plan = r"population: (\d+) trajectories x (\d+) cycles = (\d+) members, (\d+) epochs .*"
+        self.plan = Plan(*numbers(plan, log.header))
+        steps = r"steps: (\d+) of \d+ tokens \(\d+ at the edges\), (\d+) tokens in all, (\d+) an "
+        self.steps, self.tokens, self.epoch_tokens = numbers(steps + "epoch", log.header)
+        self.parameters, = numbers(r"parameters: (\d+); .*", log.header)
+        self.edited = any("--allow-edited" in line for line in log.lines)
         self.table = read_table(log.lines)
-        prior = r"\nprior gap:\S+  weights \(member:weight\) (\d+):"
-        self.best, = numbers(prior, "\n".join(log.lines))
-        others = [read_log(p) for p in sorted(path.parent.glob(f"{path.stem}_trajectory*.txt"))]
-        self.alike = all(x.source == self.source and x.about["config"] == self.config
-                         for x in others)
-        self.parts = [group(x.lines) for x in (log, *others)]
-        self.final, = self.parts[0]["final_val_loss"]
+        self.weights = read_weights(log.lines)
+        self.events = group(log.lines)
+        self.final, = self.events["final_val_loss"]
         self.loss = float(self.final["final_val_loss"])
-        self.losses = {}
-        for events in self.parts:
-            for pairs in events["member"]:
-                self.losses[int(pairs["member"])] = float(pairs["val_loss"])
+        members = [int(pairs["member"]) for pairs in self.events["member"]]
+        self.losses = unique(list(zip(members, losses_of(self.events["member"]))))
+        self.trained = [(pairs["step"], pairs["loss"]) for pairs in self.events["step"]]
 
-    def read_header(self, header):
-        plan = r"population: (\d+) trajectories x (\d+) cycles = (\d+) members, (\d+) epochs"
-        self.plan = Plan(*numbers(plan, header))
-        steps = r"steps: (\d+) of .* (\d+) tokens in all, (\d+) an epoch"
-        self.steps, self.tokens, self.epoch_tokens = numbers(steps, header)
-        self.parameters, = numbers(r"parameters: (\d+);", header)
-
-    def checks(self, track):
+    def checks(self, track, earlier):
         """(holds, what if not): the track's limits, and each number against every other line that
         implies it."""
+        yield from self.origin(track, earlier)
         yield from self.limits(track)
         yield from self.work()
-        for events in self.parts:
-            members = len(events["member"])
-            counts = [str(n) for n in range(1, members + 1) for _ in ("uniform", "learned")]
-            found = [(p["members"], p["k"], p["prior"]) for p in events["members"]]
-            if found != list(zip(counts, counts, ["uniform", "learned"] * members)):
-                yield False, "its ensemble lines do not follow its member lines"
-                return
-            yield from self.mixtures(events)
+        if recompute:
+            yield from self.recomputed(track)
+        yield from self.mixtures()
         yield from self.end(track)
 
+    def origin(self, track, earlier):
+        """Its script, its settings and its data."""
+        cfg = self.config
+        lacks = ", ".join(sorted(cfg.keys() ^ self.settings))
+        yield not lacks, f"its settings are not those of its script: {lacks}"
+        wanted = track["data"]
+        if earlier:  # their data had no splits, their run no script
+            splits = [x for x in wanted.values() if isinstance(x, list)]
+            wanted = {f["name"]: f["sha256"] for files in splits for f in files}
+        else:
+            script = hashlib.sha256(self.source.encode()).hexdigest()
+            yield self.script == script, "it did not begin with the script at its head"
+        keys = {**wanted, **self.data}
+        differ = [x for x in keys if wanted.get(x) != self.data.get(x)]
+        yield not differ, f"its data are not the track's: {', '.join(differ)}"
+        yield not self.edited, "its script was edited on the way (--allow-edited)"
+
     def limits(self, track):
-        """Of the track, on data and settings."""
+        """Of the track, on settings."""
         cfg = self.config
         plan = self.plan
-        hashes = track["data"] or {}
-        files = {**hashes, **self.data}
-        differ = [f for f in files if hashes.get(f) != self.data.get(f)]
-        yield not differ, f"data hashes are not the track's: {', '.join(differ)}"
         yield cfg["seed"] == self.seed, f"its seed is {cfg['seed']}"
         budget = str(cfg["epochs"]) in track["reference_members"]
         yield budget, f"{cfg['epochs']} epochs is not a budget of the track"
         yield cfg["report"] == "val", f"it reports on {cfg['report']}, not val"
-        wanted = track["train_tokens"]
-        yield cfg["train_tokens"] == wanted, f"--train-tokens must be {wanted}"
+        yield cfg.get("teacher") is None, "another run taught it (--teacher), at no epochs"
+        for name in ("train_tokens", "seq_len"):
+            flag = "--" + name.replace("_", "-")
+            yield cfg[name] == track[name], f"{flag} must be {track[name]}"
+        epoch = track["tokens"]["train"]
+        yield (self.epoch_tokens == epoch,
+               f"{self.epoch_tokens} tokens an epoch are not the track's {epoch}")
         most = track["max_parameters"] or math.inf
         yield self.parameters <= most, f"{self.parameters} parameters are too many"
-        planned = Plan(cfg["trajectories"], cfg["cycles"], cfg["trajectories"] * cfg["cycles"],
-                       cfg["epochs"])
-        yield (plan == planned and self.alike,
-               "its plan, or the log of a trajectory, is not of its configuration")
-        batch = max(cfg["batch_tokens"], cfg["edge_batch_tokens"])
-        slack = plan.members * batch  # a cycle has a whole number of steps
-        yield (self.tokens <= plan.epochs * self.epoch_tokens + slack,
+        counts = (cfg["trajectories"], cfg["cycles"], cfg["trajectories"] * cfg["cycles"])
+        yield plan == Plan(*counts, cfg["epochs"]), "its plan is not of its configuration"
+        yield (self.tokens <= plan.epochs * self.epoch_tokens * WHOLE_STEPS,
                f"{self.tokens} tokens are more than {plan.epochs} epochs")
 
     def work(self):
         """Members and steps against the plan."""
         plan = self.plan
-        members = [pairs for events in self.parts for pairs in events["member"]]
-        members.sort(key=lambda pairs: int(pairs["member"]))
+        members = self.events["member"]
+        counted = len(members) == plan.members  # before anything is made of what the log claims
+        yield counted, f"its {len(members)} member lines are not the {plan.members} planned"
+        if not counted:
+            return
         at = [[int(pairs[x]) for x in ("member", "traj", "cycle")] for pairs in members]
         wanted = [[i, i // plan.cycles, i % plan.cycles + 1] for i in range(plan.members)]
-        yield at == wanted, f"its {len(at)} member lines are not the {plan.members} planned"
+        yield at == wanted, "its member lines are not in the planned order"
         ends = [int(pairs["epochs"]) for pairs in members]
-        yield (ends == sorted(set(ends)) and ends[-1:] == [plan.epochs],
+        yield (ends == sorted(set(ends)) and ends[-1] == plan.epochs,
                f"its members do not end at epoch {plan.epochs}")
-        total = 0
-        for events in self.parts:
-            steps = [[int(x) for x in pairs["step"].split("/")] for pairs in events["step"]]
-            last, planned = steps[-1]
-            if steps != sorted(steps) or last != planned:
-                total = math.nan
-            total += last
-        yield total == self.steps, f"its step lines do not lead to step {self.steps}"
+        steps = [[int(x) for x in pairs["step"].split("/")] for pairs in self.events["step"]]
+        yield (steps == sorted(steps) and steps[-1] == [self.steps, self.steps],
+               f"its step lines do not lead to step {self.steps}")
 
-    def mixtures(self, events):
+    def recomputed(self, track):
+        """What follows from its settings, where its script counts as today's does."""
+        config = {**ELSEWHERE, **self.config}
+        members = self.events["member"]
+        if len(members) != self.plan.members:
+            return
+        found = recompute.plan(config, self.epoch_tokens)
+        own = recompute.differs(self.functions, recompute.PLANS)
+        planned = (found.steps, found.tokens) == (self.steps, self.tokens)
+        at = [{key: int(pairs[key]) for key in found.members[0]} for pairs in members]
+        yield (own or planned and at == found.members,
+               f"its settings make {found.steps} steps, {found.tokens} tokens and other members")
+        parameters = recompute.parameters(config, track["vocab_size"])
+        own = recompute.differs(self.functions, recompute.MODELS)
+        yield (own or parameters == self.parameters,
+               f"its settings make {parameters} parameters")
+
+    def mixtures(self):
         """Ensembles of the members so far against these members."""
-        own = losses_of(events["member"])
-        uniform = losses_of(events["members"][0::2])
-        learned = losses_of(events["members"][1::2])
+        mixed = self.events["members"]
+        own = losses_of(self.events["member"])
+        counts = [str(n) for n in range(1, len(own) + 1) for _ in ("uniform", "learned")]
+        found = [(p["members"], p["k"], p["prior"]) for p in mixed]
+        if found != list(zip(counts, counts, ["uniform", "learned"] * len(own))):
+            yield False, "its ensemble lines do not follow its member lines"
+            return
+        uniform = losses_of(mixed[0::2])
+        learned = losses_of(mixed[1::2])
         yield (same(own[0], uniform[0], learned[0]),
-               "an ensemble of one is not its first member")
+               "an ensemble of one is not its member")
         for n in range(1, len(own)):
             highest = (n * uniform[n - 1] + own[n]) / (n + 1)  # -log is convex
             yield (uniform[n] <= highest + 2 * PRINTED,
                    f"a uniform mixture of {n + 1} is worse than its parts: one of these losses is "
                    "wrong")
 
+    def few(self, track):
+        """How many members the second column of the tables allows."""
+        M = self.plan.members
+        return min(track["reference_members"][str(self.plan.epochs)] or M, M)
+
     def end(self, track):
         """The table and the final line against the members and ensembles."""
         M = self.plan.members
-        epochs = self.plan.epochs
-        reference = track["reference_members"].get(str(epochs)) or M
-        rows = {1, min(reference, M), M}
+        rows = {1, self.few(track), M}
         wanted = ", ".join(map(str, sorted(rows)))
         yield rows <= self.table.keys(), f"its table lacks a row of k = {wanted}"
+        best = next(iter(self.weights))
         uniform, learned, _ = self.table[1]
-        yield (same(uniform, learned, self.losses[self.best]),
-               f"its table at k = 1 is not the loss of member {self.best}")
+        yield (same(uniform, learned, self.losses[best]),
+               f"its table at k = 1 is not the loss of member {best}")
         uniform, *fitted = self.table[M]
-        if len(self.parts) == 1:  # else the last ensemble line is of one trajectory
-            *_, last_uniform, last_learned = losses_of(self.parts[0]["members"])
-            yield (same(uniform, last_uniform),
-                   f"its table at k = {M} is not the last uniform ensemble line")
-            yield (same(self.loss, last_learned),
-                   "final_val_loss is not the last learned ensemble line")
+        *_, last_uniform, last_learned = losses_of(self.events["members"])
+        yield (same(uniform, last_uniform),
+               f"its table at k = {M} is not the last uniform ensemble line")
+        yield same(self.loss, last_learned), "final_val_loss is not the last learned ensemble line"
         yield same(self.loss, *fitted), f"final_val_loss is not the table's at k = {M}"
         counts = [int(self.final[x]) for x in ("members", "k", "epochs")]
-        yield counts == [M, M, epochs], "its final line is wrong"
+        yield counts == [M, M, self.plan.epochs], "its final line is wrong"
 
 
 # Source: what was edited ------------------------------------------------------------------------
@@ -356,8 +440,18 @@ def summary(losses):
 
 
 def is_rerun(config, row):
-    """Whether settings are those of a row; a later version adds some."""
-    return all(config[x] == row[x] for x in (config.keys() & row.keys()) - FREE)
+    """Whether settings are those of a row."""
+    alike = all(config[x] == row[x] for x in (config.keys() & row.keys()) - FREE)
+    return alike and config.keys() - FREE == row.keys() - FREE
+
+
+def is_repeated(run, before):
+    """Whether a log is that of another run: by its seed, its losses, or most of its step lines."""
+    trained = set(run.trained)
+    lines = len(trained & set(before.trained))
+    if run.seed == before.seed or 2 * lines > len(trained):
+        return True
+    return (run.losses, run.table) == (before.losses, before.table)
 
 
 class Record:
@@ -369,6 +463,7 @@ class Record:
         self.name = f"{path.parent.name}/{path.name}"
         self.problems = []
         self.runs = {"new": [], "old": []}
+        self.packed = {"new": [], "old": []}
         self.result = None
         self.budget = None
         self.date = attempt(datetime.date.fromisoformat, path.name[:10])
@@ -379,29 +474,52 @@ class Record:
         self.readme = attempt(lambda: (path / "README.md").read_text(encoding="utf-8")) or ""
         self.need(self.readme.strip() and "TODO" not in self.readme,
                   "its README.md is missing or not filled in")
+        self.earlier = bool(self.track) and path.name in self.track["without_predictions"]
         if self.track:
+            self.need(self.track["data"] and self.track["tokens"],
+                      "tracks.json lacks data and tokens of its track: the first row sets them")
             for file in sorted(path.glob("logs/*")):
                 self.read(file)
         self.need(self.runs["new"], "it has no logs/new_seed<S>.txt")
+        if not self.earlier:
+            self.need(recompute, "its predictions cannot be checked here: install "
+                      "requirements.txt")
+            self.need(versions(), "no git history here, so its scripts cannot be checked: take a "
+                      "whole clone (git fetch --unshallow)")
 
     def need(self, holds, text):
         if not holds:
             self.problems.append(text)
 
     def read(self, file):
-        """Take a log and what it says against itself."""
-        name = re.fullmatch(r"(new|old)_seed\d+(_trajectory\d+)?\.txt", file.name)
-        self.need(name, f"logs/{file.name} is not named new_seed<S>.txt or old_seed<S>.txt")
-        if not name or name[2]:
+        """Take a log and what it says against itself and against its predictions."""
+        name = re.fullmatch(r"(new|old)_seed\d+\.(txt|xz)", file.name)
+        self.need(name, f"logs/{file.name} is not named new_seed<S> or old_seed<S>, .txt or .xz")
+        if not name or name[2] == "xz":
             return
         run = attempt(Run, file)
         found = []
-        whole = attempt(lambda: found.extend(run.checks(self.track)) or True)
+        whole = attempt(lambda: found.extend(run.checks(self.track, self.earlier)) or True)
         found.append((whole, "is not the whole log.txt of a complete run"))
         for holds, text in found:
             self.need(holds, f"logs/{file.name}: {text}")
-        if run:
-            self.runs[name[1]].append(run)
+        if not run:
+            return
+        self.runs[name[1]].append(run)
+        if recompute and not self.earlier and all(holds for holds, _ in found):
+            self.unpack(run, name[1])
+
+    def unpack(self, run, side):
+        """Take the predictions of a run and what they say against its log."""
+        file = f"logs/{run.path.stem}.xz"
+        packed = attempt(recompute.Packed, run, self.track)
+        found = []
+        whole = attempt(lambda: found.extend(packed.checks()) or True)
+        self.need(whole, f"{file} is missing or damaged: --pack makes it")
+        differ = [text for holds, text in found if not holds]
+        self.need(not differ, f"{file} and its log disagree: {', '.join(differ[:3])}")
+        if whole:
+            self.packed[side].append(packed)
 
     def compare(self, records):
         """What must agree between the runs; `result`, all that they say. `records` hold the row
@@ -410,8 +528,11 @@ class Record:
         old = sorted(self.runs["old"], key=lambda run: run.start)
         self.compare_seeds(new)
         self.compare_seeds(old)
-        self.need(all(run.machine == new[0].machine for run in new + old),
-                  f"several machines: {', '.join(MACHINE)} differ")
+        for side in self.packed.values():
+            self.compare_predictions(side)
+        self.need(all(run.place == new[0].place for run in new + old),
+                  f"several machines: hardware, versions, processes or {', '.join(HARDWARE)} "
+                  "differ")
         self.need(max(run.start for run in new + old).date() <= self.date,
                   "its date is before its last run")
         if min(len(new), len(old)) >= 2:
@@ -428,10 +549,23 @@ class Record:
             alike = {**run.config, "seed": None} == {**first.config, "seed": None}
             self.need(run.source == first.source and alike,
                       f"{run.name} differs from {first.name} in more than the seed")
-            again = any(run.seed == before.seed
-                        or (run.losses == before.losses and run.table == before.table)
-                        for before in runs[:i])
-            self.need(not again, f"{run.name} repeats the run of another log")
+            again = [before.name for before in runs[:i] if is_repeated(run, before)]
+            self.need(not again, f"{run.name} repeats the run of another log: {', '.join(again)}")
+
+    def compare_predictions(self, side):
+        """Packed runs of one side: each its own, and as far from the others as its log says."""
+        for i, packed in enumerate(side):
+            again = [x.run.name for x in side[:i] if recompute.repeats(packed, x)]
+            self.need(not again, f"{packed.run.name} has the predictions of {', '.join(again)}")
+            others = side[:i] + side[i + 1:]
+            self.need_apart(packed.run.name, [packed], others)
+
+    def need_apart(self, what, some, others):
+        """Losses must differ from those of `others` as packed predictions do."""
+        if some and others:
+            allowed, found = recompute.apart(some, others)
+            self.need(found <= allowed, f"{what}: its loss is {found:.4f} further from the others' "
+                      f"than its predictions say, more than {allowed:.4f}")
 
     def summarize(self, new):
         """Set result, but for the comparison."""
@@ -441,7 +575,7 @@ class Record:
         k = self.track["reference_members"][str(epochs)]
         capped = None
         if k:
-            capped = {"k": k, **summary([run.table[min(k, M)][1] for run in new])}
+            capped = {"k": k, **summary([run.table[run.few(self.track)][1] for run in new])}
         self.start = first.start
         self.budget = (self.path.parent.name, epochs)
         self.result = {
@@ -449,7 +583,7 @@ class Record:
             "epochs": epochs,
             "members": M,
             "parameters": first.parameters,
-            "machine": first.machine,
+            "machine": {x: first.machine[x] for x in MACHINE},
             "seeds": [run.seed for run in new],
             **summary([run.loss for run in new]),
             "capped_k": capped,
@@ -465,7 +599,7 @@ class Record:
         sources = [(r.runs["new"][0].source, r.path.name) for r in rows]
         source, row = min(sources, key=lambda pair: (pair[0] != repeated.source, pair[1]))
         committed = {source, repeated.source} <= versions().keys()
-        self.need(source == repeated.source or not versions() or committed,
+        self.need(source == repeated.source or committed or self.earlier and not versions(),
                   f"its old_seed logs have neither the script of {row} nor, like that row, a "
                   "committed one")
         screened = re.search(r"^Screened on seeds: *(none|\d+(?:[ ,]+\d+)*)", self.readme, re.M)
@@ -473,6 +607,10 @@ class Record:
         tried = re.findall(r"\d+", screened[1]) if screened else []
         self.need(not any(str(run.seed) in tried for run in new),
                   "it was screened on seeds that confirm it")
+        if not self.earlier:
+            seeds = [sorted(run.seed for run in side) for side in (old, new)]
+            self.need(seeds[0] == seeds[1], "its old and new runs have other seeds")
+            self.need_apart("its new runs", self.packed["new"], self.packed["old"])
         losses = [run.loss for run in old]
         return {
             "against": row,
@@ -525,6 +663,7 @@ def row_of(record, rank, records):
         result["members"],
         result["epochs"],
         record.date,
+        "log" if record.earlier else "log, predictions",
         f"[{record.path.name[11:]}]({record.name})",
         against["against"][11:] if against else "-"]
 
@@ -537,7 +676,8 @@ def tables(tracks, records):
             rows = []  # (loss, cells)
             for p in track["published"]:
                 what = f"{p['name']} (others' result)"
-                rows.append((p["loss"], ["-", p["loss"], "-", "-", p["epochs"], "-", what, "-"]))
+                cells = ["-", p["loss"], "-", "-", p["epochs"], "-", "-", what, "-"]
+                rows.append((p["loss"], cells))
             mine = [r for r in records if r.budget == (name, int(epochs))]
             mine.sort(key=lambda record: record.result["mean"])
             for rank, record in enumerate(mine, 1):
@@ -546,9 +686,9 @@ def tables(tracks, records):
                 continue
             rows.sort(key=lambda row: row[0])
             lines = [f"| {' | '.join(map(str, cells))} |" for _, cells in rows]
-            head = (f"| rank | loss | at most {k or '?'} members | members | epochs | date | row "
-                    "| against |")
-            out += [f"### {name}, {epochs} epochs", "", head, "|---" * 8 + "|", *lines, ""]
+            head = (f"| rank | loss | at most {k or '?'} members | members | epochs | date "
+                    "| checked | row | against |")
+            out += [f"### {name}, {epochs} epochs", "", head, "|---" * 9 + "|", *lines, ""]
     return "\n".join(out) + "\n"
 
 
@@ -561,6 +701,8 @@ def show(record, records, whole):
         for side, runs in record.runs.items():
             if runs:
                 print(source_lines(runs[0].source, side, whole), end="")
+        if record.earlier:
+            print("  without predictions: its losses are as its logs print them")
     for text in record.problems:
         print(f"{record.name}: problem: {text}")
 
@@ -577,24 +719,48 @@ def are_tables_current(tracks, records, rebuild):
     return rebuild or text == fresh
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folders", nargs="*", metavar="FOLDER", type=lambda f: Path(f).resolve())
-    parser.add_argument("--source", metavar="LOG", type=Path)
-    parser.add_argument("--write-result", action="store_true")
-    parser.add_argument("--tables", action="store_true")
-    args = parser.parse_args(argv)
-    if args.source:
-        print(read_log(args.source).source, end="")
-        return 0
+def take_seeds(track, records):
+    """The next free seed of a track, whose rows with predictions must have taken all before it in
+    order."""
+    free = track["first_seed"]
+    later = [r for r in records if r.track is track and not r.earlier and r.runs["new"]]
+    later.sort(key=lambda r: (min(run.seed for run in r.runs["new"]), r.path.name))
+    for record in later:
+        taken = sorted(run.seed for run in record.runs["new"])
+        wanted = list(range(free, free + len(taken)))
+        record.need(taken == wanted, f"its seeds must be the next ones, {wanted[0]} to "
+                    f"{wanted[-1]}: chosen seeds prove nothing")
+        free += len(taken)
+    return free
+
+
+def check(record, records, write):
+    """What a folder says against others, and its result.json. A fault is a problem of its own."""
+    try:
+        record.compare(records)
+        record.check_result(write)
+    except FAULTS as e:
+        text = " ".join(str(e).split())[:200]
+        record.need(False, f"it cannot be checked: {type(e).__name__}: {text}")
+
+
+def pack(folder, runs):
+    """Copy logs and predictions of runs, called new_seed<S> and old_seed<S>."""
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    for run in runs:
+        recompute.pack(run, folder / f"logs/{run.name}.xz")
+        shutil.copyfile(run / "log.txt", folder / f"logs/{run.name}.txt")
+
+
+def show_all(args):
+    """Check folders and tables. Returns the exit status."""
     tracks = json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
     committed = [folder for track in tracks for folder in RECORDS.glob(f"{track}/*")]
     records = [Record(folder, tracks) for folder in sorted({*args.folders, *committed})]
+    free = {name: take_seeds(track, records) for name, track in tracks.items()}
     for record in records:
         if not record.problems:
-            record.compare(records)
-            record.check_result(args.write_result and record.path in args.folders)
+            check(record, records, args.write_result and record.path in args.folders)
     shown = [r for r in records if r.path in args.folders or not args.folders]
     for record in shown:
         show(record, records, bool(args.folders))
@@ -606,8 +772,31 @@ def main(argv=None):
             bad += 1
             print("README.md: problem: its tables are not current: mend any problem above, then "
                   "--tables rebuilds them")
+    for name, seed in free.items():
+        print(f"{name}: the next row takes seeds from {seed} on")
     print(f"{len(shown)} folders, {bad} problems")
     return int(bad > 0)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="*", metavar="FOLDER", type=lambda f: Path(f).resolve())
+    parser.add_argument("--pack", nargs="+", metavar="RUN", type=Path, default=[])
+    parser.add_argument("--source", metavar="LOG", type=Path)
+    parser.add_argument("--write-result", action="store_true")
+    parser.add_argument("--tables", action="store_true")
+    args = parser.parse_args(argv)
+    try:
+        if args.source:
+            print(read_log(args.source).source, end="")
+            return 0
+        if args.pack:
+            folder, = args.folders
+            pack(folder, args.pack)
+    except (*FAULTS, *MISTAKES) as e:
+        sys.exit(f"check.py: error: {' '.join(str(e).split())[:300]}")
+    return 0 if args.pack else show_all(args)
 
 
 if __name__ == "__main__":
