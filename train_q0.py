@@ -81,7 +81,10 @@ class UserError(Exception):
 
 
 def one_line(e):
-    return f"{type(e).__name__}: {' '.join(str(e).split())[:150]}"
+    """What an exception says."""
+    named = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
+    text = getattr(e, "strerror", None) or named
+    return " ".join(text.split())[:200]
 
 
 @contextlib.contextmanager
@@ -91,10 +94,7 @@ def reading(what, advice=""):
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError,
             SafetensorError) as e:
-        text = str(e) if isinstance(e, UserError) else f"{type(e).__name__}: {e}"
-        reason = getattr(e, "strerror", None) or text
-        short = " ".join(reason.split())[:200]
-        raise UserError(f"{what} is missing or damaged: {short}{advice}") from None
+        raise UserError(f"{what} is missing or damaged: {one_line(e)}{advice}") from None
 
 
 # Config: a knob is one line here; its flag, its check and its help text are made from that line ---
@@ -1741,106 +1741,6 @@ def best_members(heldout, k=None):
     return next(found for found in pruned(heldout) if len(found[0]) <= k)
 
 
-def table_sizes(M):
-    """Numbers of members worth a row: all up to M, or from 33 members on 1, 2, 3, 4, 6, 8, 11, 16,
-    ... and M."""
-    if M <= 32:
-        return [*range(1, M + 1)]
-    return sorted({min(M, round(2 ** (i / 2))) for i in range(2 * M.bit_length() + 1)})
-
-
-def population_table(heldout, scored):
-    """Rows for each K: loss on `scored` (M rows) of the K members of largest weight, uniformly and
-    under the prior renormalised (the paper's rule), and of those pruned to K. heldout [M, N] is
-    all that a fit sees."""
-    w, gap = fit_prior(heldout)
-    M = len(w)
-    ranked = np.argsort(-w, kind="stable")
-    path = list(pruned(heldout, w))
-    sizes = table_sizes(M)
-    weights = np.zeros((len(sizes), 3, M))
-    for row, k in zip(weights, sizes):
-        top = ranked[:k]
-        row[0, top] = 1 / k
-        row[1, top] = w[top] / w[top].sum()
-        members, least = next(found for found in path if len(found[0]) <= k)
-        row[2, members] = least
-    losses = mixture_losses(scored, weights.reshape(-1, M)).reshape(-1, 3)
-    rows = [{"k": k, "uniform": uniform, "learned": learned, "pruned": least}
-            for k, (uniform, learned, least) in zip(sizes, losses.tolist())]
-    return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
-
-
-def format_table(table, split):
-    """Lines of the log."""
-    lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'pruned':>9}   {split} loss of k members"]
-    for row in table["rows"]:
-        lines.append("{k:>4} {uniform:>9.5f} {learned:>9.5f} {pruned:>9.5f}".format(**row))
-    weights = table["weights"]
-    used = [f"{i}:{weights[i]:.3f}" for i in table["ranked"] if weights[i] >= 0.0005]
-    lines.append(f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}")
-    return lines
-
-
-def data_efficiency(loss):
-    """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text."""
-    times = (2, 4, 6, 8, 10, 20)
-    losses = (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
-    if loss > losses[0]:  # no extrapolation
-        return "<2x"
-    if loss < losses[-1]:
-        return ">20x"
-    return f"{np.interp(-loss, np.negative(losses), times):.2f}x"
-
-
-# Mixture ----------------------------------------------------------------------------------------
-# A population in use: members mix their probabilities token by token.
-
-@dataclass(frozen=True, eq=False)
-class Population:
-    """Members of a run and their weights: p(token) = sum_i weights_i p_i(token)."""
-    folder: Path
-    members: list  # numbers of those that take part, the largest weight first
-    weights: list  # theirs; they sum to 1
-    heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
-    device: torch.device
-
-    def member(self, i):
-        """Member i of the run, read and checked, as a frozen GPT."""
-        sha256 = recorded_hashes(self.folder, "weights", len(self.heldout))[i]
-        return load_member(self.folder / f"members/{i}", sha256=sha256, device=self.device)
-
-    @functools.cached_property
-    def models(self):
-        return [self.member(i) for i in self.members]
-
-
-def load_population(run, k=None, device=None):
-    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight,
-    or the best `k`, on `device` (default: the GPU where there is one). Raises UserError for what
-    is missing or damaged."""
-    folder = find_run(str(run))
-    heldout = load_predictions(folder)["heldout"]
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Population(folder, *best_members(heldout, k), heldout, torch.device(device))
-
-
-def load_teacher(cfg, vocab_size, device):
-    """The Population of --teacher, or None. Raises UserError where it cannot teach this run."""
-    if not cfg.teacher:
-        return None
-    population = load_population(cfg.teacher, cfg.teacher_k, device)
-    first = population.models[0]
-    found = (first.vocab_size, first.cfg.softcap, first.cfg.seq_len)
-    needed = (vocab_size, cfg.softcap, cfg.seq_len)
-    if found != needed:
-        raise UserError(f"--teacher {cfg.teacher}: its (vocabulary, softcap, seq_len) is {found}, "
-                        f"this run's {needed}")
-    for model in population.models:
-        _, model.attend = choose_attention(replace(model.cfg, attention=cfg.attention), device)
-    return population
-
-
 # Training loop ----------------------------------------------------------------------------------
 
 def train(trainer, cycles_by_trajectory):
@@ -2353,38 +2253,6 @@ def hashes_of(run, member):
     """sha256 of a member's weights and predictions."""
     return {"weights": sha256_of(run / f"members/{member}/model.safetensors"),
             "predictions": sha256_of(run / f"predictions/{member}.safetensors")}
-
-
-def recorded_hashes(run, kind, members):
-    """sha256 of each member's "weights" or "predictions" as a finished run has them; else None."""
-    if not (run / "result.json").exists():
-        return [None] * members
-    with reading(run / "result.json"):
-        found = [entry[kind] for entry in load_json(run / "result.json")["curve"]]
-    if len(found) != members:
-        raise UserError(f"{run} has predictions of {members} members, its result has {len(found)}: "
-                        "copy the others from where they were trained")
-    return found
-
-
-def load_predictions(run):
-    """p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError."""
-    files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
-    if not files:
-        raise UserError(f"{run} has no cached predictions: it is not a run, or it ended before its "
-                        "first member")
-    for i, file in enumerate(files):
-        if file.stem != str(i):
-            raise UserError(f"{file} is not of member {i}: the run is not complete, or move that "
-                            "file elsewhere")
-    hashes = recorded_hashes(run, "predictions", len(files))
-    members = [read_predictions(f, sha256) for f, sha256 in zip(files, hashes)]
-    lengths = [{split: len(p) for split, p in member.items()} for member in members]
-    for file, found in zip(files, lengths):
-        if found != lengths[0]:
-            raise UserError(f"predictions {file} are damaged: other splits or lengths than those "
-                            f"of {files[0].name}")
-    return {split: np.stack([m[split] for m in members]) for split in members[0]}
 
 
 @dataclass
@@ -2915,8 +2783,10 @@ def launch(cfg, why, args, world):
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
-    population = load_teacher(cfg, corpus.vocab_size, world.device)
-    if population:
+    population = None
+    if cfg.teacher:
+        from records.population import load_teacher
+        population = load_teacher(cfg, corpus.vocab_size, world.device)
         held_out = population.heldout[population.members]
         corpus.hashes["teacher"] = hashlib.sha256(held_out.tobytes()).hexdigest()
     world.agree(corpus.hashes)
@@ -3022,17 +2892,15 @@ def finish_run(trainer, about):
             events = [event_lines("ensemble", **pairs) for entry in at.curve
                       for pairs in ensembles(entry, f"{cfg.report}_loss")]
             log.append(run.log_files(at.trajectory), events)
-        log_final(log, cfg, result, trainer.corpus.name, about["machine"])
-        everyone = range(len(result["curve"]))
-        heldout = trainer.predictions.of("heldout", everyone)
-        result["table"] = population_table(np.stack(heldout),
-                                           trainer.predictions.of(cfg.report, everyone))
-        log.line("\n".join(format_table(result["table"], cfg.report)))
+        log_final(log, cfg, result, about["machine"])
         try:
+            from records.population import report
+            result["table"], lines = report(trainer.predictions, trainer.corpus.name)
+            log.line("\n".join(lines))
             from records.plot import draw_curve
             draw_curve(run.folder / "curve.png", result["curve"], cfg.report)
         except ImportError as e:
-            print(f"curve.png is not drawn: {e}")
+            print(f"notice: the table or curve.png is not made: {one_line(e)}", file=sys.stderr)
         save_json(run.folder / "result.json", {**result, **about})  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
@@ -3066,7 +2934,7 @@ def summarize(trainer, states):
             "peak_memory_mb": peak_memory_mb(trainer.world.device)}
 
 
-def log_final(log, cfg, result, corpus_name, hardware):
+def log_final(log, cfg, result, hardware):
     """The line that says what the run reached, and at what cost."""
     key = f"final_{cfg.report}_loss"
     flops = sum(result["flops"].values())
@@ -3074,40 +2942,31 @@ def log_final(log, cfg, result, corpus_name, hardware):
     mfu = {}
     if "H100" in hardware["gpu"] or "H200" in hardware["gpu"]:
         mfu["mfu"] = speed / (H100_FLOPS * hardware["processes"])
-    on_fineweb = corpus_name in ("fineweb", "slowrun")
-    efficiency = data_efficiency(result[key]) if on_fineweb else "n/a"
     log.event(**{key: result[key]}, members=result["members"], k=result["members"],
-              epochs=cfg.epochs, data_efficiency=efficiency, flops=flops,
-              teacher_flops=result["flops"]["teacher"], tflops=speed / 1e12, **mfu,
+              epochs=cfg.epochs, flops=flops, teacher_flops=result["flops"]["teacher"], tflops=speed / 1e12, **mfu,
               train_time=f"{result['total_seconds']:.0f}s",
               peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
 
 
-def command_beside(name, argv):
-    """A command that does not train. What has it imports this script by its name, so a script that
-    is run lives twice; all of the command is of the imported copy, its mistakes included."""
+def find_command(name):
+    """The function of a command that does not train."""
     try:
-        import train_q0
         from records.commands import COMMANDS
     except ModuleNotFoundError as e:
-        raise UserError(f"{name} needs train_q0.py and records/ beside it: {e}") from None
+        raise UserError(f"{name} needs records/ beside this script: {e}") from None
     if name not in COMMANDS:
         raise UserError(f"unknown command {name}: give flags, or one of {', '.join(COMMANDS)}")
-    if train_q0.SOURCE != SOURCE:
-        raise UserError(f"{name} is a command of train_q0.py, and this script differs from it")
-    return train_q0.main(argv, COMMANDS[name])
+    return COMMANDS[name]
 
 
-def main(argv=None, command=None):
-    """Run `command`, or the one that argv begins with, or train. Returns the exit status."""
+def main(argv=None):
+    """Run the command that argv begins with, or train. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    if command is None:
-        named = argv and not argv[0].startswith("-")
-        name = argv.pop(0) if named else "train"
-        command = functools.partial(command_beside, name) if name != "train" else command_train
     rank = int(os.environ.get("RANK", 0))
     whose = f"rank {rank}: " if rank else ""
     try:
+        named = argv and not argv[0].startswith("-")
+        command = find_command(argv.pop(0)) if named else command_train
         return command(argv) or 0
     except (UserError, OSError) as e:
         if rank:
@@ -3132,4 +2991,6 @@ def main(argv=None, command=None):
 
 
 if __name__ == "__main__":
+    # what lies in records/ imports this script, which may be a copy of another name
+    sys.modules["train_q0"] = sys.modules["__main__"]
     sys.exit(main())

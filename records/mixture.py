@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import train_q0 as q
+from records.population import Population, load_population
 
 
 @dataclass(frozen=True, eq=False)
-class Mixture(q.Population):
+class Mixture(Population):
     """Members of a run, their weights, and what turns tokens into text."""
     manifest: dict  # of the data they were trained on
     encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
@@ -61,7 +62,7 @@ def draw(log_p, temperature, top_p, generator):
 def load_mixture(run, k=None, device=None):
     """The Mixture of `run` (a name under logs/, or a folder): all members that the learned prior
     gives weight, or the best `k`. Raises UserError for what is missing or damaged."""
-    population = q.load_population(run, k, device)
+    population = load_population(run, k, device)
     known = {f.name: getattr(population, f.name) for f in fields(population)}
     return Mixture(**known, **load_tokenizer(population.folder / "data"))
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 import train_q0 as q
+from records.population import load_teacher
 
 PUBLISHED_MFU = 0.26  # our count for the published run
 CPU_MFU = 0.26  # of preset tiny, measured
@@ -130,7 +131,7 @@ def plan(argv):
         cfg = replace(cfg, precision="bfloat16")
         why["precision"] = "on a GPU"
     epoch_tokens, vocab_size, eval_tokens = text_of(cfg)
-    population = q.load_teacher(cfg, vocab_size, torch.device("cpu"))
+    population = load_teacher(cfg, vocab_size, torch.device("cpu")) if cfg.teacher else None
     lines = q.describe(cfg, why, epoch_tokens, vocab_size)
     room = 80e9 if on_gpus else math.inf
     if args.memory:

@@ -22,6 +22,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_q0 as q
 from records.plot import EPOCHS, FLOPS, LOSS, curve
+from records.population import load_predictions
 from records.use import report_split
 
 
@@ -32,7 +33,7 @@ def pooled(runs, k):
     scored = []
     rows = []
     for run in runs:
-        found = q.load_predictions(run)
+        found = load_predictions(run)
         split = report_split(found)
         before = rows[-1] if rows else (0, 0)
         members = zip(found["heldout"], found[split], curve(run / "log.txt"), strict=True)

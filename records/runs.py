@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 import train_q0 as q
+from records.population import load_population, load_predictions, report
 from records.use import DEVICE, parser_of, report_split
 
 
@@ -36,11 +37,9 @@ def new_run(name, command):
 def finish(folder, curve, predictions, about):
     """Print the table of a new run's members and write run.json and result.json."""
     split = predictions.splits[1]
-    everyone = range(len(curve))
-    heldout = np.stack(predictions.of("heldout", everyone))
-    table = q.population_table(heldout, predictions.of(split, everyone))
+    table, lines = report(predictions, about["data"]["name"])
     if len(curve) > 1:
-        print("\n".join(q.format_table(table, split)))
+        print("\n".join(lines))
     q.save_json(folder / "run.json", about)
     result = {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve), "curve": curve,
               "table": table}
@@ -112,7 +111,7 @@ def read_finished(folder):
     path = folder / "result.json"
     if not path.exists():
         raise q.UserError(f"{folder} is not complete: go on with it (--resume), then pool it")
-    split = report_split(q.load_predictions(folder))
+    split = report_split(load_predictions(folder))
     with q.reading(path):
         about = q.load_json(path)
         config = about["config"]
@@ -157,7 +156,7 @@ def average(argv):
     parser.add_argument("--name", help="name of the new run under logs/ [RUN_mean]")
     parser.add_argument("--device", **DEVICE)
     args = parser.parse_args(argv)
-    population = q.load_population(args.run, device=args.device)
+    population = load_population(args.run, device=args.device)
     source = population.folder
     with q.reading(source / "run.json"):
         about = q.load_json(source / "run.json")
@@ -212,7 +211,7 @@ class Averages:
         self.population = population
         self.corpus = corpus
         self.cfg = cfg
-        self.cached = q.load_predictions(population.folder)
+        self.cached = load_predictions(population.folder)
         self.split = report_split(self.cached)
         self.predictions = q.Predictions(folder, ("heldout", self.split))
         self.curve = []

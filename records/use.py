@@ -9,6 +9,8 @@ import torch
 
 import train_q0 as q
 from records.mixture import load_mixture
+from records.population import (
+    FINEWEB, data_efficiency, format_table, load_predictions, population_table)
 
 
 def parser_of(command):
@@ -44,11 +46,11 @@ def select(argv):
     parser.add_argument(
         "--k", type=int, help="show the members and weights of this inference budget")
     args = parser.parse_args(argv)
-    predictions = q.load_predictions(q.find_run(args.run))
+    predictions = load_predictions(q.find_run(args.run))
     heldout = predictions["heldout"]
     split = report_split(predictions)
     scored = predictions[split]
-    print("\n".join(q.format_table(q.population_table(heldout, scored), split)))
+    print("\n".join(format_table(population_table(heldout, scored), split)))
     if args.k is not None:
         members, weights = q.best_members(heldout, args.k)
         loss = q.mixture_loss(scored[members], weights)
@@ -125,10 +127,10 @@ def evaluate_text(learned, files):
     print(f"{len(targets)} tokens predicted, {sizes.sum()} bytes, {len(set(documents))} documents; "
           "intervals of 95%, by drawing documents")
     print_losses(rows, documents, targets != eot, sizes.sum())
-    print("\n".join(q.format_table(q.population_table(learned.heldout, P), files[0].stem)))
+    print("\n".join(format_table(population_table(learned.heldout, P), files[0].stem)))
     if is_validation_text(files, learned.manifest):
         last = list(rows.values())[-1]
-        print(f"data_efficiency:{q.data_efficiency(last.mean())}")
+        print(f"data_efficiency:{data_efficiency(last.mean())}")
 
 
 def predictions_on(learned, sequences, batch):
@@ -176,7 +178,7 @@ def bootstrap_means(nats, documents, draws=1000):
 
 def is_validation_text(files, manifest):
     """Whether the files are FineWeb's validation text: data efficiency is of that alone."""
-    if manifest["name"] not in ("fineweb", "slowrun"):
+    if manifest["name"] not in FINEWEB:
         return False
     known = {f["sha256"] for f in manifest["splits"]["val"]["files"]}
     return known == {q.sha256_of(f) for f in files}

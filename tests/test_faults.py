@@ -22,6 +22,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.numpy import load_file, save_file
 
 import train_q0 as q
+from records import population
 from forks import (
     CYCLE_ENDS, EVERY_STEP, RUN, Fork, at_call, at_step, command, differences, disturbed,
     metrics_of, planted, ranks, reference, result_of, resume, shards, start, states_of,
@@ -228,7 +229,7 @@ def test_no_state_is_whole(base, run, logs):
 
 def test_the_end_of_a_trajectory_is_damaged(base, logs):
     """Its member is made again from the state before."""
-    start(base, logs, plant=planted(q, "population_table", 1)).dies()
+    start(base, logs, plant=planted(population, "population_table", 1)).dies()
     (logs / "x/state/0-000000015-done.json").write_text("{}")
     goes_on(base, logs)
 
@@ -859,7 +860,7 @@ def predictions_target(tmp, base, run):
                      sizes.map(with_size), floats.map(with_numbers))
 
     def read():
-        for x in q.load_predictions(tmp / "r").values():
+        for x in population.load_predictions(tmp / "r").values():
             assert x.shape == (2, x.shape[1]) and x.dtype == np.float32
             assert (x > 0).all() and (x <= 1).all()
     return Target(folder / "1.safetensors", made, read)

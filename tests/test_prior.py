@@ -10,6 +10,7 @@ from pytest import approx
 from scipy.special import expit
 
 import train_q0 as q
+from records import population
 from records.mixture import load_tokenizer
 
 
@@ -309,13 +310,13 @@ def test_pruning_several_members_at_a_time_loses_nothing():
 def test_population_table(M):
     heldout = random_predictions(M, seed=1)
     scored = random_predictions(M, seed=2)
-    table = q.population_table(heldout, list(scored))
+    table = population.population_table(heldout, list(scored))
     w, gap = q.fit_prior(heldout)
     ranked = np.argsort(-w)
     assert table["weights"] == w.tolist()
     assert table["ranked"] == ranked.tolist()
     assert table["gap"] == gap
-    assert [row["k"] for row in table["rows"]] == q.table_sizes(M)
+    assert [row["k"] for row in table["rows"]] == population.table_sizes(M)
     for row in table["rows"]:
         k = row["k"]
         top = ranked[:k]
@@ -330,8 +331,8 @@ def test_population_table(M):
 
 def test_the_fit_of_a_table_sees_its_own_text_alone():
     heldout = random_predictions(5, seed=1)
-    table = q.population_table(heldout, random_predictions(5, seed=2))
-    own = q.population_table(heldout, heldout)
+    table = population.population_table(heldout, random_predictions(5, seed=2))
+    own = population.population_table(heldout, heldout)
     assert own["weights"] == table["weights"]
     assert own["rows"][-1]["learned"] < own["rows"][-1]["uniform"]
 
@@ -340,7 +341,7 @@ def test_tables_of_small_populations_stay_those_of_the_records():
     """As the solver of 2026-11-25 wrote them, whose fits were all cold and whole."""
     heldout = random_predictions(16, 2000, seed=1, spread=0.5)
     scored = random_predictions(16, 2000, seed=2, spread=0.5)
-    table = q.population_table(heldout, scored)
+    table = population.population_table(heldout, scored)
     found = [[*row.values()] for row in table["rows"]]
     assert found[1] == approx([2, 2.40756241666, 2.40775016946, 2.40759730500], abs=1e-9)
     assert found[4] == approx([5, 2.38033457920, 2.38078332890, 2.38431351188], abs=1e-9)
@@ -349,11 +350,11 @@ def test_tables_of_small_populations_stay_those_of_the_records():
 
 def test_tables_show_every_k_of_a_small_population():
     for M in (1, 16, 32):
-        assert q.table_sizes(M) == [*range(1, M + 1)]
+        assert population.table_sizes(M) == [*range(1, M + 1)]
     few = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
-    assert q.table_sizes(33) == [*few, 33]
-    assert q.table_sizes(64) == [*few, 45, 64]
-    assert q.table_sizes(480) == [*few, 45, 64, 91, 128, 181, 256, 362, 480]
+    assert population.table_sizes(33) == [*few, 33]
+    assert population.table_sizes(64) == [*few, 45, 64]
+    assert population.table_sizes(480) == [*few, 45, 64, 91, 128, 181, 256, 362, 480]
 
 
 def test_format_table():
@@ -364,7 +365,7 @@ def test_format_table():
         "ranked": [1, 0, 2],
         "gap": 2.5e-8,
         "rows": [first, second]}
-    assert q.format_table(table, "val") == [
+    assert population.format_table(table, "val") == [
         "   k   uniform   learned    pruned   val loss of k members",
         "   1   4.50000   4.50000   4.25000",
         "   2   4.12500   4.00000   4.00000",
@@ -377,7 +378,7 @@ def test_format_table():
     (3.123, "8.00x"), (3.046, "10.00x"), (2.892, "20.00x"),
     (3.7031, "<2x"), (9.0, "<2x"), (2.8919, ">20x"), (0.1, ">20x")])
 def test_data_efficiency(loss, shown):
-    assert q.data_efficiency(loss) == shown
+    assert population.data_efficiency(loss) == shown
 
 
 # ------------------------------------------------------------------------------------------------

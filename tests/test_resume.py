@@ -19,6 +19,7 @@ from torch.distributed.run import main as torchrun
 
 import records.plot
 import train_q0 as q
+from records import population
 from forks import (
     CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_call, at_step, command, die, differences, disturbed,
     files_of, log_of, losses_of, planted, reference, result_of, resume, start, states_of,
@@ -110,7 +111,7 @@ SLOW = {
     "predictions": (CYCLE_ENDS, half_written(r"predictions/1\.", 1), 10),
     "next cycle": (CYCLE_ENDS, at_step(11), 10),
     "done, not yet saved": (EVERY_STEP, half_written("-done.json$", 1), 15),
-    "table of the result": (EVERY_STEP, planted(q, "population_table", 1), "done")}
+    "table of the result": (EVERY_STEP, planted(population, "population_table", 1), "done")}
 
 
 RARE = [pytest.param(moment, marks=pytest.mark.slow) for moment in SLOW]
@@ -129,7 +130,7 @@ def test_killed_with_two_trajectories(base, logs):
     """In the second, then after their logs were joined: --run goes on, too."""
     argv = command(base, *TWO)
     Fork(logs, *argv, plant=at_step(15 + 9)).dies()
-    again = Fork(logs, *argv, plant=planted(q, "population_table", 1)).dies()
+    again = Fork(logs, *argv, plant=planted(population, "population_table", 1)).dies()
     assert again.went_on_from == {0: "done", 1: 5}
     Fork(logs, *argv).good()
     assert not disturbed(base, logs, *TWO)

@@ -1,0 +1,158 @@
+"""A finished population: its predictions and members, read and checked; the best of them for an
+inference budget; what each number of them is worth."""
+import functools
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import train_q0 as q
+
+
+# Predictions ------------------------------------------------------------------------------------
+
+def recorded_hashes(run, kind, members):
+    """sha256 of each member's "weights" or "predictions" as a finished run has them; else None."""
+    if not (run / "result.json").exists():
+        return [None] * members
+    with q.reading(run / "result.json"):
+        found = [entry[kind] for entry in q.load_json(run / "result.json")["curve"]]
+    if len(found) != members:
+        raise q.UserError(f"{run} has predictions of {members} members, its result has "
+                          f"{len(found)}: copy the others from where they were trained")
+    return found
+
+
+def load_predictions(run):
+    """p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError."""
+    files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
+    if not files:
+        raise q.UserError(f"{run} has no cached predictions: it is not a run, or it ended before "
+                          "its first member")
+    for i, file in enumerate(files):
+        if file.stem != str(i):
+            raise q.UserError(f"{file} is not of member {i}: the run is not complete, or move "
+                              "that file elsewhere")
+    hashes = recorded_hashes(run, "predictions", len(files))
+    members = [q.read_predictions(f, sha256) for f, sha256 in zip(files, hashes)]
+    lengths = [{split: len(p) for split, p in member.items()} for member in members]
+    for file, found in zip(files, lengths):
+        if found != lengths[0]:
+            raise q.UserError(f"predictions {file} are damaged: other splits or lengths than "
+                              f"those of {files[0].name}")
+    return {split: np.stack([m[split] for m in members]) for split in members[0]}
+
+
+# Members ----------------------------------------------------------------------------------------
+# A population in use: members mix their probabilities token by token.
+
+@dataclass(frozen=True, eq=False)
+class Population:
+    """Members of a run and their weights: p(token) = sum_i weights_i p_i(token)."""
+    folder: Path
+    members: list  # numbers of those that take part, the largest weight first
+    weights: list  # theirs; they sum to 1
+    heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
+    device: torch.device
+
+    def member(self, i):
+        """Member i of the run, read and checked, as a frozen GPT."""
+        sha256 = recorded_hashes(self.folder, "weights", len(self.heldout))[i]
+        return q.load_member(self.folder / f"members/{i}", sha256=sha256, device=self.device)
+
+    @functools.cached_property
+    def models(self):
+        return [self.member(i) for i in self.members]
+
+
+def load_population(run, k=None, device=None):
+    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight,
+    or the best `k`, on `device` (default: the GPU where there is one). Raises UserError for what
+    is missing or damaged."""
+    folder = q.find_run(str(run))
+    heldout = load_predictions(folder)["heldout"]
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    return Population(folder, *q.best_members(heldout, k), heldout, torch.device(device))
+
+
+def load_teacher(cfg, vocab_size, device):
+    """The Population of --teacher. Raises UserError where it cannot teach this run."""
+    population = load_population(cfg.teacher, cfg.teacher_k, device)
+    first = population.models[0]
+    found = (first.vocab_size, first.cfg.softcap, first.cfg.seq_len)
+    needed = (vocab_size, cfg.softcap, cfg.seq_len)
+    if found != needed:
+        raise q.UserError(f"--teacher {cfg.teacher}: its (vocabulary, softcap, seq_len) is "
+                          f"{found}, this run's {needed}")
+    for model in population.models:
+        _, model.attend = q.choose_attention(replace(model.cfg, attention=cfg.attention), device)
+    return population
+
+
+# Worth ------------------------------------------------------------------------------------------
+
+FINEWEB = ("fineweb", "slowrun")  # corpora whose validation text data efficiency speaks of
+
+def table_sizes(M):
+    """Numbers of members worth a row: all up to M, or from 33 members on 1, 2, 3, 4, 6, 8, 11, 16,
+    ... and M."""
+    if M <= 32:
+        return [*range(1, M + 1)]
+    return sorted({min(M, round(2 ** (i / 2))) for i in range(2 * M.bit_length() + 1)})
+
+
+def population_table(heldout, scored):
+    """Rows for each K: loss on `scored` (M rows) of the K members of largest weight, uniformly and
+    under the prior renormalised (the paper's rule), and of those pruned to K. heldout [M, N] is
+    all that a fit sees."""
+    w, gap = q.fit_prior(heldout)
+    M = len(w)
+    ranked = np.argsort(-w, kind="stable")
+    path = list(q.pruned(heldout, w))
+    sizes = table_sizes(M)
+    weights = np.zeros((len(sizes), 3, M))
+    for row, k in zip(weights, sizes):
+        top = ranked[:k]
+        row[0, top] = 1 / k
+        row[1, top] = w[top] / w[top].sum()
+        members, least = next(found for found in path if len(found[0]) <= k)
+        row[2, members] = least
+    losses = q.mixture_losses(scored, weights.reshape(-1, M)).reshape(-1, 3)
+    rows = [{"k": k, "uniform": uniform, "learned": learned, "pruned": least}
+            for k, (uniform, learned, least) in zip(sizes, losses.tolist())]
+    return {"weights": w.tolist(), "gap": gap, "ranked": ranked.tolist(), "rows": rows}
+
+
+def report(predictions, corpus_name):
+    """(population_table, lines of the log) of all members of a train_q0.Predictions."""
+    everyone = range(len(predictions.cached))
+    split = predictions.splits[1]
+    heldout = np.stack(predictions.of("heldout", everyone))
+    table = population_table(heldout, predictions.of(split, everyone))
+    lines = format_table(table, split)
+    if split == "val" and corpus_name in FINEWEB:
+        lines.append(f"data_efficiency:{data_efficiency(table['rows'][-1]['learned'])}")
+    return table, lines
+
+
+def format_table(table, split):
+    """A population_table as lines of text."""
+    lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'pruned':>9}   {split} loss of k members"]
+    for row in table["rows"]:
+        lines.append("{k:>4} {uniform:>9.5f} {learned:>9.5f} {pruned:>9.5f}".format(**row))
+    weights = table["weights"]
+    used = [f"{i}:{weights[i]:.3f}" for i in table["ranked"] if weights[i] >= 0.0005]
+    lines.append(f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}")
+    return lines
+
+
+def data_efficiency(loss):
+    """Tokens at which a standard baseline reaches `loss` on FineWeb, over 100M, as text."""
+    times = (2, 4, 6, 8, 10, 20)
+    losses = (3.703, 3.370, 3.200, 3.123, 3.046, 2.892)
+    if loss > losses[0]:  # no extrapolation
+        return "<2x"
+    if loss < losses[-1]:
+        return ">20x"
+    return f"{np.interp(-loss, np.negative(losses), times):.2f}x"
