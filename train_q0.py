@@ -2335,6 +2335,7 @@ class Run:
         self.identity = identity  # a state of another configuration or other data is refused
         self.cycles = cycles  # of all trajectories
         self.header = header  # of the log
+        self.edited = False  # whether it began with another script
         self.lock = None
 
     def claim(self, trajectory, world):
@@ -2422,6 +2423,8 @@ class Run:
         if not sizes and trajectory == 0:
             line = "=" * 100
             log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
+        if self.edited:
+            log.line("notice: from here on the script is another one (--allow-edited)")
         return log
 
 
@@ -2759,7 +2762,9 @@ def command_train(argv):
         argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; launches "
                        "of one name and the same flags share its trajectories; under torchrun say "
                        "--name"),
-        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"))
+        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"),
+        allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
+                          "run cannot be a record"))
     Stopped.signal = 0
     before = {number: signal.signal(number, Stopped.heard)
               for number in (signal.SIGTERM, signal.SIGINT)
@@ -2795,13 +2800,13 @@ def launch(cfg, why, args, world):
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes}}
+             "data": {"name": corpus.name, **corpus.hashes, "script": digest(SOURCE)}}
     lines = "\n".join(describe(cfg, why, epoch_tokens, corpus.vocab_size))
     run = Run(find_run(name) if args.resume else LOGS / name,
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
     if world.leader:
-        open_run(run, about, find_data(cfg))
+        open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
             print(f"{name} is complete: {run.folder}")
@@ -2831,9 +2836,9 @@ def prepare_default_data(cfg):
         raise UserError(lines[-1].removeprefix("prepare.py: error: "))
 
 
-def open_run(run, about, data):
+def open_run(run, about, data, allow_edited=False):
     """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
-    a run of other settings or data."""
+    a run of other settings or data, or of another script (`allow_edited`: its log will say so)."""
     folder = run.folder
     for part in ("state", "predictions", "data"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -2846,6 +2851,10 @@ def open_run(run, about, data):
                 saved = load_json(folder / "run.json")
                 identity = {**saved["config"], **saved["data"]}
             differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+            run.edited = identity.get("script") != about["data"]["script"]
+            if run.edited and not allow_edited and not differ:
+                raise UserError(f"{folder}: this script differs from the one at the head of its "
+                                "log: use that one, or --allow-edited, which makes it no record")
             if differ:
                 raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
                                 "--run name, or the settings and data it began with")

@@ -260,6 +260,23 @@ def test_changed_settings(base, run, logs):
     assert losses_of(run) == pytest.approx(losses, abs=1e-3)
 
 
+def edit_script():
+    q.SOURCE += "# edited\n"
+
+
+def test_edited_script(base, run, logs):
+    """Refused; where it is allowed the log says so."""
+    before = files_of(run)
+    argv = ("--resume", "x")
+    Fork(logs, *argv, plant=edit_script).fails("script differs from the one at the head .* log")
+    assert files_of(run) == before
+    going_on = Fork(logs, *argv, "--allow-edited", plant=edit_script).good()
+    assert going_on.went_on_from == {0: 11}
+    assert "\nnotice: from here on the script is another one (--allow-edited)\n" in log_of(run)
+    assert losses_of(run) == losses_of(reference(base))
+    assert "x is complete" in resume(logs).good().out
+
+
 def test_the_log_goes_on_where_the_state_left_it(base, run, logs):
     """What was logged after it comes again; --log-every may change."""
     for name in ("log.txt", "metrics.jsonl"):
