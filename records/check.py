@@ -202,6 +202,10 @@ def same(first, *others):
     return all(abs(x - first) <= PRINTED for x in others)
 
 
+def one_line(e):
+    return f"{type(e).__name__}: {' '.join(str(e).split())[:200]}"
+
+
 def attempt(make, *args):
     """What `make` returns, or None where a file is missing or not what it should be."""
     try:
@@ -282,7 +286,7 @@ class Run:
             splits = [x for x in wanted.values() if isinstance(x, list)]
             wanted = {f["name"]: f["sha256"] for files in splits for f in files}
         else:
-            script = hashlib.sha256(self.source.encode()).hexdigest()
+            script = hashlib.sha256(json.dumps(self.source).encode()).hexdigest()
             yield self.script == script, "it did not begin with the script at its head"
         keys = {**wanted, **self.data}
         differ = [x for x in keys if wanted.get(x) != self.data.get(x)]
@@ -330,19 +334,20 @@ class Run:
                f"its step lines do not lead to step {self.steps}")
 
     def recomputed(self, track):
-        """What follows from its settings, where its script counts as today's does."""
-        config = {**ELSEWHERE, **self.config}
+        """What follows from its settings, unless an edited script counts in its own way."""
+        config = recompute.checked({**ELSEWHERE, **self.config})
         members = self.events["member"]
-        if len(members) != self.plan.members:
+        if config.trajectories * config.cycles != len(members):
             return
+        edited = self.source not in versions()
         found = recompute.plan(config, self.epoch_tokens)
-        own = recompute.differs(self.functions, recompute.PLANS)
         planned = (found.steps, found.tokens) == (self.steps, self.tokens)
         at = [{key: int(pairs[key]) for key in found.members[0]} for pairs in members]
+        own = edited and recompute.differs(self.functions, recompute.PLANS)
         yield (own or planned and at == found.members,
                f"its settings make {found.steps} steps, {found.tokens} tokens and other members")
         parameters = recompute.parameters(config, track["vocab_size"])
-        own = recompute.differs(self.functions, recompute.MODELS)
+        own = edited and recompute.differs(self.functions, recompute.MODELS)
         yield (own or parameters == self.parameters,
                f"its settings make {parameters} parameters")
 
@@ -512,14 +517,14 @@ class Record:
     def unpack(self, run, side):
         """Take the predictions of a run and what they say against its log."""
         file = f"logs/{run.path.stem}.xz"
-        packed = attempt(recompute.Packed, run, self.track)
-        found = []
-        whole = attempt(lambda: found.extend(packed.checks()) or True)
-        self.need(whole, f"{file} is missing or damaged: --pack makes it")
-        differ = [text for holds, text in found if not holds]
+        try:
+            packed = recompute.Packed(run, self.track)
+            differ = [text for holds, text in packed.checks() if not holds]
+        except FAULTS as e:
+            self.need(False, f"{file} is missing or damaged ({one_line(e)}): --pack makes it")
+            return
         self.need(not differ, f"{file} and its log disagree: {', '.join(differ[:3])}")
-        if whole:
-            self.packed[side].append(packed)
+        self.packed[side].append(packed)
 
     def compare(self, records):
         """What must agree between the runs; `result`, all that they say. `records` hold the row
@@ -663,7 +668,7 @@ def row_of(record, rank, records):
         result["members"],
         result["epochs"],
         record.date,
-        "log" if record.earlier else "log, predictions",
+        "without" if record.earlier else "with",
         f"[{record.path.name[11:]}]({record.name})",
         against["against"][11:] if against else "-"]
 
@@ -687,7 +692,7 @@ def tables(tracks, records):
             rows.sort(key=lambda row: row[0])
             lines = [f"| {' | '.join(map(str, cells))} |" for _, cells in rows]
             head = (f"| rank | loss | at most {k or '?'} members | members | epochs | date "
-                    "| checked | row | against |")
+                    "| predictions | row | against |")
             out += [f"### {name}, {epochs} epochs", "", head, "|---" * 9 + "|", *lines, ""]
     return "\n".join(out) + "\n"
 
@@ -740,12 +745,12 @@ def check(record, records, write):
         record.compare(records)
         record.check_result(write)
     except FAULTS as e:
-        text = " ".join(str(e).split())[:200]
-        record.need(False, f"it cannot be checked: {type(e).__name__}: {text}")
+        record.need(False, f"it cannot be checked ({one_line(e)})")
 
 
 def pack(folder, runs):
-    """Copy logs and predictions of runs, called new_seed<S> and old_seed<S>."""
+    """Copy logs and predictions of runs, called new_seed<S> and old_seed<S>. Raises UserError or
+    one of FAULTS where a run is missing, damaged or not finished."""
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     for run in runs:
         recompute.pack(run, folder / f"logs/{run.name}.xz")
@@ -792,10 +797,11 @@ def main(argv=None):
             print(read_log(args.source).source, end="")
             return 0
         if args.pack:
-            folder, = args.folders
-            pack(folder, args.pack)
+            if len(args.folders) != 1:
+                raise ValueError("--pack wants one FOLDER before it")
+            pack(args.folders[0], args.pack)
     except (*FAULTS, *MISTAKES) as e:
-        sys.exit(f"check.py: error: {' '.join(str(e).split())[:300]}")
+        sys.exit(f"check.py: error: {one_line(e)}")
     return 0 if args.pack else show_all(args)
 
 

@@ -11,11 +11,12 @@ import functools
 import lzma
 import math
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 
 import train_q0 as q
+from records import population
 
 PACKED = 8192  # tokens of a split
 MAX_PACKED = 100_000_000  # bytes of a file, unpacked: 3,000 members
@@ -38,16 +39,27 @@ class Work:
     members: list  # {key: number} of each member's line
 
 
-def plan(settings, epoch_tokens):
-    """The Work that settings {name: value} ask for, `epoch_tokens` an epoch."""
-    cfg = types.SimpleNamespace(**settings)
+def checked(settings):
+    """Settings {name: value} as attributes. Raises ValueError for a number out of its range: some
+    would take the memory of the machine."""
+    for f in fields(q.Config):
+        value = settings.get(f.name)
+        low = f.metadata["low"]
+        high = f.metadata["high"]
+        if isinstance(value, (int, float)) and not low <= value <= high:
+            raise ValueError(f"{f.name} is out of range")
+    return types.SimpleNamespace(**settings)
+
+
+def plan(cfg, epoch_tokens):
+    """The Work that checked settings ask for, `epoch_tokens` an epoch."""
     cycles = sum(q.plan_cycles(cfg, epoch_tokens), [])
     tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
     return Work(sum(c.steps for c in cycles), tokens, [c.place for c in cycles])
 
 
-def parameters(settings, vocab_size):
-    table = q.parameter_table(types.SimpleNamespace(**settings), vocab_size)
+def parameters(cfg, vocab_size):
+    table = q.parameter_table(cfg, vocab_size)
     return sum(math.prod(row.bank_shape) for row in table.values())
 
 
@@ -74,12 +86,16 @@ def packed_tokens(n):
 def pack(run, path):
     """Write the packed file of a finished run. Raises UserError where its predictions are missing
     or damaged."""
-    found = q.load_predictions(run)
+    found = population.load_predictions(run)
     scored, = found.keys() - {"heldout"}
-    kept = [found[split][:, packed_tokens(found[split].shape[1])] for split in ("heldout", scored)]
-    values = -np.log(np.concatenate(kept, axis=1)).astype(np.float16)
-    by_byte = np.frombuffer(values.tobytes(), np.uint8).reshape(-1, 2).T
-    path.write_bytes(lzma.compress(by_byte.tobytes(), preset=9))
+    kept = []
+    for split in ("heldout", scored):
+        p = found[split]
+        kept.append(p[:, packed_tokens(p.shape[1])])
+    values = -np.log(np.concatenate(kept, axis=1))
+    values = values.astype(np.float16).tobytes()
+    by_byte = np.frombuffer(values, np.uint8).reshape(-1, 2)
+    path.write_bytes(lzma.compress(by_byte.T.tobytes(), preset=9))
 
 
 def unpack(path, members, sizes):
@@ -93,8 +109,9 @@ def unpack(path, members, sizes):
     raw = reader.decompress(path.read_bytes(), max_length=size + 1)
     if len(raw) != size:
         raise ValueError(f"it does not hold {sum(kept)} tokens of {members} members")
-    by_byte = np.frombuffer(raw, dtype=np.uint8).reshape(2, -1)
-    values = np.frombuffer(by_byte.T.tobytes(), np.float16).reshape(members, -1)
+    by_byte = np.frombuffer(raw, np.uint8).reshape(2, -1)
+    values = np.frombuffer(by_byte.T.tobytes(), np.float16)
+    values = values.reshape(members, -1)
     if not ((values >= 0) & (values < 100)).all():  # NaN is in no range
         raise ValueError("it does not hold -log p")
     return np.split(values.astype(np.float64), kept[:1], axis=1)
@@ -106,10 +123,11 @@ class Packed:
     def __init__(self, run, track):
         sizes = [track["tokens"][split] for split in ("heldout", "val")]
         path = run.path.with_suffix(".xz")
-        self.heldout, self.X = unpack(path, run.plan.members, sizes)
+        members = run.plan.members
+        self.heldout, self.X = unpack(path, members, sizes)
         self.run = run
         self.missing = 1 - self.X.shape[1] / sizes[1]  # share of the split that is not packed
-        self.losses = np.array([run.losses[i] for i in range(len(self.X))])  # as logged
+        self.losses = np.array([run.losses[i] for i in range(members)])  # as logged
 
     def mixed(self, weights):
         """-log of the mixture, [tokens]."""
@@ -126,10 +144,10 @@ class Packed:
         difference = gain.mean() - (logged - weights @ self.losses)
         return abs(difference) <= self.error(gain) + slack
 
-    def weights_of(self, members, shares=None):
-        """[M] of mixing `members`, uniformly or by their shares; they sum to 1."""
+    def weights_of(self, members, shares=1):
+        """[M] of mixing `members` by their shares, or uniformly; they sum to 1."""
         weights = np.zeros(len(self.X))
-        weights[members] = 1 if shares is None else shares
+        weights[members] = shares
         return weights / weights.sum()
 
     def prior(self):
@@ -139,32 +157,36 @@ class Packed:
 
     def checks(self):
         """(holds, what if not): every loss of the log against the predictions."""
-        for i, (x, logged) in enumerate(zip(self.X, self.losses)):
-            yield abs(x.mean() - logged) <= self.error(x), f"member {i} has another val_loss"
+        for i, x in enumerate(self.X):
+            off = abs(x.mean() - self.losses[i])
+            yield off <= self.error(x), f"member {i} has another val_loss"
         heldout = np.exp(-self.heldout)
         best, _ = q.fit_prior(heldout)
         lost = q.mixture_loss(heldout, self.prior()) - q.mixture_loss(heldout, best)
         yield lost <= ROUNDING, f"its prior is {lost:.4f} worse than the best on held-out text"
-        lines = iter(self.run.events["members"])
-        for n, (uniform, learned) in enumerate(zip(lines, lines), 1):
+        for pairs in self.run.events["members"]:
+            n = int(pairs["members"])
             weights = self.weights_of(range(n))
-            yield self.gains(weights, float(uniform["val_loss"])), f"uniform mixture of {n} members"
-            weights[:n], _ = q.fit_prior(heldout[:n])
-            yield self.gains(weights, float(learned["val_loss"])), f"learned mixture of {n} members"
+            if pairs["prior"] == "learned":
+                weights[:n], _ = q.fit_prior(heldout[:n])
+            holds = self.gains(weights, float(pairs["val_loss"]))
+            yield holds, f"{pairs['prior']} mixture of {n} members"
         yield from self.table(heldout)
 
     def table(self, heldout):
         """Rows of the table: the members of largest weight, and those pruned."""
         ranked = list(self.run.weights)
+        shares = list(self.run.weights.values())
         path = list(q.pruned(heldout))
         for k, (uniform, learned, pruned) in self.run.table.items():
             top = ranked[:k]
             if k <= len(ranked):
-                yield self.gains(self.weights_of(top), uniform), f"uniform column at k = {k}"
-            shares = [self.run.weights[i] for i in top]
-            yield self.gains(self.weights_of(top, shares), learned), f"learned column at k = {k}"
-            members, shares = next(found for found in path if len(found[0]) <= k)
-            weights = self.weights_of(members, shares)
+                weights = self.weights_of(top)
+                yield self.gains(weights, uniform), f"uniform column at k = {k}"
+            weights = self.weights_of(top, shares[:k])
+            yield self.gains(weights, learned), f"learned column at k = {k}"
+            kept = next(found for found in path if len(found[0]) <= k)
+            weights = self.weights_of(*kept)
             yield self.gains(weights, pruned, PRUNED), f"pruned column at k = {k}"
 
 
@@ -176,8 +198,11 @@ def repeats(a, b):
 def apart(some, others):
     """How far mean logged losses of two groups of packed runs may be from what their packed tokens
     say, and are: (allowed, found)."""
-    means = [np.mean([x.mixed(x.prior()) for x in group], axis=0) for group in (some, others)]
-    logged = [np.mean([x.run.loss for x in group]) for group in (some, others)]
+    means = []
+    logged = []
+    for group in (some, others):
+        means.append(np.mean([x.mixed(x.prior()) for x in group], axis=0))
+        logged.append(np.mean([x.run.loss for x in group]))
     values = means[0] - means[1]
-    found = values.mean() - (logged[0] - logged[1])
-    return some[0].error(values), abs(found)
+    off = values.mean() - (logged[0] - logged[1])
+    return some[0].error(values), abs(off)

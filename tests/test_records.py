@@ -1,8 +1,11 @@
 """The checker of records on real runs of seconds, what it must catch, and how one is submitted."""
 import json
+import lzma
 import re
 import shutil
 import subprocess
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -15,9 +18,10 @@ from records import check, plot, recompute
 
 TODAY = "2999-01-01"  # a folder's date may not lie before its runs
 LIMITS = dict(
-    vocab_size=300, train_tokens=1000, seq_len=32, max_parameters=30_000,
+    vocab_size=300, train_tokens=1024, seq_len=32, max_parameters=30_000,
     reference_members={"8": 1}, first_seed=0, published=[], without_predictions=[])
 OLD = "--population ensemble --trajectories 2 --lr-head 0.03 --lr-matrix 0.04".split()
+MINE = [*MINI, "--train-tokens", "1024"]  # an epoch of 1088, two batches of 512
 NEW = "--trajectories 2 --cycles 2 --lr-head 0.06 --lr-matrix 0.04".split()
 FIRST = range(5)  # seeds of the row to beat
 SEEDS = range(5, 10)  # and of both sides of the row that beats it
@@ -56,11 +60,17 @@ def runs(corpus, tmp_path_factory):
         patch.setattr(plot, "draw_curve", lambda *args: None)
         for side, flags, seed in plans:
             run = q.LOGS / f"{side}{seed}"
-            argv = [*MINI, "--data", corpus, *flags, "--seed", seed, "--run", run.name]
+            argv = [*MINE, "--data", corpus, *flags, "--seed", seed, "--run", run.name]
             assert q.main([str(a) for a in argv]) == 0
             recompute.pack(run, run / "log.xz")
             found["first" if seed in FIRST else side].append(run)
     return found
+
+
+def tokens_of(corpus):
+    """{split: tokens that are predicted}, of one epoch of training text."""
+    tokens = {split: corpus.eval_sequences(split)[:, 1:].size for split in ("heldout", "val")}
+    return {"train": corpus.train_sequences * corpus.seq_len, **tokens}
 
 
 def make_records(folder, corpus):
@@ -68,9 +78,7 @@ def make_records(folder, corpus):
     folder.mkdir(exist_ok=True)
     (folder / "README.md").write_text(f"before\n{check.BEGIN}{check.END}after\n")
     found = q.load_corpus(corpus, LIMITS["seq_len"], LIMITS["train_tokens"])
-    tokens = {split: found.eval_sequences(split)[:, 1:].size for split in ("heldout", "val")}
-    tokens["train"] = found.train_sequences * LIMITS["seq_len"]
-    track = {"data": found.hashes, "tokens": tokens, **LIMITS}
+    track = {"data": found.hashes, "tokens": tokens_of(found), **LIMITS}
     (folder / "tracks.json").write_text(json.dumps({"made": track}))
     return folder
 
@@ -160,7 +168,7 @@ def test_tables(records, good, runs, capsys):
     new = mean([final_loss(text) for text in texts(runs["new"])])
     old = mean([final_loss(text) for text in texts(runs["first"])])
     capped = mean([capped_loss(text) for text in texts(runs["new"])])
-    row = f"| 1 | {new:.4f} (n=5) ✓ | {capped:.4f} | 4 | 8 | {TODAY} | log, predictions "
+    row = f"| 1 | {new:.4f} (n=5) ✓ | {capped:.4f} | 4 | 8 | {TODAY} | with "
     assert f"{row}| [Q0](made/{TODAY}_Q0) | Ensemble |" in page
     assert f"| 2 | {old:.4f} (n=5) first |" in page
     (records / "README.md").write_text(page.replace("(n=5) ✓", "(n=9) ✓"))
@@ -176,14 +184,15 @@ def test_a_first_row_is_run_in_turn_with_what_beats_it(records, good):
 
 
 def test_rule_not_met(records, good, runs, capsys):
-    """A row that loses, and one of a single seed, stand with the mark."""
+    """A row that is no better, and one of a single seed, stand with the mark."""
     shutil.rmtree(good)
-    worse = submit(records, "Worse", runs["first"], runs["first"])
-    shutil.rmtree(records / f"made/{TODAY}_Ensemble")
-    few = submit(records, "Few", runs["new"][:1])
-    for folder, evidence in ((worse, "(n=5) Ⓧ"), (few, "(n=1) Ⓧ")):
+    for name, new, old, evidence in (
+            ("Equal", runs["old"], runs["old"], "(n=5) Ⓧ"),
+            ("Few", runs["new"][:1], [], "(n=1) Ⓧ")):
+        folder = submit(records, name, new, old)
         status, out = says(capsys, folder, "--write-result")
         assert status == 0 and evidence in out, out
+        shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("n_old, n_new, gap, met", [
@@ -207,22 +216,35 @@ def test_t_quantile(p, df):
 
 # What the checker must catch --------------------------------------------------------------------
 
-def in_log(pattern, new, name="new_seed7.txt"):
-    """A kind of tampering: replace the last match of a pattern in a log."""
+def in_log(pattern, new, name="new_seed7.txt", count=1):
+    """A kind of tampering: replace the last matches of a pattern in a log."""
     def change(folder):
         file = folder / "logs" / name
         text = file.read_text()
-        *_, match = re.finditer(pattern, text, re.M)
-        before = text[:match.start()]
-        file.write_text(before + match.expand(new) + text[match.end():])
+        matches = list(re.finditer(pattern, text, re.M))
+        assert matches
+        for match in matches[:-count - 1:-1]:
+            text = text[:match.start()] + match.expand(new) + text[match.end():]
+        file.write_text(text)
     return change
 
 
 def in_logs(names, pattern, new):
     """In all whose names match."""
     def change(folder):
-        for path in (folder / "logs").glob(names):
+        for path in (folder / "logs").glob(f"{names}.txt"):
             in_log(pattern, new, path.name)(folder)
+    return change
+
+
+def in_source(names, old, new):
+    """In the scripts of all whose names match, as if these had run."""
+    def change(folder):
+        for path in (folder / "logs").glob(f"{names}.txt"):
+            source, header, events = path.read_text().rsplit("=" * 100 + "\n", 2)
+            edited = source.replace(old, new)
+            header = header.replace(q.digest(source), q.digest(edited))
+            path.write_text(("=" * 100 + "\n").join((edited, header, events)))
     return change
 
 
@@ -234,12 +256,54 @@ def write(name, text):
     return lambda folder: (folder / name).write_text(text)
 
 
-def copy_seed(seed):
-    """Another run under the name of seed 7."""
+def clone_log(with_predictions):
+    """Seed 6 again under the name of seed 7, its losses a little higher."""
     def change(folder):
-        text = (folder / "logs/new_seed6.txt").read_text()
-        text = text.replace('"seed": 6,', f'"seed": {seed},')
-        (folder / "logs/new_seed7.txt").write_text(text)
+        logs = folder / "logs"
+        text = (logs / "new_seed6.txt").read_text().replace('"seed": 6,', '"seed": 7,')
+        (logs / "new_seed7.txt").write_text(text)
+        add_to_losses(0.001)(folder)
+        if with_predictions:
+            shutil.copy(logs / "new_seed6.xz", logs / "new_seed7.xz")
+    return change
+
+
+def add_to_losses(delta, names="new_seed7.txt", members=True):
+    """Wherever a loss on validation text is printed; without `members`, only where it is of
+    several."""
+    def change(folder):
+        for path in (folder / "logs").glob(names):
+            head, events = path.read_text().rsplit("=" * 100, 1)
+            lines = []
+            for line in events.split("\n"):
+                alone = line.startswith(("member:", "ensemble members:1 ", "   1 "))
+                if members or not alone:
+                    line = re.sub(r"(?<=val_loss:)\S+|(?<= )\d\.\d{5}(?= |$)",
+                                  lambda match: f"{float(match[0]) + delta:.5f}", line)
+                lines.append(line)
+            path.write_text(head + "=" * 100 + "\n".join(lines))
+    return change
+
+
+def in_predictions(change, name="new_seed7.xz"):
+    """Another -log p, float16 [members, tokens], in a packed file."""
+    def tamper(folder):
+        file = folder / "logs" / name
+        raw = np.frombuffer(lzma.decompress(file.read_bytes()), np.uint8)
+        values = np.frombuffer(raw.reshape(2, -1).T.tobytes(), np.float16).reshape(4, -1).copy()
+        by_byte = np.frombuffer(change(values).tobytes(), np.uint8).reshape(-1, 2).T
+        file.write_bytes(lzma.compress(by_byte.tobytes()))
+    return tamper
+
+
+def retitle(seeds):
+    """Other seeds in names and settings of all logs: {old: new}."""
+    def change(folder):
+        for old, new in seeds.items():
+            for path in list((folder / "logs").glob(f"*_seed{old}.*")):
+                to = path.rename(path.with_name(path.name.replace(f"seed{old}", f"seed{new}")))
+                if to.suffix == ".txt":
+                    in_log(f'"seed": {old},', f'"seed": {new},', to.name)(folder)
     return change
 
 
@@ -306,34 +370,99 @@ TAMPERED = {
     "not Python": (in_log(r"^def main\(", "def main(("), "is not the whole log.txt"),
     # settings
     "data": (
-        in_log(r'"val.bin": "\w', '"val.bin": "x'),
-        "data hashes are not the track's: val.bin"),
+        in_log(r'("name": "val.bin",\s+"sha256": ")\w', r"\1x"),
+        "data are not the track's: val"),
+    "other order": (
+        in_log(r'"(train)": (\[[^]]*\]),\s+"heldout": (\[[^]]*\])', r'"\1": \3, "heldout": \2'),
+        "data are not the track's: train, heldout"),
+    "trained on val": (
+        in_log(r'("train": \[)([^]]*\],[^$]*"val": \[)([^]]*)\]', r"\1\3, \2\3]"),
+        "data are not the track's: train"),
+    "end of text": (in_log(r'"eot": \d+', '"eot": 1'), "data are not the track's: eot"),
     "split missing": (
-        in_log(r',\s+"val.bin": "\w+"', ""),
-        "data hashes are not the track's: val.bin"),
-    "epochs": (in_logs("*", r'"epochs": 8', '"epochs": 9'), "9 epochs is not a budget"),
+        in_log(r'"val": (?=\[)', '"other": '),
+        "data are not the track's: val, other"),
+    "tokens an epoch": (
+        in_log(r"1088 an epoch", "4960 an epoch"),
+        "4960 tokens an epoch are not the track's 1088"),
+    "epochs": (in_log(r'"epochs": 8', '"epochs": 9'), "9 epochs is not a budget"),
     "dev": (in_log(r'"report": "val"', '"report": "dev"'), "reports on dev"),
     "more text": (
-        in_log(r'"train_tokens": 1000', '"train_tokens": 0'),
-        "--train-tokens must be 1000"),
+        in_log(r'"train_tokens": 1024', '"train_tokens": 0'),
+        "--train-tokens must be 1024"),
     "parameters": (
         in_log(r"^parameters: \d+", "parameters: 30001"),
         "30001 parameters are too many"),
+    "fewer parameters": (
+        in_log(r"^parameters: \d+", "parameters: 1000"),
+        "its settings make 28768 parameters"),
+    "steps and tokens": (
+        in_log(r"^steps: 16 (.*), 8192", r"steps: 16 \1, 8191"),
+        "its settings make 16 steps, 8192 tokens"),
+    "batch": (
+        in_log(r'"edge_batch_tokens": 512', '"edge_batch_tokens": 1024'),
+        "its settings make"),
+    "untaught": (in_log(r"^(member:3 .*distilled:)1", r"\g<1>0"), "and other members"),
+    "sequences": (in_log(r'"seq_len": 32', '"seq_len": 64'), "--seq-len must be 32"),
+    "teacher": (in_log(r'"teacher": null', '"teacher": "x"'), "another run taught it"),
+    "setting deleted": (
+        in_log(r'  "grad_clip": 1.0,\n', ""),
+        "its settings are not those of its script: grad_clip"),
+    "setting twice": (
+        in_log(r'("grad_clip": 1.0),', r'\1, \1,'), "is not the whole log.txt"),
+    "loss twice": (
+        in_log(r"^(final_val_loss:\S+) ", r"\1 final_val_loss:2.00000 "),
+        "is not the whole log.txt"),
+    "loss of another run": (
+        in_log(r"^(final_val_loss:).*$", r"\g<1>3.20000 members:4 k:4 epochs:8"),
+        "final_val_loss is not the last learned"),
+    "script": (
+        in_logs("new*", r'"script": "\w', '"script": "x'),
+        "did not begin with the script at its head"),
+    "edited on the way": (
+        in_log(r"^(member:0)", r"notice: ... (--allow-edited)\n\1"),
+        "its script was edited on the way"),
     "one setting": (
         in_log(r'"grad_clip": 1.0', '"grad_clip": 0.9'),
         "differs from new_seed5.txt in more than"),
-    "one source": (in_log(r"^# Config", "# Other"), "differs from new_seed5.txt in more than"),
+    "one source": (in_source("new_seed7", "# Config", "# Other"), "differs from new_seed5.txt in more than"),
     "other row": (
         in_logs("old*", r'"grad_clip": 1.0', '"grad_clip": 0.9'),
         "repeat no earlier row"),
     # seeds, machines, time
     "file name": (in_log(r'"seed": 7', '"seed": 3'), "its seed is 3"),
     "seed missing": (drop("logs/new_seed9.txt"), "its old and new runs have other seeds"),
+    "next seeds": (
+        retitle({9: 10}), "its seeds must be the next ones, 5 to 9"),
+    "seeds of an earlier row": (
+        retitle({i: i - 5 for i in SEEDS}), "its seeds must be the next ones, 5 to 9"),
+    "processes": (in_logs("old*", r'"processes": 1', '"processes": 2'), "several machines"),
+    "precision": (
+        in_logs("old*", r'"precision": "float32"', '"precision": "bfloat16"'),
+        "several machines"),
     "machine": (in_logs("old*", r'"cpu": ".*"', '"cpu": "abacus"'), "several machines"),
     "before": (in_logs("old*", r'"time": "\d+', '"time": "1999'), "not interleaved in time"),
     "after": (in_logs("new*", r'"time": "\d+', '"time": "1999'), "not interleaved in time"),
     "date": (in_log(r'"time": "\d+', '"time": "3001'), "its date is before its last run"),
+    # predictions
+    "no predictions": (drop("logs/new_seed7.xz"), "new_seed7.xz is missing or damaged"),
+    "cut predictions": (
+        in_predictions(lambda x: x[:, 1:]), "new_seed7.xz is missing or damaged (ValueError: it "),
+    "predictions of another": (
+        lambda folder: shutil.copy(folder / "logs/new_seed6.xz", folder / "logs/new_seed7.xz"),
+        "new_seed7.xz and its log disagree: member 0"),
+    "lower losses": (add_to_losses(-0.02), "new_seed7.xz and its log disagree: member 0"),
+    "lower mixtures": (
+        add_to_losses(-0.02, members=False), "disagree: uniform mixture of 2 members"),
+    "lower few": (
+        in_log(r"^(   1 +\S+ +)\S+", r"\g<1>3.00000"), "is not the loss of member"),
+    "clone": (clone_log(False), "new_seed7.xz and its log disagree: member 0"),
+    "clone with predictions": (clone_log(True), "repeats the run of another log: new_seed6.txt"),
+    "not probabilities": (in_predictions(lambda x: x * np.nan), "it does not hold -log p"),
     # files
+    "part": (
+        write("logs/new_seed7_trajectory1.txt", "x"),
+        "logs/new_seed7_trajectory1.txt is not named"),
     "other name": (write("logs/new.txt", "x"), "logs/new.txt is not named"),
     "result": (in_result("val_loss", 0), RESULT),
     "capped": (in_result("capped_k", "val_loss", 1), RESULT),
@@ -367,6 +496,57 @@ def test_folder_name(name, good, capsys):
     assert "its name is not <YYYY-MM-DD>_<Name>" in out
 
 
+LONG = "ab1:" * 12_500 + "x" * 50_000
+HOSTILE = {
+    "long line": in_log(r"^step:16/16.*", LONG),
+    "long word": in_log(r"^step:16/16.*", "x" * 1_000_000),
+    "long numbers": in_log(r"^   k .*", "1" * 100_000 + " 1" * 3),
+    "long header": in_log(r"^steps: 16.*", "steps: 1 of " * 20_000),
+    "long readme": write("README.md", "Screened on seeds:" + " " * 100_000 + "x"),
+    "huge log": write("logs/new_seed7.txt", "=" * 11_000_000),
+    "brackets": in_source("new_seed7", "import argparse\n", "(" * 200_000),
+    "deep settings": in_log(r'"epochs": 8', '"epochs": ' + "[" * 100_000),
+    "settings a list": in_log(r'"config": \{[^}]*\}', '"config": []'),
+    "no setting": in_log(r'  "weight_decay": .*\n', ""),
+    "many members": in_log(
+        r'"cycles": 2,([^$]*)^(population: 2 traj.*) x 2 cycles = 4',
+        r'"cycles": 5000000,\1\2 x 5000000 cycles = 10000000'),
+    "layers": in_log(r'"layers": 1,', '"layers": 1000000000,'),
+    "not text": lambda folder: (folder / "logs/new_seed7.txt").write_bytes(b"\xff" * 100),
+    "packed zeros": lambda folder: (folder / "logs/new_seed7.xz").write_bytes(
+        lzma.compress(bytes(50_000_000), preset=0)),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_hostile_folder(case, records, good, capsys):
+    """It fails in seconds and without a traceback; the others are checked all the same."""
+    HOSTILE[case](good)
+    tracemalloc.start()
+    started = time.process_time()
+    status, out = says(capsys)
+    spent = time.process_time() - started
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert status == 1 and spent < 20 and peak < 300e6, (spent, peak)
+    assert f"made/{good.name}: problem: " in out
+    assert f"made/{TODAY}_Ensemble: problem" not in out and "(n=5) first" in out
+
+
+def test_no_log(tmp_path, capsys):
+    """--source and plot.py say in one line that a file is no log."""
+    for text in ("x", "=" * 100 + "\n", "x\n" + ("=" * 100 + "\n{}\n") * 2):
+        (tmp_path / "log.txt").write_text(text)
+        for main, argv in ((plot.main, ["out.png", f"a={tmp_path}/log.txt"]),
+                           (check.main, ["--source", f"{tmp_path}/no.txt"])):
+            with pytest.raises(SystemExit) as e:
+                main(argv)
+            assert re.fullmatch(r"(plot|check).py: error: .*(log|no).txt.*", str(e.value))
+    with pytest.raises(SystemExit, match="not the log.txt of a run"):
+        (tmp_path / "log.txt").write_text("x")
+        check.main(["--source", f"{tmp_path}/log.txt"])
+
+
 # Edited source ----------------------------------------------------------------------------------
 
 @pytest.fixture
@@ -394,7 +574,7 @@ def test_edited_source(history, good, capsys):
     of = f"train_q0.py of commit {history}"
     status, out = says(capsys, good)
     assert status == 0 and f"new: {of}\n" in out
-    in_logs("new*", r"^# Config:", "# Knobs:")(good)
+    in_source("new*", "# Config:", "# Knobs:")(good)
     status, out = says(capsys, good)
     assert status == 0
     assert f"new: {of}, 2 lines edited" in out and f"old: {of}\n" in out
@@ -405,9 +585,16 @@ def test_edited_source(history, good, capsys):
     assert out == q.SOURCE.replace("# Config:", "# Knobs:")
 
 
+def test_no_history(good, monkeypatch, capsys):
+    """As in a shallow clone: scripts cannot be compared, so it is no record there."""
+    monkeypatch.setattr(check, "versions", lambda: {})
+    status, out = says(capsys, good)
+    assert status == 1 and "problem: no git history here" in out
+
+
 def test_reruns_of_another_script(history, good, capsys):
     """They need the script of the row that they repeat, or a committed one."""
-    in_logs("old*", r"^# Config:", "# Weaker:")(good)
+    in_source("old*", "# Config:", "# Weaker:")(good)
     _, out = says(capsys, good)
     assert "neither the script of" in out
 
@@ -427,9 +614,10 @@ def test_tracks():
     assert track["train_tokens"] == q.Config.train_tokens
     manifest = ROOT / "data/wiki/manifest.json"
     if manifest.exists():
-        splits = read_json(manifest)["splits"].values()
-        found = {f["name"]: f["sha256"] for split in splits for f in split["files"]}
-        assert track["data"] == found
+        found = q.load_corpus(manifest.parent, track["seq_len"], track["train_tokens"])
+        assert track["data"] == found.hashes
+        assert track["tokens"] == tokens_of(found)
+        assert track["vocab_size"] == found.vocab_size
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
@@ -454,7 +642,7 @@ def submission(corpus):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     tag = "<!-- runs in tests/test_records.py, with smaller settings -->"
     block, = re.findall(rf"^{tag}\n```shell\n(.*?)^```", text, re.M | re.S)
-    small = " ".join([*MINI, "--data", str(corpus)])
+    small = " ".join([*MINE, "--data", str(corpus)])
     for pattern, new in (
             (r"old=\(.*?\)", f"old=({small} {' '.join(OLD)})"),
             (r"new=\(.*?\)", f"new=({small} {' '.join(NEW)})"),
@@ -472,6 +660,8 @@ def test_readme_submit(corpus, runs, tmp_path):
     first = submit(records, "Ensemble", runs["first"])
     first = first.rename(first.with_name("2020-01-01_Ensemble"))  # not younger
     in_logs("*", r'"time": "\d+-\d+-\d+', '"time": "2019-01-01')(first)
+    for argv in ("init -q", "add train_q0.py", "-c user.name=a -c user.email=a@b commit -qm x"):
+        assert user(copy, "git", *argv.split()).returncode == 0
     done = user(copy, "python", "records/check.py", first, "--write-result")
     assert done.returncode == 0, done.stdout
     (tmp_path / "matplotlib.py").write_text("raise ImportError")  # a curve takes longer
