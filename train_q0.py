@@ -2800,7 +2800,7 @@ def launch(cfg, why, args, world):
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes, "script": digest(SOURCE)}}
+             "data": {"name": corpus.name, **corpus.hashes}, "script": digest(SOURCE)}
     lines = "\n".join(describe(cfg, why, epoch_tokens, corpus.vocab_size))
     run = Run(find_run(name) if args.resume else LOGS / name,
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
@@ -2851,7 +2851,7 @@ def open_run(run, about, data, allow_edited=False):
                 saved = load_json(folder / "run.json")
                 identity = {**saved["config"], **saved["data"]}
             differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
-            run.edited = identity.get("script") != about["data"]["script"]
+            run.edited = saved.get("script") != about["script"]
             if run.edited and not allow_edited and not differ:
                 raise UserError(f"{folder}: this script differs from the one at the head of its "
                                 "log: use that one, or --allow-edited, which makes it no record")

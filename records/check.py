@@ -247,7 +247,7 @@ class Run:
         self.machine = log.about["machine"]
         self.place = {**self.machine, **{x: self.config.get(x) for x in HARDWARE}}
         self.data = {k: v for k, v in log.about["data"].items() if k != "name"}
-        self.script = self.data.pop("script", None)
+        self.script = log.about.get("script")
         start = datetime.datetime.fromisoformat(log.about["time"])
         self.start = start.replace(tzinfo=None)
         plan = r"population: (\d+) trajectories x (\d+) cycles = (\d+) members, (\d+) epochs .*"

@@ -288,6 +288,21 @@ def other_corpus(run):
     shards(run.parents[1] / "shards", 7)
 
 
+def in_manifest(change):
+    """Of the data, whose files stay as they are."""
+    def damage(run):
+        path = run / "../../shards/manifest.json"
+        manifest = json.loads(path.read_text())
+        change(manifest)
+        path.write_text(json.dumps(manifest))
+    return damage
+
+
+def train_on_val(manifest):
+    splits = manifest["splits"]
+    splits["train"]["files"] += splits["val"]["files"]
+
+
 MEMBER = "members/1/model.safetensors"
 SHARDS = "../../shards"
 DAMAGED_FILES = {  # what is done, what the line says; member 1 taught, both predictions are known
@@ -302,7 +317,9 @@ DAMAGED_FILES = {  # what is done, what the line says; member 1 taught, both pre
     "shard truncated": (edit(f"{SHARDS}/train.bin", cut), "train.bin is missing or.*too many or"),
     "shard flipped": (edit(f"{SHARDS}/heldout.bin", flip), "heldout.bin is missing or.*sha256"),
     "shards swapped": (swap(f"{SHARDS}/dev.bin", f"{SHARDS}/val.bin"), "dev.bin is missing or"),
-    "another corpus": (other_corpus, "x exists and differs in train.bin, heldout.bin, dev.bin")}
+    "another corpus": (other_corpus, "x exists and differs in train, heldout, dev, val:"),
+    "trained on val, too": (in_manifest(train_on_val), "x exists and differs in train:"),
+    "other ends of text": (in_manifest(lambda m: m.update(eot=1)), "x exists and differs in eot:")}
 
 
 @pytest.fixture(scope="module")

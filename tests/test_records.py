@@ -496,6 +496,34 @@ def test_folder_name(name, good, capsys):
     assert "its name is not <YYYY-MM-DD>_<Name>" in out
 
 
+@pytest.mark.parametrize("change, message", [
+    (add_to_losses(0), None),
+    (add_to_losses(-0.05, members=False), "disagree: uniform mixture of 2"),
+    (add_to_losses(-0.045), "new_seed7.txt: its loss is 0.0[345]")])
+def test_part_of_the_tokens(change, message, records, good, runs, monkeypatch, capsys):
+    """Of a split larger than what is packed, losses are known but for chance."""
+    monkeypatch.setattr(recompute, "PACKED", 2000)
+    logged = {(run / "log.txt").read_text(): run for side in runs.values() for run in side}
+    for path in records.glob("made/*/logs/*.txt"):
+        recompute.pack(logged[path.read_text()], path.with_suffix(".xz"))
+    track = read_json(records / "tracks.json")["made"]
+    sides = []
+    for side in ("new", "old"):
+        logs = sorted(good.glob(f"logs/{side}*.txt"))
+        sides.append([recompute.Packed(check.Run(path), track) for path in logs])
+    allowed, found = recompute.apart(*sides)
+    assert found <= allowed < 0.05
+    for packed in sides[0]:
+        packed.run.loss -= 2 * allowed
+    assert np.greater(*reversed(recompute.apart(*sides)))
+    change(good)
+    status, out = says(capsys, good)
+    if message:
+        assert status == 1 and re.search(f"problem: .*{message}", out), out
+    else:
+        assert status == 0, out
+
+
 LONG = "ab1:" * 12_500 + "x" * 50_000
 HOSTILE = {
     "long line": in_log(r"^step:16/16.*", LONG),
@@ -635,6 +663,9 @@ def test_settings_of_earlier_scripts():
     assert check.settings(before) == check.settings(now)
     for name, value in (("induction", True), ("average", 0.25), ("layers", 5), ("wd_end", 1.0)):
         assert check.settings(before) != check.settings({**now, name: value})
+    row = check.settings({**now, "softcap": 15.0})
+    assert check.is_rerun(row, {**row, "seed": 7})
+    assert not check.is_rerun(row, check.settings(now))  # a setting that the row had is not said
 
 
 def submission(corpus):
