@@ -750,7 +750,9 @@ def check(record, records, write):
 
 def pack(folder, runs):
     """Copy logs and predictions of runs, called new_seed<S> and old_seed<S>. Raises UserError or
-    one of FAULTS where a run is missing, damaged or not finished."""
+    one of FAULTS where a run is missing or damaged."""
+    if not recompute:
+        raise ValueError("--pack needs what requirements.txt lists")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     for run in runs:
         recompute.pack(run, folder / f"logs/{run.name}.xz")
