@@ -2852,12 +2852,11 @@ def open_run(run, about, data, allow_edited=False):
                 identity = {**saved["config"], **saved["data"]}
             differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
             run.edited = saved.get("script") != about["script"]
-            if run.edited and not allow_edited and not differ:
-                raise UserError(f"{folder}: this script differs from the one at the head of its "
-                                "log: use that one, or --allow-edited, which makes it no record")
+            if run.edited and not allow_edited:
+                differ.append("the script (--allow-edited goes on; then it is no record)")
             if differ:
                 raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
-                                "--run name, or the settings and data it began with")
+                                "--run name, or the settings, data and script it began with")
         else:
             for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
                 if (data / file).exists():

@@ -268,7 +268,8 @@ def test_edited_script(base, run, logs):
     """Refused; where it is allowed the log says so."""
     before = files_of(run)
     argv = ("--resume", "x")
-    Fork(logs, *argv, plant=edit_script).fails("script differs from the one at the head .* log")
+    Fork(logs, *argv, plant=edit_script).fails(
+        r"x exists and differs in the script \(--allow-edited goes on; .*script it began with")
     assert files_of(run) == before
     going_on = Fork(logs, *argv, "--allow-edited", plant=edit_script).good()
     assert going_on.went_on_from == {0: 11}
