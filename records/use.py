@@ -10,7 +10,8 @@ import torch
 import train_q0 as q
 from records.mixture import load_mixture
 from records.population import (
-    FINEWEB, data_efficiency, format_table, load_predictions, population_table)
+    FINEWEB, best_members, data_efficiency, format_table, load_predictions, mixture_loss,
+    population_table)
 
 
 def parser_of(command):
@@ -52,8 +53,8 @@ def select(argv):
     scored = predictions[split]
     print("\n".join(format_table(population_table(heldout, scored), split)))
     if args.k is not None:
-        members, weights = q.best_members(heldout, args.k)
-        loss = q.mixture_loss(scored[members], weights)
+        members, weights = best_members(heldout, args.k)
+        loss = mixture_loss(scored[members], weights)
         shown = [f"member:{i} weight:{w:.4f}" for i, w in zip(members, weights)]
         print(f"k:{len(members)} {split}_loss:{loss:.5f}", *shown)
 

@@ -159,10 +159,9 @@ class Fork:
 
     @property
     def went_on_from(self):
-        """{trajectory: step that it went on from, or "done"}, as the run says."""
-        line = "".join(x for x in self.out.splitlines() if x.startswith("resuming "))
-        found = re.findall(r"trajectory (\d+) (?:is (done)|at step (\d+))", line)
-        return {int(j): done or int(step) for j, done, step in found}
+        """{trajectory: step that it went on from}, as the run says."""
+        found = re.findall(r"^resuming trajectory (\d+) at step (\d+)$", self.out, re.MULTILINE)
+        return {int(j): int(step) for j, step in found}
 
 
 def free_port():

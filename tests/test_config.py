@@ -24,7 +24,7 @@ def resolved(preset="tiny", **changes):
 
 
 def counts_of(cfg):
-    return cfg.trajectories, cfg.cycles, cfg.epochs_per_cycle
+    return cfg.trajectories, cfg.cycles, cfg.epochs // (cfg.trajectories * cfg.cycles)
 
 
 def tuned_of(cfg):
@@ -115,7 +115,6 @@ def test_every_budget_is_spent_and_evenly(preset, population):
         assert sum(lengths) == epochs
         assert lengths == sorted(lengths, reverse=True)  # a rest goes to the first
         assert lengths[0] - lengths[-1] <= 1
-        assert lengths[-1] == cfg.epochs_per_cycle
 
 
 @pytest.mark.parametrize("population", ["ensemble", "chain"])
@@ -175,18 +174,15 @@ def test_the_published_run_is_a_budget():
 
 
 def test_trajectories_leave_room_for_what_is_given():
-    """One for every 32 epochs of the budget that given cycles, or their length, do not take up."""
+    """One for every 32 epochs of the budget that given cycles do not take up."""
     def shape(**changes):
         return counts_of(resolved(**changes))
 
     assert shape(epochs=63) == (1, 16, 3)
     assert shape(epochs=64, cycles=16) == (1, 16, 4)
     assert shape(epochs=64, trajectories=1) == (1, 16, 4)
-    assert shape(epochs=64, epochs_per_cycle=2) == (2, 16, 2)
-    assert shape(epochs=64, epochs_per_cycle=40) == (1, 1, 40)
     assert shape(epochs=128, trajectories=2) == (2, 16, 4)
     assert shape(epochs=256, cycles=2) == (4, 2, 32)
-    assert shape(epochs=64, population="ensemble", epochs_per_cycle=16) == (4, 1, 16)
     assert shape(epochs=64, population="chain", trajectories=2) == (2, 4, 8)
 
 
@@ -196,26 +192,21 @@ def test_trajectories_leave_room_for_what_is_given():
     population=strategies.sampled_from(POPULATIONS),
     epochs=strategies.integers(1, 140),
     trajectories=counts,
-    cycles=counts,
-    each=counts)
-def test_what_is_given_is_kept_or_refused(
-        preset, population, epochs, trajectories, cycles, each):
-    asked = dict(trajectories=trajectories, cycles=cycles, epochs_per_cycle=each)
+    cycles=counts)
+def test_what_is_given_is_kept_or_refused(preset, population, epochs, trajectories, cycles):
+    asked = dict(trajectories=trajectories, cycles=cycles)
     asked = {name: value for name, value in asked.items() if value}
     cheapest = math.prod(asked.values())
     try:
         cfg = resolved(preset, population=population, epochs=epochs, **asked)
     except q.UserError as e:
-        assert "leave one of them out" in str(e) and "\n" not in str(e)
-        # too dear; or nothing is left that the rest of the budget could buy
-        rest = epochs - cheapest
-        single = population == "single"
-        assert rest < 0 or (each and rest >= each and (trajectories or cycles or single))
+        assert "or fewer of them" in str(e) and "\n" not in str(e)
+        assert epochs < cheapest
         return
     assert cheapest <= epochs
     assert all(getattr(cfg, name) == value for name, value in asked.items())
     assert sum(lengths_of(cfg)) == epochs
-    assert min(lengths_of(cfg)) >= (each or 1)
+    assert min(lengths_of(cfg)) >= 1
     assert q.resolve(cfg) == (cfg, {})  # a run that goes on
 
 
@@ -242,7 +233,7 @@ OTHER = dict(  # a value that is neither the default nor what is derived
     distill_weight=0.3,
     head_dim=32,
     width=256)
-ALLOCATION = {"preset", "population", "epochs", "trajectories", "cycles", "epochs_per_cycle"}
+ALLOCATION = {"preset", "population", "epochs", "trajectories", "cycles"}
 SETTINGS = [f for f in dataclasses.fields(q.Config) if f.name not in ALLOCATION]
 NAMES = [f.name for f in SETTINGS]
 
@@ -339,10 +330,8 @@ def test_on_a_gpu(gpu):
 # Mistakes and help
 
 @pytest.mark.parametrize("changes, message", [
-    (dict(epochs=1, trajectories=2), "--epochs 1 is not 2 trajectories.*give --epochs 2"),
-    (dict(epochs=7, cycles=2, epochs_per_cycle=4), "give --epochs 8 or leave one of them out"),
-    (dict(epochs=32, cycles=2, epochs_per_cycle=4), "give --epochs 8 or leave one of them out"),
-    (dict(population="single", epochs_per_cycle=4), "give --epochs 4 or leave one of them out"),
+    (dict(epochs=1, trajectories=2), "--epochs 1 are fewer.*2 trajectories.*give --epochs 2"),
+    (dict(epochs=7, cycles=2, trajectories=4), "give --epochs 8, or fewer of them"),
     (dict(width=96), "multiple of --head-dim"),
     (dict(head_dim=128), "--induction needs a second head"),
     (dict(batch_tokens=5000), "--batch-tokens 5000 is not a multiple"),

@@ -468,7 +468,7 @@ def test_constants_of_the_published_run():
         seq_len=2048, batch_tokens=524_288, edge_batch_tokens=393_216, train_tokens=0,
         softcap=15, dropout=0.1, smear=False, induction=False, mtp_weight=0.3,
         lr_matrix=0.01, lr_embed=0.0375, lr_head=0.0005, weight_decay=1.3, grad_clip=1,
-        lr_floor=0.08, wd_start=0.7, wd_end=1.0, population="q0", epochs_per_cycle=2,
+        lr_floor=0.08, wd_start=0.7, wd_end=1.0, population="q0",
         boundary="perturb", noise_first=0.25, noise_last=0.05, distill_weight=0.45,
         distill_temperature=1.2, distill_after=8)
     assert {name: cfg[name] for name in published} == published

@@ -89,9 +89,9 @@ def test_losses_in_one_pass():
     np.testing.assert_allclose(losses, expected, rtol=1e-12)
     losses = q.mixture_losses(list(P), list(weights))
     np.testing.assert_allclose(losses, expected, rtol=1e-12)
-    loss = q.mixture_loss(P, weights[1].tolist())
+    loss = population.mixture_loss(P, weights[1].tolist())
     assert loss == approx(expected[1], rel=1e-12)
-    alone = q.mixture_loss(P[2:3], [1.0])
+    alone = population.mixture_loss(P[2:3], [1.0])
     assert alone == approx(expected[0], rel=1e-12)
 
 
@@ -103,16 +103,19 @@ def test_losses_are_float64():
     assert first - second == approx(2e-9, rel=1e-4)
 
 
-def test_mixtures():
+def test_mixtures(tmp_path):
+    """A curve's entry: the newest member's loss, and those of all, uniformly and by the prior."""
     heldout = random_predictions(4, seed=1)
     scored = random_predictions(4, seed=2)
+    predictions = q.Predictions(tmp_path, ("heldout", "val"))
+    predictions.cached = {i: {"heldout": heldout[i], "val": scored[i]} for i in range(4)}
     w, gap = q.fit_prior(heldout)
-    entry = q.mixtures(list(heldout), list(scored))
-    assert entry.keys() == {"loss", "uniform", "learned", "gap"}
-    assert entry["loss"] == approx(mixture(scored[3:], [1.0]), rel=1e-12)
-    assert entry["uniform"] == approx(mixture(scored, [0.25] * 4), rel=1e-12)
-    assert entry["learned"] == approx(mixture(scored, w), rel=1e-12)
-    assert entry["gap"] == gap
+    assert predictions.mixtures(range(4)) == {
+        "loss": approx(mixture(scored[3:], [1.0]), rel=1e-12),
+        "uniform": approx(mixture(scored, [0.25] * 4), rel=1e-12),
+        "learned": approx(mixture(scored, w), rel=1e-12),
+        "gap": gap,
+        "of": 4}
 
 
 # ------------------------------------------------------------------------------------------------
@@ -250,7 +253,7 @@ def test_pruned():
     """Each set is the one before without its least member, under the optimal weights."""
     P = two_kinds()
     before = range(8)
-    for members, weights in q.pruned(P):
+    for members, weights in population.pruned(P):
         assert set(members) <= set(before)
         assert weights == sorted(weights, reverse=True)
         assert sum(weights) == approx(1, abs=1e-12)
@@ -263,7 +266,7 @@ def test_pruned():
 def test_a_pair_of_members_holds_both_kinds():
     """The two of largest weight are alike; the pair is close to the best of all pairs."""
     P = two_kinds()
-    pair, weights = q.best_members(P, 2)
+    pair, weights = population.best_members(P, 2)
     assert min(pair) < 6 <= max(pair)
     losses = []
     for i in range(8):
@@ -275,13 +278,13 @@ def test_a_pair_of_members_holds_both_kinds():
 
 def test_best_members():
     P = two_kinds()
-    first = next(q.pruned(P))
-    assert q.best_members(P) == first
-    assert q.best_members(P, 8) == first
-    (member,), weights = q.best_members(P, 1)
+    first = next(population.pruned(P))
+    assert population.best_members(P) == first
+    assert population.best_members(P, 8) == first
+    (member,), weights = population.best_members(P, 1)
     assert weights == [1.0]
     with pytest.raises(q.UserError, match="--k 0 must be at least 1"):
-        q.best_members(P, 0)
+        population.best_members(P, 0)
 
 
 def test_pruning_several_members_at_a_time_loses_nothing():
@@ -295,7 +298,7 @@ def test_pruning_several_members_at_a_time_loses_nothing():
         w, _ = q.fit_prior(P[members])
         singly[len(members)] = mixture(P[members], w)
         members = np.delete(members, w.argmin())
-    path = list(q.pruned(P))
+    path = list(population.pruned(P))
     sizes = [len(members) for members, _ in path]
     assert sizes == [*range(80, 62, -2), *range(62, 0, -1)]
     for members, weights in path[:9]:
@@ -322,7 +325,7 @@ def test_population_table(M):
         top = ranked[:k]
         uniform = mixture(scored[top], np.full(k, 1 / k))
         learned = mixture(scored[top], w[top] / w[top].sum())
-        members, weights = q.best_members(heldout, k)
+        members, weights = population.best_members(heldout, k)
         pruned = mixture(scored[members], weights)
         assert row["uniform"] == approx(uniform, abs=1e-9)
         assert row["learned"] == approx(learned, abs=1e-9)

@@ -13,7 +13,7 @@ from tiny import (
     MINI, VOCABULARY, edit_json, fails, predictions_of, read_json, sequences_of, works)
 
 import train_q0 as q
-from records import plot
+from records import plot, population
 from records.mixture import load_mixture
 
 
@@ -210,7 +210,7 @@ def test_pooled_runs_are_one_population(chain, several, logs, capsys):
         for name, weight in weights_of(both, i).items():
             assert torch.equal(weight, theirs[name])
     weights, _ = q.fit_prior(found["heldout"])
-    loss = q.mixture_loss(found["val"], weights)
+    loss = population.mixture_loss(found["val"], weights)
     assert result["final_val_loss"] == approx(loss, abs=1e-6)
     alone = result_of(chain)["final_val_loss"]
     assert f"run:chain members:2 learned_val_loss:{alone:.5f} pooled_val_loss:{alone:.5f}" in out
@@ -310,7 +310,7 @@ def taught_by(trained, teacher, weights):
     """A student of all members of a run, of these weights."""
     with pytest.MonkeyPatch.context() as patch:
         everyone = list(range(len(weights)))
-        patch.setattr(q, "best_members", lambda heldout, k=None: (everyone, weights))
+        patch.setattr(population, "best_members", lambda heldout, k=None: (everyone, weights))
         return trained("student", "--population", "single", "--teacher", teacher)
 
 

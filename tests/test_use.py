@@ -16,7 +16,7 @@ from tiny import (
     shard_bytes, works)
 
 import train_q0 as q
-from records import figures, mixture, plot, pool, prior
+from records import figures, mixture, plot, pool, population, prior
 from records.mixture import load_mixture
 
 
@@ -68,10 +68,10 @@ def test_best_members_are_fitted_again(finished):
     three = load_mixture(finished, k=3)
     assert set(two.members) < set(three.members)
     P = heldout[two.members]
-    best = q.mixture_loss(P, two.weights)
+    best = population.mixture_loss(P, two.weights)
     first, second = two.weights
     for step in (-0.01, 0.01):
-        assert q.mixture_loss(P, [first + step, second - step]) > best
+        assert population.mixture_loss(P, [first + step, second - step]) > best
     assert load_mixture(str(finished), k=1).weights == [1.0]
 
 
@@ -387,7 +387,7 @@ def test_greedy_members(finished):
 
     def loss(*members):
         P = heldout[list(members)]
-        return q.mixture_loss(P, q.fit_prior(P)[0])
+        return population.mixture_loss(P, q.fit_prior(P)[0])
 
     first, second = prior.greedy(heldout, 2)
     others = {0, 1, 2, 3} - {first}
@@ -506,7 +506,7 @@ def test_pooled_curves(finished, another, pooled, capsys):
     scored = np.concatenate([one["val"], two["val"]])
     for n in (6, 8):
         weights, _ = q.fit_prior(heldout[:n])
-        loss = q.mixture_loss(scored[:n], weights)
+        loss = population.mixture_loss(scored[:n], weights)
         assert losses[n - 1] == approx(loss, abs=2e-6)
     assert "48 epochs, 8 members, n=1:" in capsys.readouterr().out
 
