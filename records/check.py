@@ -216,8 +216,8 @@ def attempt(make, *args):
 
 def settings(config):
     """Settings in the terms of every version of the script: what one lacks has the value that it
-    had there. Earlier ones said by how much decay starts above its end. Decay in two digits, so
-    that a row can be rerun in either way of saying it."""
+    had there, and epochs a cycle follow from others. Earlier ones said by how much decay starts
+    above its end. Decay in two digits, so that a row can be rerun in either way of saying it."""
     decay = config["weight_decay"]
     if "wd_floor" in config:
         ends = (decay * config["wd_floor"], decay)
@@ -225,7 +225,7 @@ def settings(config):
         ends = (decay * config["wd_start"], decay * config["wd_end"])
     found = dict(ELSEWHERE)
     for key, value in config.items():
-        if not key.startswith("wd_") and key != "weight_decay":
+        if not key.startswith("wd_") and key not in ("weight_decay", "epochs_per_cycle"):
             found[key] = value
     found["decay"] = [f"{x:.2g}" for x in ends]
     return found

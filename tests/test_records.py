@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import time
 import tracemalloc
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -666,6 +667,15 @@ def test_settings_of_earlier_scripts():
     row = check.settings({**now, "softcap": 15.0})
     assert check.is_rerun(row, {**row, "seed": 7})
     assert not check.is_rerun(row, check.settings(now))  # a setting that the row had is not said
+
+
+def test_rows_can_be_rerun():
+    """Today's script has the settings of every row, or ELSEWHERE has their values."""
+    today = check.settings(asdict(q.resolve(q.Config())[0]))
+    for row in (ROOT / "records").glob("wiki_cpu/*"):
+        log = min(row.glob("logs/new_*.txt"))
+        then = check.settings(check.Run(log).config)
+        assert then.keys() - check.FREE == today.keys() - check.FREE, row.name
 
 
 def submission(corpus):
