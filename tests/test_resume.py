@@ -218,11 +218,11 @@ def edit_script():
 
 def test_edited_script(base, interrupted, logs):
     """Refused; where it is allowed the log says so."""
-    before = files_of(interrupted)
+    before = snapshot(interrupted)
     argv = ("--resume", "x")
     Fork(logs, *argv, plant=edit_script).fails(
         r"x exists and differs in the script \(--allow-edited goes on; .*script it began with")
-    assert files_of(interrupted) == before
+    assert snapshot(interrupted) == before
     going_on = Fork(logs, *argv, "--allow-edited", plant=edit_script).good()
     assert going_on.went_on_from == {0: 11}
     assert "\nnotice: from here on the script is another one (--allow-edited)\n" in log_of(interrupted)
