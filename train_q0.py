@@ -419,7 +419,7 @@ class Corpus:
     name: str
     vocab_size: int
     splits: dict  # split -> uint16 [n]
-    hashes: dict  # shard file -> sha256
+    hashes: dict  # split -> its files in order, with sha256; the end-of-text token
     documents: tuple  # of uint16 arrays: the training documents in file order
     seq_len: int
 
@@ -463,9 +463,8 @@ def load_corpus(folder, seq_len, train_tokens):
         if not all(files.values()):
             raise ValueError("every split must list files")
     splits = {}
-    hashes = {}
+    hashes = {"eot": eot, **files}
     for s in SPLITS:
-        hashes |= {f["name"]: f["sha256"] for f in files[s]}
         shards = [read_shard(folder / f["name"], vocab_size, f["sha256"]) for f in files[s]]
         splits[s] = np.concatenate(shards)
     train = splits["train"]
@@ -2230,6 +2229,7 @@ class Run:
         self.identity = identity  # a state of another configuration or other data is refused
         self.cycles = cycles  # of all trajectories
         self.header = header  # of the log
+        self.edited = False  # whether it began with another script
         self.lock = None
 
     def claim(self, trajectory, world):
@@ -2320,6 +2320,8 @@ class Run:
         if not sizes and trajectory == 0:
             line = "=" * 100
             log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
+        if self.edited:
+            log.line("notice: from here on the script is another one (--allow-edited)")
         return log
 
 
@@ -2690,7 +2692,9 @@ def command_train(argv):
         argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; launches "
                        "of one name and the same flags share its trajectories; under torchrun say "
                        "--name"),
-        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"))
+        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"),
+        allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
+                          "run cannot be a record"))
     Stopped.signal = 0
     before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
               for number in SIGNALS
@@ -2730,13 +2734,13 @@ def launch(cfg, why, args, world):
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes}}
+             "data": {"name": corpus.name, **corpus.hashes}, "script": digest(SOURCE)}
     lines = "\n".join(describe(cfg, why, epoch_tokens, corpus.vocab_size))
     run = Run(find_run(name) if args.resume else LOGS / name,
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
     if world.leader:
-        open_run(run, about, find_data(cfg))
+        open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
             say(f"{name} is complete: {run.folder}")
@@ -2776,9 +2780,9 @@ def prepare_default_data(cfg):
         raise UserError(lines[-1].removeprefix("prepare.py: error: "))
 
 
-def open_run(run, about, data):
+def open_run(run, about, data, allow_edited=False):
     """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
-    a run of other settings or data."""
+    a run of other settings or data, or of another script (`allow_edited`: its log will say so)."""
     folder = run.folder
     for part in ("state", "predictions", "data"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -2791,9 +2795,12 @@ def open_run(run, about, data):
                 saved = load_json(folder / "run.json")
                 identity = {**saved["config"], **saved["data"]}
             differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+            run.edited = saved.get("script") != about["script"]
+            if run.edited and not allow_edited:
+                differ.append("the script (--allow-edited goes on; then it is no record)")
             if differ:
                 raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
-                                "--run name, or the settings and data it began with")
+                                "--run name, or the settings, data and script it began with")
         for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
             if (data / file).exists() and not (folder / "data" / file).exists():
                 copy = functools.partial(shutil.copyfile, data / file)

@@ -238,10 +238,19 @@ def test_damaged_file(case, base, interrupted, logs):
 
 
 def test_another_corpus_of_the_same_name(tmp_path, logs):
+    """Other text, the same files in other splits, other ends of documents."""
     start(tmp_path, logs, plant=at_step(12)).dies()
+    path = tmp_path / "shards/manifest.json"
+    splits = read_json(path)["splits"]
+    train_on_val = {"files": splits["train"]["files"] + splits["val"]["files"]}
+    for change, differs in (
+            ({"splits": {**splits, "train": train_on_val}}, "train:"), ({"eot": 1}, "eot:")):
+        edit_json(path, **change)
+        resume(logs).fails(f"x exists and differs in {differs}")
+        edit_json(path, splits=splits)
     shutil.rmtree(tmp_path / "shards")
     shards(tmp_path / "shards", 7)
-    resume(logs).fails("x exists and differs in train.bin, heldout.bin, dev.bin")
+    resume(logs).fails("x exists and differs in train, heldout, dev, val:")
 
 
 # Numbers that are not finite ---------------------------------------------------------------------
