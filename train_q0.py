@@ -642,8 +642,24 @@ def layer_order(cfg):
     return order[:end] + replays + order[end:]
 
 
-def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+class RMSNorm(torch.autograd.Function):
+    """x over its root mean square. The gradient is made from the result, which what follows keeps
+    anyway: the input need not be kept."""
+    @staticmethod
+    def forward(ctx, x):
+        y, scale = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, None)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, d):
+        y, scale = ctx.saved_tensors
+        wide = d.to(scale.dtype)
+        along = (wide * y).mean(-1, keepdim=True)
+        return (scale * (wide - y * along)).to(d.dtype)
+
+
+norm = RMSNorm.apply
 
 
 def shifted(x):
@@ -665,15 +681,13 @@ def attention(x, x0, w, cos, sin, attend, cfg):
     if "value" in w:
         gate = 2 * torch.sigmoid(F.linear(x[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
         v = v + gate.unsqueeze(-1) * F.linear(x0, w["value"]).view(heads)
-    q = norm(q)
-    k = norm(k)
     local = local_heads(cfg)
     turned_q = rotate(q[:, :, :local], cos, sin)
     turned_k = rotate(k[:, :, :local], cos, sin)
     if cfg.induction:  # these keys are the token before's and do not rotate: found by content
         turned_q = torch.cat((turned_q, q[:, :, local:]), dim=2)
         turned_k = torch.cat((turned_k, shifted(k[:, :, local:])), dim=2)
-    y = attend(turned_q, turned_k, v)
+    y = attend(norm(turned_q), norm(turned_k), v)  # their input need not be kept: turned before
     if "attn_gate" in w:
         y = y * torch.sigmoid(F.linear(x[..., :ATTN_GATE_CHANNELS], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, D), w["out"])
