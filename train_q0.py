@@ -673,14 +673,16 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def attention(x, x0, w, cos, sin, attend, cfg):
+def attention(x, w, cos, sin, attend, cfg):
     """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]."""
     B, T, D = x.shape
     heads = (B, T, D // cfg.head_dim, cfg.head_dim)
     q, k, v = F.linear(x, w["qkv"].flatten(0, 1)).view(B, T, 3, *heads[2:]).unbind(2)
     if "value" in w:
         gate = 2 * torch.sigmoid(F.linear(x[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
-        v = v + gate.unsqueeze(-1) * F.linear(x0, w["value"]).view(heads)
+        v = v + gate.unsqueeze(-1) * w["value"].view(heads)
+    else:
+        v = v.contiguous()  # of its own: a view would keep q and k as they were before the norm
     local = local_heads(cfg)
     turned_q = rotate(q[:, :, :local], cos, sin)
     turned_k = rotate(k[:, :, :local], cos, sin)
@@ -693,9 +695,9 @@ def attention(x, x0, w, cos, sin, attend, cfg):
     return F.linear(y.reshape(B, T, D), w["out"])
 
 
-def block(x, x0, w, cos, sin, attend, cfg, training):
+def block(x, w, cos, sin, attend, cfg, training):
     """One transformer block on x [B, T, D]; this is what torch.compile sees, whatever the depth."""
-    y = attention(norm(x), x0, w, cos, sin, attend, cfg)
+    y = attention(norm(x), w, cos, sin, attend, cfg)
     x = x + F.dropout(y, cfg.dropout, training)
     gate, up = F.linear(norm(x), w["gate_up"].flatten(0, 1)).chunk(2, dim=-1)
     y = F.linear(F.silu(gate) * up, w["down"])
@@ -748,23 +750,27 @@ class GPT(nn.Module):
         init_weights(self.table, dict(self.named_parameters()), *key)
         return self
 
-    def layers(self):
-        """[{bank: tensor}] of each block, the multi-token block's last."""
+    def layers(self, x0):
+        """[{bank: tensor}] of each block, the multi-token block's last. Value embeddings, the same
+        in all passes of a loop, are of the embedding x0 [B, T, D]: [B, T, D] for each block."""
         found = {name: {} for name in block_names(self.cfg)}
         for name, row in self.table.items():
             if row.blocks and name != "mixing":
                 bank = getattr(self, name)
                 if name == "qkv" and self.cfg.head_mixing:
                     bank = mix_heads(bank, self.mixing)
-                for of, tensor in zip(row.blocks, bank.unbind()):
+                tensors = bank.unbind()
+                if name == "value":
+                    tensors = F.linear(x0, bank.flatten(0, 1)).chunk(len(bank), dim=-1)
+                for of, tensor in zip(row.blocks, tensors):
                     found[of][name] = tensor
         return list(found.values())
 
-    def run_block(self, i, x, x0, w, T, window):
+    def run_block(self, i, x, w, T, window):
         """Block with the weights `w`; layer i may be recomputed in the backward pass."""
         cfg = self.cfg
         looped = cfg.loop_passes == 1 or cfg.loop_first <= i <= cfg.loop_last
-        inputs = (x, x0, w, self.cos[:T], self.sin[:T], self.attend[window], cfg, self.training)
+        inputs = (x, w, self.cos[:T], self.sin[:T], self.attend[window], cfg, self.training)
         if cfg.recompute and looped and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self.block, *inputs, use_reentrant=False)
         return self.block(*inputs)
@@ -775,7 +781,6 @@ class GPT(nn.Module):
         cfg = self.cfg
         n = cfg.layers
         T = tokens.size(1)
-        layers = self.layers()
         resid = self.resid_scale.unbind() if cfg.x0_mix else [None] * n
         mixed = self.x0_scale.unbind() if cfg.x0_mix else [None] * n
         skips = self.skip_scale.unbind() if "skip_scale" in self.table else ()
@@ -783,6 +788,7 @@ class GPT(nn.Module):
         if cfg.smear:
             x = norm(x + self.smear.to(x.dtype) * shifted(x))
         x0 = x.view_as(x)  # compiled code would take one tensor in two places for another case
+        layers = self.layers(x0)
         outputs = {}
         for i in self.order:
             decoder = i - (n - len(skips))  # of the U-Net; negative in its first half
@@ -790,14 +796,14 @@ class GPT(nn.Module):
                 x = self.blend(x, x0, outputs[n - 1 - i], skips[decoder], resid[i], mixed[i])
             elif cfg.x0_mix:
                 x = self.blend(x, x0, None, None, resid[i], mixed[i])
-            x = self.run_block(i, x, x0, layers[i], T, self.windows[i])
+            x = self.run_block(i, x, layers[i], T, self.windows[i])
             outputs[i] = x.view_as(x)  # likewise
         x = norm(x)
         if targets is None or not cfg.mtp_weight:
             return x, None
         following = norm(F.embedding(targets, self.embed).to(x.dtype))
         ahead = F.linear(torch.cat((x, following), dim=-1), self.mtp_proj)
-        return x, norm(self.run_block(n, ahead, x0, layers[n], T, cfg.seq_len))
+        return x, norm(self.run_block(n, ahead, layers[n], T, cfg.seq_len))
 
 
 # Attention kernels: each is a factory, kernel(cfg, device, window) -> attend(q, k, v), for causal
@@ -1604,8 +1610,14 @@ def flops_per_token(cfg, vocab_size, causal=True):
     for name, row in table.items():
         if row.rule == "muon":  # the products of matrices
             each = 2 * math.prod(row.shape)
-            weights += each * sum(passes[block] for block in row.blocks)
-            ahead += each if "mtp_block" in row.blocks or name == "mtp_proj" else 0
+            uses = sum(passes[block] for block in row.blocks)
+            if name == "value":  # one product for all passes of a loop
+                uses = len(row.blocks)
+            if name == "mtp_proj" or "mtp_block" in row.blocks:
+                ahead += each
+            elif not row.blocks:
+                uses = 1
+            weights += each * uses
     head = 2 * D * vocab_size
     windows = layer_windows(cfg)
     keys = 0

@@ -297,11 +297,11 @@ def test_no_token_reaches_an_earlier_position(t):
 @pytest.mark.parametrize("window, reach", [(8, 9), (16, 16)])  # induction keys are a token old
 def test_a_window_limits_the_reach_of_a_block(window, reach):
     model = in_float64(build())
-    w = model.layers()[0]
     x, x0 = torch.randn(2, 1, 16, 64, dtype=torch.float64, generator=seeded(0))
+    w = model.layers(x0)[0]
     other = x.clone()
     other[0, 3] += 1
-    rest = (x0, w, model.cos, model.sin, model.attend[window], model.cfg, True)
+    rest = (w, model.cos, model.sin, model.attend[window], model.cfg, True)
     changed = moved(q.block(x, *rest), q.block(other, *rest))
     assert changed == list(range(3, min(16, 3 + reach)))
 
@@ -526,6 +526,9 @@ GAIN = (
     ('"smear": Row(', '"gain": Row("gain", (D,), constant(1), lr=0.02, blocks=blocks),\n        "smear": Row('),
     ('return x + F.dropout(y, cfg.dropout, training)',
      'return x + w["gain"].to(x.dtype) * F.dropout(y, cfg.dropout, training)'))
+LAST_PRODUCT = (
+    ('"smear": Row(', '"last": Row("last", (D, D), fan_in, **matrix),\n        "smear": Row('),
+    ('x = norm(x)\n        if targets is None', 'x = norm(F.linear(x, self.last))\n        if targets is None'))
 NO_ROW = (
     ('self.windows = layer_windows(cfg)',
      'self.bias = nn.Parameter(torch.zeros(3))\n        self.windows = layer_windows(cfg)'),)
@@ -554,7 +557,8 @@ def edited(tmp_path, monkeypatch):
 @pytest.mark.parametrize("edits, name, shape", [
     ((), "gate_up", (7, 2, 96, 64)),
     (RELU_SQUARED, "up", (7, 96, 64)),
-    (GAIN, "gain", (7, 64))])
+    (GAIN, "gain", (7, 64)),
+    (LAST_PRODUCT, "last", (64, 64))])
 def test_an_edit_of_the_block_trains(edits, name, shape, edited, tmp_path):
     module = edited(edits)
     trainer, plan = models.trainer(tmp_path / "run", small(batch_tokens=128), module)
