@@ -716,13 +716,8 @@ def blend(x, x0, skip, skip_scale, resid_scale, x0_scale):
 def mix_heads(qkv, mixing):
     """qkv [n, 3, D, D] with the heads of q, k and v mixed by mixing [n, 3, H, H]. Mixing rows of a
     projection is mixing heads of its output; done once, all passes of a looped layer share it."""
-    n, _, D, _ = qkv.shape
-    H = mixing.size(-1)
-    # a product for every channel of a head: its gradient is a sum over many small products,
-    # where one product for each of the 3n mixings would keep only 3n multiprocessors busy
-    by_channel = qkv.view(n, 3, H, D // H, D).transpose(2, 3)
-    mixed = mixing.to(qkv.dtype).unsqueeze(2) @ by_channel
-    return mixed.transpose(2, 3).reshape(qkv.shape)
+    heads = qkv.view(*mixing.shape[:-1], -1)
+    return (mixing.to(qkv.dtype) @ heads).view(qkv.shape)
 
 
 class GPT(nn.Module):
