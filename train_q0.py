@@ -1253,7 +1253,7 @@ SYMMETRIC_TILE = dict(BLOCK=128, STEP=64, num_warps=8, num_stages=3)  # two fit 
 if triton is not None:
     @triton.jit
     def symmetric_kernel(X, add, out, r, k, batch_stride, row_stride, col_stride, alpha, beta,
-                         ADD: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr,
+                         gamma, ADD: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr,
                          STEP: tl.constexpr):
         """One block on or below the diagonal and its mirror image; `out`, `add` are contiguous."""
         t = tl.program_id(0)
@@ -1283,6 +1283,7 @@ if triton is not None:
         if ADD:
             added = tl.load(add + matrix * r * r + lower, mask=inside, other=0.0)
             total += beta * added.to(tl.float32)
+            total += tl.where(rows[:, None] == cols[None, :], gamma, 0.0)
         total = total.to(out.dtype.element_ty)
         out += matrix * r * r
         tl.store(out + lower, total, mask=inside)
@@ -1291,15 +1292,15 @@ if triton is not None:
             tl.store(out + cols[:, None] * r + rows[None, :], tl.trans(total), mask=mirrored)
 
 
-def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
-    """alpha X X^T + beta add, [n, r, r], of X [n, r, k] and a symmetric `add`; half is computed,
-    half mirrored."""
+def symmetric_product(X, add=None, alpha=1.0, beta=0.0, gamma=0.0):
+    """alpha X X^T + beta add + gamma I, [n, r, r], of X [n, r, k] and a symmetric `add`; half is
+    computed, half mirrored."""
     n, r, k = X.shape
     out = X.new_empty(n, r, r)
     blocks = triton.cdiv(r, SYMMETRIC_TILE["BLOCK"])
     symmetric_kernel[blocks * (blocks + 1) // 2, n](
         X, X if add is None else add.contiguous(), out, r, k, *X.stride(), alpha, beta,
-        ADD=add is not None, WIDEN=INTERPRETED, **SYMMETRIC_TILE)
+        gamma, ADD=add is not None, WIDEN=INTERPRETED, **SYMMETRIC_TILE)
     return out
 
 
@@ -1310,11 +1311,12 @@ def polar_express(X):
     for a, b, c in POLAR_EXPRESS:
         if halved:
             A = symmetric_product(X)
-            B = symmetric_product(A, A, c, b)
+            B = symmetric_product(A, A, c, b, a)
         else:
             A = X @ X.mT
             B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+            B.diagonal(dim1=-2, dim2=-1).add_(a)
+        X = B @ X  # with a on B's diagonal: to add a X would copy it
     return X
 
 
@@ -1945,15 +1947,18 @@ class Trainer:
         self.run.alive(cfg.hang_minutes)
         rows = self.corpus.batch(cfg.seed, at.trajectory, at.sequences, cycle.rows)
         batch = torch.from_numpy(rows)
+        # torch.manual_seed takes a millisecond: it asks for every kind of device there may be
+        set_seed = torch.default_generator.manual_seed
         if self.world.device.type == "cuda":  # a copy for which the host does not wait
             batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+            set_seed = torch.cuda.manual_seed
         count = cycle.rows // cfg.micro_batch
         self.loss.zero_()
         self.share.fill_(1 / count)
         for m in range(self.world.rank, count, self.world.size):
             self.tokens.copy_(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch])
             self.index.fill_(at.step * count + m)
-            torch.manual_seed(seed_of("dropout", cfg.seed, at.trajectory, at.step, m))
+            set_seed(seed_of("dropout", cfg.seed, at.trajectory, at.step, m))
             self.micro_batch[cycle.distilled]()
 
     def compile_blocks(self):
