@@ -1311,12 +1311,11 @@ def polar_express(X):
     for a, b, c in POLAR_EXPRESS:
         if halved:
             A = symmetric_product(X)
-            B = symmetric_product(A, A, c, b, a)
+            X = symmetric_product(A, A, c, b, a) @ X  # to add a X would copy X
         else:
             A = X @ X.mT
             B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-            B.diagonal(dim1=-2, dim2=-1).add_(a)
-        X = B @ X  # with a on B's diagonal: to add a X would copy it
+            X = torch.baddbmm(X, B, X, beta=a)
     return X
 
 

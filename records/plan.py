@@ -20,8 +20,8 @@ def activation_bytes(cfg, width_bytes):
     order = q.layer_order(cfg)
     value = sum(q.has_value_embed(cfg, i) for i in order) / len(order)
     dropped = 2 if cfg.dropout > 0 else 0
-    streams = 5 + dropped + cfg.x0_mix + 2 * value + cfg.attn_gates
-    token = D * (16 + width_bytes * streams) + width_bytes * 5 * cfg.mlp_hidden
+    streams = 8 + dropped + cfg.x0_mix + value + cfg.attn_gates
+    token = width_bytes * (D * streams + 5 * cfg.mlp_hidden)
     token += 12 * D // cfg.head_dim
     passes = len(order) + bool(cfg.mtp_weight)
     if cfg.recompute:  # of a looped block what enters it is left

@@ -224,8 +224,7 @@ class TestOnDevice:
 
     @pytest.mark.parametrize("rows, cols", [(256, 400), (255, 400)])
     def test_polar_express(self, rows, cols, monkeypatch):
-        """Against torch's products, which round at the same places but sum in another order; five
-        slopes carry that on: measured 0.5% of the norm."""
+        """Against the same five steps in float64: measured 1.2% of the norm, 1.1% with torch's."""
         calls = []
         product = q.symmetric_product
 
@@ -236,14 +235,14 @@ class TestOnDevice:
         monkeypatch.setattr(q, "symmetric_product", counted)
         X = drawn(2, rows, cols, seed=1)
         X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True))
-        found = q.polar_express(X.bfloat16()).double()
+        narrow = X.bfloat16()
+        wanted = q.polar_express(narrow.double())
+        found = q.polar_express(narrow)
+        assert (found - wanted).norm() < 0.015 * wanted.norm()
         assert calls == ([1, 5] * 5 if rows >= 256 else [])  # one block has nothing to mirror
         calls.clear()
         q.polar_express(X)
         assert not calls  # float32: torch's
-        monkeypatch.setattr(q, "use_triton", lambda device_type: False)
-        plain = q.polar_express(X.bfloat16()).double()
-        assert (found - plain).norm() < 0.01 * plain.norm()
 
 
 @outside
