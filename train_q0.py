@@ -779,7 +779,11 @@ class GPT(nn.Module):
         resid = self.resid_scale.unbind() if cfg.x0_mix else [None] * n
         mixed = self.x0_scale.unbind() if cfg.x0_mix else [None] * n
         skips = self.skip_scale.unbind() if "skip_scale" in self.table else ()
-        x = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        predicts_two = targets is not None and cfg.mtp_weight > 0
+        if predicts_two:
+            tokens = torch.cat((tokens, targets[:, -1:]), dim=1)  # looked up once for both
+        embedded = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        x = embedded[:, :T]
         if cfg.smear:
             x = norm(x + self.smear.to(x.dtype) * shifted(x))
         x0 = x.view_as(x)  # compiled code would take one tensor in two places for another case
@@ -794,10 +798,9 @@ class GPT(nn.Module):
             x = self.run_block(i, x, layers[i], T, self.windows[i])
             outputs[i] = x.view_as(x)  # likewise
         x = norm(x)
-        if targets is None or not cfg.mtp_weight:
+        if not predicts_two:
             return x, None
-        following = norm(F.embedding(targets, self.embed).to(x.dtype))
-        ahead = F.linear(torch.cat((x, following), dim=-1), self.mtp_proj)
+        ahead = F.linear(torch.cat((x, embedded[:, 1:]), dim=-1), self.mtp_proj)
         return x, norm(self.run_block(n, ahead, layers[n], T, cfg.seq_len))
 
 

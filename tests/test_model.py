@@ -528,7 +528,7 @@ GAIN = (
      'return x + w["gain"].to(x.dtype) * F.dropout(y, cfg.dropout, training)'))
 LAST_PRODUCT = (
     ('"smear": Row(', '"last": Row("last", (D, D), fan_in, **matrix),\n        "smear": Row('),
-    ('x = norm(x)\n        if targets is None', 'x = norm(F.linear(x, self.last))\n        if targets is None'))
+    ('x = norm(x)\n        if not predicts_two', 'x = norm(F.linear(x, self.last))\n        if not predicts_two'))
 NO_ROW = (
     ('self.windows = layer_windows(cfg)',
      'self.bias = nn.Parameter(torch.zeros(3))\n        self.windows = layer_windows(cfg)'),)
