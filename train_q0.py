@@ -1286,7 +1286,8 @@ if triton is not None:
         if ADD:
             added = tl.load(add + matrix * r * r + lower, mask=inside, other=0.0)
             total += beta * added.to(tl.float32)
-            total += tl.where(rows[:, None] == cols[None, :], gamma, 0.0)
+            if i == j:
+                total += tl.where(rows[:, None] == cols[None, :], gamma, 0.0)
         total = total.to(out.dtype.element_ty)
         out += matrix * r * r
         tl.store(out + lower, total, mask=inside)
