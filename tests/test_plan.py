@@ -68,8 +68,8 @@ def test_weights_gradients_optimizer_and_member_memory(changes):
 
 def test_plan_names_a_micro_batch_that_fits(capsys):
     assert q.main(["plan", "--preset", "q0", "--gpus", "8", "--micro-batch", "8"]) == 0
-    assert "does not fit in 80 GB: use --micro-batch 2" in capsys.readouterr().out
-    assert q.main(["plan", "--preset", "q0", "--gpus", "8"]) == 0
+    assert "does not fit in 80 GB: use --micro-batch 4" in capsys.readouterr().out
+    assert q.main(["plan", "--preset", "q0", "--gpus", "8", "--micro-batch", "4"]) == 0
     assert "does not fit" not in capsys.readouterr().out
 
 
