@@ -98,7 +98,7 @@ def test_average_of_trajectories(trained, logs, capsys):
 
 def other_data(run):
     data = read_json(run / "run.json")["data"]
-    edit_json(run / "run.json", data={**data, "val.bin": "0" * 64})
+    edit_json(run / "run.json", data={**data, "val": []})
 
 
 def no_weights(run):
@@ -213,7 +213,7 @@ def of_another_text(run):
 @pytest.mark.parametrize("damage, argv, message", [
     (of_another_text, [], "several differs from .*chain in data, seq_len"),
     (unfinished, [], "several is not complete: go on with it"),
-    (of_an_older_script, [], "several/members/0.*of format 1, this script reads"),
+    (of_an_older_script, [], "several/members/0 .* of format 1, this script reads 3"),
     (None, ["--name", "several"], "several exists: give another --name"),
     (None, ["nobody"], "no run nobody under")])
 def test_bad_pool(damage, argv, message, chain, several, logs, capsys):
@@ -298,8 +298,8 @@ def test_population_teaches_one_model(finished, trained, monkeypatch):
     assert len(found) >= 15  # 8 epochs of 15 or 16 sequences, 8 a step
     assert_allclose(found, expected, rtol=1e-4)
     result = result_of(student)
-    # more than one member of the student's size, whose forward pass is a third of a step
-    assert result["teacher_flops"] > result["flops"] / 4
+    # more than one member of the student's size
+    assert result["teacher_flops"] > (result["flops"] - result["teacher_flops"]) / 3
     entry, = result["curve"]
     assert entry["distilled"] == 1
     assert load_mixture(student).members == [0]

@@ -360,10 +360,10 @@ def test_greedy_members(finished):
 
 def test_curve_of_a_log(finished):
     result = read_json(finished / "result.json")
+    of_model = result["flops"] - result["teacher_flops"]
     epochs, spent, losses = plot.curve(finished / "log.txt").T
     assert epochs.tolist() == [6, 12, 18, 24]
-    model = result["flops"] - result["teacher_flops"]
-    assert spent[0] == approx(model / 4, 1e-3)  # the first cycle has no teacher
+    assert spent[0] == approx(of_model / 4, 1e-3)  # the first cycle has no teacher
     assert spent[-1] == approx(result["flops"], 1e-3)
     learned = [entry["learned"] for entry in result["curve"]]
     assert_allclose(losses, learned, atol=1e-5)
