@@ -205,7 +205,7 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            if getattr(self, f.name) is not None:
+            if getattr(self, f.name) is not None or "None" not in f.type:
                 check_value(f, getattr(self, f.name))
 
 GROUPS = {  # of --help: the first field of each
@@ -1733,7 +1733,13 @@ class Trainer:
         if cfg.compile:
             self.compile_blocks()
         if cfg.compile or cfg.graphs:
-            self.warm_up()
+            try:
+                self.warm_up()
+            except torch._dynamo.exc.TorchDynamoException as e:  # such as: there is no compiler
+                print(f"notice: nothing is compiled: {one_line(e)}", file=sys.stderr)
+                torch.compiler.set_stance("force_eager")
+                self.kernels["compiled"] = False
+                self.warm_up()
         self.ready_seconds = time.perf_counter() - started
 
     # A micro-batch: static inputs, so that a CUDA graph can replay it
