@@ -273,27 +273,23 @@ POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
     "snapshots": ("continue", 0.0, RESTARTED),
     "q0": ("perturb", 0.45, RESTARTED)}
 
-def allocate(cfg):
-    """(trajectories, cycles) that the budget buys; where one is given, the other gets the rest."""
+def derive_budget(cfg):
+    """(field, value, reason) of what the epochs buy: of trajectories and cycles, where one is
+    given, the other gets the rest. Raises UserError as `resolve` does."""
     length = LENGTHS[cfg.preset]
+    restarts = cfg.population in ("q0", "snapshots")
     left = max(1, cfg.epochs // ((cfg.trajectories or 1) * (cfg.cycles or 1)))
-    trajectories = 1
-    member = length["member"]
-    if cfg.population in ("q0", "snapshots"):
-        member = length["cycle"]
-        if not cfg.trajectories:
-            trajectories = max(1, left // length["trajectory"])
-    each = left // trajectories
-    many = 1  # below 6 epochs two are worse
+    J = 1
+    if restarts and not cfg.trajectories:
+        J = max(1, left // length["trajectory"])
+    each = left // J
+    member = length["cycle" if restarts else "member"]
+    many = 1  # below 6 epochs one member is better than two
     if each >= 6:
         many = max(2, (each + (member - 1) // 2) // member)  # the nearest number
-    counts = {"single": (1, 1), "ensemble": (many, 1), "chain": (1, many)}
-    wanted = counts.get(cfg.population, (trajectories, many))
-    return cfg.trajectories or wanted[0], cfg.cycles or wanted[1]
-
-def derive_budget(cfg):
-    """(field, value, reason) of what the epochs buy. Raises UserError as `resolve` does."""
-    J, C = allocate(cfg)
+    J, C = {"single": (1, 1), "ensemble": (many, 1)}.get(cfg.population, (J, many))
+    J = cfg.trajectories or J
+    C = cfg.cycles or C
     if cfg.epochs < J * C:
         raise UserError(f"--epochs {cfg.epochs} are fewer than one for each of {J} trajectories x "
                         f"{C} cycles: give --epochs {J * C}, or fewer of them")
@@ -497,12 +493,13 @@ class Row:
     tensor: str  # its name; with the block's it seeds initial values and noise
     shape: tuple  # of one tensor
     start: object  # start(tensor, generator) fills it with initial values
-    rule: str = "adamw"  # muon updates matrices, adamw single weights
+    rule: str = "adamw"  # muon updates matrices, adamw single weights: Optimizer.update_bank
     lr: float = 0.0  # at its peak
     decay: float = 0.0
     betas: tuple = (0.8, 0.95)  # of adamw
     blocks: tuple = ()  # names of the blocks that have it; (): it exists once
     used: bool = True  # whether the configuration has it
+    product: bool = False  # whether activations are multiplied with it: in --precision, and FLOPs
 
     @property
     def bank_shape(self):
@@ -528,7 +525,7 @@ def constant(value):
 
 
 def identity(tensor, generator):
-    tensor.copy_(torch.eye(tensor.size(-1)).expand_as(tensor))
+    tensor.copy_(torch.eye(tensor.size(-1)))
 
 
 def uniform_with_induction(bound, first):
@@ -546,14 +543,17 @@ def block_names(cfg):
 
 
 def parameter_table(cfg, vocab_size):
-    """{name: Row} of all weights. Initial values, optimizer, FLOPs and files follow from it."""
+    """{name: Row} of all weights. Initial values, optimizer, FLOPs and files follow from it. A new
+    weight: a row here, then `w[name]` in `block` (rows with `blocks`) or `self.name` in
+    `GPT.forward`; those of adamw are float32 there. Renaming a tensor changes its initial values.
+    """
     n, D, M = cfg.layers, cfg.width, cfg.mlp_hidden
     H = D // cfg.head_dim
     padded = 64 * math.ceil(vocab_size / 64)
     blocks = block_names(cfg)
     with_value = tuple(f"blocks.{i}" for i in range(n) if has_value_embed(cfg, i))
     wd = cfg.weight_decay
-    matrix = dict(rule="muon", lr=cfg.lr_matrix, decay=wd)
+    matrix = dict(rule="muon", product=True, lr=cfg.lr_matrix, decay=wd)
     every = dict(matrix, blocks=blocks)
     value = dict(matrix, blocks=with_value, used=cfg.value_embeds)
     fan_in = uniform(math.sqrt(3 / D))
@@ -780,9 +780,8 @@ class GPT(nn.Module):
         layers = self.layers(x0)
         outputs = {}
         for i in self.order:
-            decoder = i - (n - len(skips))  # of the U-Net; negative in its first half
-            if decoder >= 0 and skips:
-                x = self.blend(x, x0, outputs[n - 1 - i], skips[decoder], resid[i], mixed[i])
+            if i >= n - len(skips):  # in the second half of the U-Net
+                x = self.blend(x, x0, outputs[n - 1 - i], skips[i - n], resid[i], mixed[i])
             elif cfg.x0_mix:
                 x = self.blend(x, x0, None, None, resid[i], mixed[i])
             x = self.run_block(i, x, layers[i], T, self.windows[i])
@@ -895,23 +894,21 @@ def attention_names(cfg, device_type, window):
 def choose_attention(cfg, device):
     """(names, {window: attend}): for each window --attention, or the fastest kernel that works.
     Says loudly what it falls back from. Raises UserError where none works."""
-    chosen = {}
+    names = set()
     attends = {}
     for window in sorted({cfg.seq_len, *layer_windows(cfg)}):
         for name in attention_names(cfg, device.type, window):
             try:
-                attend = ATTENTION[name](cfg, device, window)
-                check_attention(attend, cfg, device, window)
+                attends[window] = ATTENTION[name](cfg, device, window)
+                check_attention(attends[window], cfg, device, window)
+                names.add(name)
+                break
             except Exception as e:  # a kernel that does not fit the machine may fail in any way
                 problem = f"attention kernel {name} does not work: {one_line(e)}"
                 print(f"notice: {problem}; trying the next", file=sys.stderr)
-                continue
-            chosen[window] = name
-            attends[window] = attend
-            break
         else:
             raise UserError(f"{problem}; give another --attention")
-    return "+".join(sorted(set(chosen.values()))), attends
+    return "+".join(sorted(names)), attends
 
 
 # Loss -------------------------------------------------------------------------------------------
@@ -992,14 +989,14 @@ if triton is not None:
             tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
 
 
-def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature):
-    """[R, 2]: loss and cross-entropy of each row; z becomes the gradient by z."""
+def rows_loss_in_triton(z, teacher_z, V, target, scale, softcap, weight, temperature):
+    """As rows_loss_in_torch."""
     out = torch.empty(len(z), 2, device=z.device)
     teacher = z if teacher_z is None else teacher_z
     loss_kernel[len(z),](z, teacher, target, scale, out, V, z.size(1), softcap or 1.0, weight,
                          temperature, TEACHER=teacher_z is not None, CAPPED=softcap > 0,
                          BLOCK=LOSS_BLOCK, num_warps=8)
-    return out
+    return *out.mul_(scale[:, None]).sum(0), z
 
 
 def check_kernels(device_type):
@@ -1009,10 +1006,9 @@ def check_kernels(device_type):
     target = torch.arange(4, device=device_type)
     scale = torch.full((4,), 0.25, device=device_type)
     arguments = (100, target, scale, 15.0, 0.5, 1.2)
-    *losses, gradient = rows_loss_in_torch(z.clone(), teacher_z.clone(), *arguments)
-    out = launch_loss_kernel(z, teacher_z, *arguments)
-    assert_close(out.mean(0), torch.stack(losses), 1e-4)  # rounding of float32
-    assert_close(z, gradient, 1e-4)
+    found = rows_loss_in_triton(z.clone(), teacher_z.clone(), *arguments)
+    for ours, wanted in zip(found, rows_loss_in_torch(z, teacher_z, *arguments)):
+        assert_close(ours, wanted, 1e-4)  # rounding of float32
     X = torch.randn(1, 160, 64, generator=generator).to(device_type, torch.bfloat16)
     assert_close(symmetric_product(X), X.float() @ X.float().mT, 0.01)  # of bf16
 
@@ -1059,19 +1055,10 @@ def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperatu
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
 
-def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
+def rows_loss_in_torch(z, teacher_z, V, target, scale, softcap, weight, temperature):
     """(loss, cross-entropy, gradient by z) from raw logits z [R, >= V] and a teacher's or None.
     target [R] (-1: ignored), scale [R] float32 (share of the mean; 0: ignored). z is overwritten;
     columns V.. are padding."""
-    arguments = (z, teacher_z, V, target, scale, softcap, weight, temperature)
-    if not use_triton(z.device.type):
-        return rows_loss_in_torch(*arguments)
-    out = launch_loss_kernel(*arguments)
-    loss, ce = out.mul_(scale[:, None]).sum(0)
-    return loss, ce, z
-
-
-def rows_loss_in_torch(z, teacher_z, V, target, scale, softcap, weight, temperature):
     total = 0.0
     ce_total = 0.0
     rows = max(1, PIECE_LOGITS // z.size(1))
@@ -1134,8 +1121,12 @@ class ChunkedLoss(torch.autograd.Function):
         d_head = None
         total = 0.0
         ce_total = 0.0
-        in_place = head.is_cuda and use_triton("cuda")
-        rows = max(1, (GPU_CHUNK_LOGITS if in_place else CHUNK_LOGITS) // len(head))
+        rows_loss = rows_loss_in_torch
+        chunk = CHUNK_LOGITS
+        if use_triton(head.device.type):
+            rows_loss = rows_loss_in_triton
+            chunk = GPU_CHUNK_LOGITS
+        rows = max(1, chunk // len(head))
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
             loss, ce, d = rows_loss(  # which frees the logits: they have no name here
@@ -1334,8 +1325,8 @@ class Bank:
         self.first = torch.zeros_like(self.own)
         self.second = torch.zeros_like(self.own)
         self.lr = row.lr
-        # vectors are small, and of the embedding rows are read: both are the master itself
-        self.copied = dtype != torch.float32 and (row.rule == "muon" or row.tensor == "head")
+        # vectors are small, and of the embedding some rows are read: the model has the masters
+        self.copied = dtype != torch.float32 and (row.product or row.tensor == "head")
         if row.rule == "muon":
             rows, cols = unit
             moments = (rows, 1) if rows >= cols else (1, cols)
@@ -1347,7 +1338,8 @@ class Optimizer:
     """Owns float32 masters of a model's banks and updates them. The model keeps a working copy of
     its matrices in the precision of products, made once a step; all else it reads is the master. A
     rank receives the summed gradient of its slice of each bank, updates it, and the slices are
-    gathered. Where a gradient is not finite, a step changes nothing."""
+    gathered. Where a gradient is not finite, a step changes nothing. The masters begin as zeros:
+    fill them, then `refresh`."""
     def __init__(self, model, cfg, world):
         self.cfg = cfg
         self.world = world
@@ -1360,6 +1352,7 @@ class Optimizer:
             bank = Bank(weight, model.table[name], self.dtype, world)
             weight.data = bank.master.to(self.dtype) if bank.copied else bank.master
             self.banks[name] = bank
+        self.masters = {name: bank.master for name, bank in self.banks.items()}
         device = next(model.parameters()).device
         zero = torch.zeros((), device=device)
         self.steps = zero.clone()  # that were not skipped
@@ -1378,11 +1371,6 @@ class Optimizer:
         self.muon_momentum = torch.compile(muon_momentum, dynamic=True)
         self.muon_update = torch.compile(muon_update, dynamic=True)
         self.adamw_update = torch.compile(adamw_update, dynamic=True)
-
-    @property
-    def masters(self):
-        """{name: float32 tensor} of the weights."""
-        return {name: bank.master for name, bank in self.banks.items()}
 
     @torch.no_grad()
     def refresh(self):
@@ -1442,11 +1430,10 @@ class Optimizer:
                               self.steps.clamp(min=1), *bank.row.betas)
             return
         parts = math.ceil(bank.own.numel() / UPDATE_WEIGHTS)
-        size = math.ceil(len(bank.own) / parts)
-        for start in range(0, len(bank.own), size):
-            units = slice(start, start + size)
-            X = self.muon_momentum(grad[units], bank.first[units], clip, ok, self.dtype)
-            self.muon_update(bank.own[units], polar_express(X), bank.second[units], lr, wd, ok)
+        chunks = [t.chunk(parts) for t in (bank.own, grad, bank.first, bank.second)]
+        for own, own_grad, first, second in zip(*chunks):
+            X = self.muon_momentum(own_grad, first, clip, ok, self.dtype)
+            self.muon_update(own, polar_express(X), second, lr, wd, ok)
 
     def moments(self):
         """(name in a state, bank, this rank's slice) of every moment."""
@@ -1482,24 +1469,13 @@ class Optimizer:
 
 
 # Schedule ---------------------------------------------------------------------------------------
-# Pure functions of the position: step s of the L steps of cycle c of C.
-
-def lr_multiplier(s, L, floor):
-    """Linear from 1 to (almost) `floor` within a cycle, no warmup."""
-    return floor + (1 - floor) * (1 - s / L)
-
-
-def wd_multiplier(lr_mult, lr_floor, start, end):
-    """Linear in the learning rate: `start` where lr is at its peak, `end` at its floor."""
-    if lr_floor == 1:
-        return end
-    return start + (end - start) * (1 - lr_mult) / (1 - lr_floor)
-
+# Pure functions of the position: step s of the L steps of cycle c of C. Peaks: see Recipes.
 
 def schedule(s, L, cfg):
-    """(lr multiplier, weight decay multiplier) of step s of L."""
-    lr_mult = lr_multiplier(s, L, cfg.lr_floor)
-    return lr_mult, wd_multiplier(lr_mult, cfg.lr_floor, cfg.wd_start, cfg.wd_end)
+    """(lr multiplier, weight decay multiplier) of step s of L: lr falls from 1 to (almost) its
+    floor, without warmup, and decay goes from its start to its end; both are linear."""
+    done = s / L
+    return 1 + (cfg.lr_floor - 1) * done, cfg.wd_start + (cfg.wd_end - cfg.wd_start) * done
 
 
 def noise_scale(b, C, first, last):
@@ -1567,7 +1543,7 @@ def flops_per_token(cfg, vocab_size, causal=True):
     weights = 0
     ahead = 0  # of the multi-token block, which does not run in a teacher
     for name, row in table.items():
-        if row.rule == "muon":  # the products of matrices
+        if row.product:
             each = 2 * math.prod(row.shape)
             uses = sum(passes[block] for block in row.blocks)
             if name == "value":  # one product for all passes of a loop
@@ -1580,7 +1556,8 @@ def flops_per_token(cfg, vocab_size, causal=True):
     head = 2 * D * vocab_size
     windows = layer_windows(cfg)
     keys = 0
-    for window in [windows[i] for i in layer_order(cfg)]:
+    for i in layer_order(cfg):
+        window = windows[i]
         keys += (window * (window + 1) / 2 + (T - window) * window) / T if causal else T
     forward = weights + head + 4 * D * keys
     if cfg.mtp_weight:
@@ -2010,8 +1987,6 @@ class Meter:
         self.cfg = cfg
         self.at = at
         self.total_steps = total_steps  # of all trajectories
-        self.begun_at = at.step
-        self.started = time.perf_counter()
 
     def start(self):
         """The clock of a cycle starts."""
@@ -2029,11 +2004,11 @@ class Meter:
         at = self.at
         now = time.perf_counter()
         step = cycle.steps_before + at.in_cycle
-        a_step = (now - self.started) / (at.step - self.begun_at)
-        eta = datetime.timedelta(seconds=round(a_step * (self.total_steps - step)))
         tokens = (at.step - self.marked_step) * cycle.rows * self.cfg.seq_len
         seconds = now - self.mark
         at.train_seconds += seconds
+        a_step = (at.train_seconds + at.eval_seconds) / at.step
+        eta = datetime.timedelta(seconds=round(a_step * (self.total_steps - step)))
         self.mark = now
         self.marked_step = at.step
         return {"step": (step, self.total_steps), "traj": at.trajectory,
@@ -2243,6 +2218,18 @@ class Lock:
     def release(self):
         self.path.write_text("", encoding="utf-8")
         self.file.close()
+
+
+@contextlib.contextmanager
+def locked(path):
+    """Hold a lock, once no other launch does."""
+    lock = Lock(path)
+    while not lock.acquire():
+        time.sleep(0.2)
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 STATE_FILE = re.compile(r"(\d+-\d{9}(?:-done)?)\.(?:json|safetensors)(?:\.tmp)?")
@@ -2576,9 +2563,8 @@ def shown(key, value):
 def machine(world):
     """Versions and hardware, for the log."""
     cpu = platform.processor()
-    if Path("/proc/cpuinfo").exists():
-        named = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
-        cpu = named[1] if named else cpu
+    with contextlib.suppress(OSError, TypeError):
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     gpu = "none"
     if world.device.type == "cuda":
         gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
@@ -2746,14 +2732,11 @@ def launch(cfg, why, args, world):
     if cfg.teacher:
         from records.population import load_teacher
         population = load_teacher(cfg, corpus.vocab_size, world.device)
-        held_out = population.heldout[population.members]
-        corpus.hashes["teacher"] = hashlib.sha256(held_out.tobytes()).hexdigest()
+        corpus.hashes["teacher"] = population.digest
     world.agree(corpus.hashes)
     epoch_tokens = corpus.train_sequences * cfg.seq_len
     cycles = plan_cycles(cfg, epoch_tokens)
-    name = args.resume or args.run
-    if not name:
-        name = world.broadcast_object(new_name() if world.leader else None)
+    name = args.resume or args.run or world.broadcast_object(world.leader and new_name())
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
@@ -2809,10 +2792,7 @@ def open_run(run, about, data, allow_edited=False):
     folder = run.folder
     for part in ("state", "predictions", "data"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    lock = Lock(folder / "state/setup.lock")
-    while not lock.acquire():  # another launch starts now
-        time.sleep(0.2)
-    try:
+    with locked(folder / "state/setup.lock"):
         if (folder / "run.json").exists():
             with reading(folder / "run.json"):
                 saved = load_json(folder / "run.json")
@@ -2830,8 +2810,6 @@ def open_run(run, about, data, allow_edited=False):
                 write_atomically(folder / "data" / file, copy)
         if not (folder / "run.json").exists():
             save_json(folder / "run.json", about)
-    finally:
-        lock.release()
 
 
 def finish_run(trainer, about):
@@ -2844,11 +2822,8 @@ def finish_run(trainer, about):
         say(f"other launches train {run.folder.name}: the last to finish writes the result; one "
             f"on another machine counts as gone after {SILENT_SECONDS // 60} silent minutes")
         return
-    lock = Lock(run.state / "result.lock")
-    if not lock.acquire():  # another launch ended just now
-        return
-    try:
-        if (run.folder / "result.json").exists():  # and wrote it before we held the lock
+    with locked(run.state / "result.lock"):
+        if (run.folder / "result.json").exists():  # another launch ended just now
             return
         states = [run.load_state(j)[0] for j in trajectories]
         log = run.open_log(0, states[0].log)
@@ -2871,8 +2846,6 @@ def finish_run(trainer, about):
         for j in trajectories[1:]:
             for part in run.log_files(j):
                 part.unlink()
-    finally:
-        lock.release()
     say(f"written to {run.folder}")
 
 

@@ -902,11 +902,12 @@ def rows_loss_rows(vocab, dtype):
     scale = torch.full((rows,), 1 / rows, device=DEVICE)
     yield (f"### rows_loss on {rows:,} x {columns:,} logits: reads them twice, a teacher's too, and "
            "writes them once")
+    rows_loss = q.rows_loss_in_triton if q.use_triton(DEVICE.type) else q.rows_loss_in_torch
     for taught in (False, True):
         z = torch.randn(rows, columns, device=DEVICE, dtype=dtype)
         teacher_z = torch.randn_like(z) if taught else None
         run = functools.partial(
-            q.rows_loss, z, teacher_z, vocab, target, scale, 15.0, 0.45, 1.2)
+            rows_loss, z, teacher_z, vocab, target, scale, 15.0, 0.45, 1.2)
         found = compare({"kernel": run}, seconds=0.5)
         passes = 5 if taught else 3
         speed = passes * z.nbytes / found.times["kernel"] / 1e9

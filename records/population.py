@@ -1,6 +1,7 @@
 """A finished population: its predictions and members, read and checked; the best of them for an
 inference budget; what each number of them is worth."""
 import functools
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -100,6 +101,11 @@ class Population:
         """Member i of the run, read and checked, as a frozen GPT."""
         sha256 = recorded_hashes(self.folder, "config", len(self.heldout))[i]
         return q.load_member(self.folder / f"members/{i}", sha256=sha256, device=self.device)
+
+    @property
+    def digest(self):
+        """Of those that take part: it tells populations apart."""
+        return hashlib.sha256(self.heldout[self.members].tobytes()).hexdigest()
 
     @functools.cached_property
     def models(self):

@@ -65,7 +65,9 @@ def check_rows_loss(z, teacher, target, weight, T, padding=0, softcap=CAP):
         wide_teacher, _ = widened(teacher, padding)
     settings = (softcap, weight, T)
     share = kept / kept.sum()
-    loss, ce, d = q.rows_loss(wide, wide_teacher, V, target, share, *settings)
+    kernel = q.use_triton(z.device.type)
+    rows_loss = q.rows_loss_in_triton if kernel else q.rows_loss_in_torch
+    loss, ce, d = rows_loss(wide, wide_teacher, V, target, share, *settings)
     loss_, ce_, d_ = exact(z, teacher, target, *settings)
     error = max(1e-5, 2 ** -22 * softcap)
     assert abs(ce - ce_) < error
@@ -221,21 +223,13 @@ def test_under_the_interpreter():
 
 # Whether the kernels are used --------------------------------------------------------------------
 
-def launch_in_torch(z, teacher_z, V, target, scale, softcap, weight, temperature):
-    """As launch_loss_kernel, for rows of one scale."""
-    rest = (V, target, scale, softcap, weight, temperature)
-    loss, ce, _ = q.rows_loss_in_torch(z, teacher_z, *rest)
-    return torch.stack((loss, ce)).expand(len(z), 2)
-
-
 def square_in_torch(X):
     return X @ X.mT
 
 
-def launch_off_by_a_percent(z, *given, **options):
-    out = launch_in_torch(z, *given, **options)
-    z *= 1.01
-    return out
+def loss_off_by_a_percent(*given):
+    loss, ce, gradient = q.rows_loss_in_torch(*given)
+    return loss, ce, 1.01 * gradient
 
 
 def square_off_by_ten(X):
@@ -247,15 +241,15 @@ def fails(*given, **options):
 
 
 @outside
-@pytest.mark.parametrize("launch, square, reason", [
-    (launch_in_torch, square_in_torch, None),
-    (launch_off_by_a_percent, square_in_torch, "disagrees"),
-    (launch_in_torch, square_off_by_ten, "disagrees"),
+@pytest.mark.parametrize("loss, square, reason", [
+    (q.rows_loss_in_torch, square_in_torch, None),
+    (loss_off_by_a_percent, square_in_torch, "disagrees"),
+    (q.rows_loss_in_torch, square_off_by_ten, "disagrees"),
     (fails, square_in_torch, "Python.h: No such file"),
-    (launch_in_torch, fails, "Python.h: No such file")])
-def test_kernels_are_trusted_after_a_trial_run(launch, square, reason, monkeypatch, capsys):
+    (q.rows_loss_in_torch, fails, "Python.h: No such file")])
+def test_kernels_are_trusted_after_a_trial_run(loss, square, reason, monkeypatch, capsys):
     monkeypatch.setattr(q, "INTERPRETED", True)
-    monkeypatch.setattr(q, "launch_loss_kernel", launch)
+    monkeypatch.setattr(q, "rows_loss_in_triton", loss)
     monkeypatch.setattr(q, "symmetric_product", square)
     used = q.use_triton.__wrapped__("cpu")
     said = capsys.readouterr().err
