@@ -123,8 +123,7 @@ def read_finished(folder):
             about.get("pool_of", {str(folder): config}))
     for member in (folder / "members").glob("*"):
         with q.reading(f"member {member}"):
-            found = q.load_json(member / "config.json").get("format", 1)
-        q.check_format(f"member {member}", found)
+            q.check_format(q.load_json(member / "config.json"))
     return run
 
 

@@ -268,7 +268,7 @@ ALIKE = "several differs from .*chain in data, seq_len"
     (unfinished, [], "several is not complete: go on with it"),
     (truncated, [], "predictions .*several/predictions/1.safetensors .* damaged"),
     (without_config, [], "several/result.json is missing or damaged"),
-    (of_an_older_script, [], "several/members/0 is of format 1, this script reads 2"),
+    (of_an_older_script, [], "several/members/0 is .*: it is of format 1, this script reads 3"),
     (None, ["--name", "several"], "several exists: give another --name"),
     (None, ["nobody"], "no run nobody under")])
 def test_bad_pool(damage, argv, message, chain, several, logs, capsys):
