@@ -19,7 +19,11 @@ class Mixture(Population):
     @torch.no_grad()
     def log_probs(self, tokens):
         """log p(next token) after each of tokens [B, T], float32 [B, T, V]. Documents begin with
-        encoding.eot_token."""
+        encoding.eot_token. Raises UserError for T above seq_len."""
+        seq_len = self.models[0].cfg.seq_len
+        if tokens.size(1) > seq_len:
+            raise q.UserError(f"{tokens.size(1)} tokens are more than the {seq_len} that members "
+                              f"of {self.folder} see: give the last of them")
         logits = (F.linear(model(tokens)[0].float(), model.head[:model.vocab_size].float())
                   for model in self.models)
         return q.mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()

@@ -1,5 +1,6 @@
 """Commands of train_q0.py that use a population: `select` fits its prior again, `evaluate` scores
 members and mixtures on token shards or on downstream tasks, `sample` writes text."""
+import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +28,17 @@ def device(name):
         raise q.UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or "
                           "use --device cpu")
     return name
+
+
+def number(kind, low, high):
+    """Type of an argument: a number of this kind from `low` to `high`; NaN is in no range."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__  # for "invalid int value"
+    return parse
 
 
 DEVICE = dict(type=device, choices=("cpu", "cuda"), help="[the GPU where there is one]")
@@ -193,12 +205,13 @@ def sample(argv):
     parser.add_argument("--k", **K)
     parser.add_argument("--device", **DEVICE)
     parser.add_argument("--prompt", default="", help="beginning of the document")
-    parser.add_argument("--tokens", type=int, default=128, help="at most [128]")
-    parser.add_argument("--temperature", type=float, default=1.0,
+    parser.add_argument("--tokens", type=number(int, 1, math.inf), default=128,
+                        help="at most [128]")
+    parser.add_argument("--temperature", type=number(float, 0, 100), default=1.0,
                         help="0 takes the likeliest token [1]")
-    parser.add_argument("--top-p", type=float, default=1.0,
+    parser.add_argument("--top-p", type=number(float, 0, 1), default=1.0,
                         help="draw from the fewest tokens of this probability [1]")
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="[0]")
     args = parser.parse_args(argv)
     mixture = load_mixture(args.run, args.k, args.device)
     print(args.prompt, end="", flush=True)
