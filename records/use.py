@@ -11,8 +11,8 @@ import torch
 import train_q0 as q
 from records.mixture import load_mixture
 from records.population import (
-    FINEWEB, best_members, data_efficiency, format_table, load_predictions, mixture_loss,
-    population_table)
+    FINEWEB, best_members, check_tokenizer, data_efficiency, format_table, load_predictions,
+    mixture_loss, population_table)
 
 
 def parser_of(command):
@@ -87,11 +87,16 @@ def evaluate(argv):
     parser.add_argument("--limit", type=int, help="documents of a task to score [all]")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.tasks is None):
-        raise q.UserError("evaluate needs either --data SHARD or --tasks NAMES")
+        both = ", not both: run it once for each" if args.data else ""
+        raise q.UserError(f"evaluate needs either --data SHARD or --tasks NAMES{both}")
     if args.limit is not None and args.limit < 1:
         raise q.UserError(f"--limit {args.limit} must be at least 1")
+    for file in args.data or ():
+        check_shard(file)
     learned = load_mixture(args.run, args.k, args.device)
     if args.data:
+        for file in args.data:
+            check_tokenizer(learned.folder, file.parent)
         evaluate_text(learned, args.data)
         return
     try:
@@ -102,12 +107,19 @@ def evaluate(argv):
     evaluate_tasks(compared(learned), args.tasks.split(","), args.task_folder, args.limit)
 
 
+def check_shard(path):
+    """Raise UserError for a folder: which of its shards is meant?"""
+    if path.is_dir():
+        shards = ", ".join(sorted(file.name for file in path.glob("*.bin"))) or "none"
+        raise q.UserError(f"--data {path} is a folder: name a shard in it ({shards})")
+
+
 def compared(learned):
     """{name: Mixture}: what the mixture is compared with, and itself as the last one."""
-    M = len(learned.heldout)
+    everyone = learned.kept
+    M = len(everyone)
     k = len(learned.members)
-    best = int(np.log(learned.heldout).mean(axis=1).argmax())
-    everyone = list(range(M))
+    best = max(everyone, key=lambda i: np.log(learned.heldout[i]).mean())
     found = {f"best on held-out: member {best}": replace(learned, members=[best], weights=[1.0]),
              f"uniform, all {M}": replace(learned, members=everyone, weights=[1 / M] * M)}
     if k < M:
@@ -120,9 +132,9 @@ def evaluate_text(learned, files):
     """Print loss, perplexity and bits per byte of members and mixtures, with intervals over
     documents. Every member makes one pass over the text, alone in memory; all mixtures come from
     what it gave the true tokens."""
-    M = len(learned.heldout)
-    first = learned.member(0)
-    eot = learned.manifest["eot"]
+    first = learned.member(learned.kept[0])
+    with q.reading("the manifest.json of the run"):
+        eot = int(learned.manifest["eot"])
     tokens = np.concatenate([q.read_shard(f, first.vocab_size) for f in files])
     sequences = q.cut(tokens, first.cfg.seq_len)
     if not len(sequences):
@@ -132,32 +144,36 @@ def evaluate_text(learned, files):
     started = np.cumsum(tokens == eot)  # documents so far
     documents = q.cut(started, first.cfg.seq_len)[:, 1:].flatten()
     P = predictions_on(learned, sequences, first.cfg.micro_batch)
-    rows = {f"member {i}": -np.log(P[i].astype(np.float64)) for i in range(M)}
+    by_member = dict(zip(learned.kept, P))
+    rows = {f"member {i}": -np.log(p.astype(np.float64)) for i, p in by_member.items()}
     for name, mixture in compared(learned).items():
-        mixed = sum(w * P[i].astype(np.float64) for i, w in zip(mixture.members, mixture.weights))
+        pairs = zip(mixture.members, mixture.weights)
+        mixed = sum(w * by_member[i].astype(np.float64) for i, w in pairs)
         rows[name] = -np.log(mixed)
     sizes = token_sizes(learned, first.vocab_size)[targets]
     print(f"{len(targets)} tokens predicted, {sizes.sum()} bytes, {len(set(documents))} documents; "
           "intervals of 95%, by drawing documents")
     print_losses(rows, documents, targets != eot, sizes.sum())
-    print("\n".join(format_table(population_table(learned.heldout, P), files[0].stem)))
+    table = population_table(learned.heldout[learned.kept], P)
+    print("\n".join(format_table(table, files[0].stem, learned.kept)))
     if is_validation_text(files, learned.manifest):
         last = list(rows.values())[-1]
         print(f"data_efficiency:{data_efficiency(last.mean())}")
 
 
 def predictions_on(learned, sequences, batch):
-    """p(true token) of every member of the run, float32 [M, N]."""
+    """p(true token) of every member that has weights, float32 [M, N]."""
     world = q.World(device=learned.device)
+    batch = min(batch, len(sequences))  # which a member's config may put at any number
     return np.stack([q.true_token_probs(learned.member(i), sequences, batch, world)
-                     for i in range(len(learned.heldout))])
+                     for i in learned.kept])
 
 
 def token_sizes(learned, vocab_size):
     """Bytes of each token [V]: 0 for <|endoftext|>, and for all where there is no tokenizer."""
     sizes = np.zeros(vocab_size, dtype=np.int64)
     if learned.encoding:
-        for token in range(learned.manifest["eot"]):
+        for token in range(learned.encoding.eot_token):
             sizes[token] = len(learned.encoding.decode_single_token_bytes(token))
     return sizes
 
@@ -191,9 +207,10 @@ def bootstrap_means(nats, documents, draws=1000):
 
 def is_validation_text(files, manifest):
     """Whether the files are FineWeb's validation text: data efficiency is of that alone."""
-    if manifest["name"] not in FINEWEB:
-        return False
-    known = {f["sha256"] for f in manifest["splits"]["val"]["files"]}
+    with q.reading("the manifest.json of the run"):
+        if manifest["name"] not in FINEWEB:
+            return False
+        known = {f["sha256"] for f in manifest["splits"]["val"]["files"]}
     return known == {q.sha256_of(f) for f in files}
 
 

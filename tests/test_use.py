@@ -102,7 +102,7 @@ def without(name):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (without("members/1/model.safetensors"), "member .*members/1 is missing or damaged: No such"),
+    (without("members/1/config.json"), "member .*members/1 is missing or damaged: No such"),
     (other_member, "member .*members/1 is missing or damaged: .*sha256"),
     (lambda run: flip(run / "members/1/model.safetensors"), "members/1 is .*damaged: .*sha256"),
     (without("data/manifest.json"), "tokenizer in .*data is missing or damaged: No such file"),
