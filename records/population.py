@@ -1,6 +1,7 @@
 """A finished population: its predictions and members, read and checked; the best of them for an
 inference budget; what each number of them is worth."""
 import functools
+import stat
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +20,11 @@ RESULT_BYTES = 20_000  # of result.json, for each member and once more; a member
 def check_files(run):
     """Raise UserError where the folder holds what may never end: it would be read for ever."""
     for path in run.rglob("*"):
-        if path.exists() and not path.is_file() and not path.is_dir():
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # of a run under way, gone by now
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
             raise q.UserError(f"{path} is a device or a pipe: a run has regular files alone")
 
 
@@ -49,11 +54,11 @@ def what_is_missing(run, member):
 
 def load_predictions(run):
     """p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError."""
-    check_files(run)
     files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
     if not files:
         raise q.UserError(f"{run} has no cached predictions: it is not a run, or it ended before "
                           "its first member")
+    check_files(run)
     for i, file in enumerate(files):
         if not file.stem.isdecimal():
             raise q.UserError(f"{file} is not of member {i}: move that file elsewhere")
