@@ -73,7 +73,6 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # on a CPU,
 
 ROOT = Path(__file__).resolve().parent
 LOGS = Path(os.environ.get("Q0_LOGS", ROOT / "logs"))  # elsewhere where the checkout is read-only
-NEVER = 2 ** 62
 WARM_UP_MINUTES = 30  # compiling may take longer than a step may hang
 JOIN_TIME = datetime.timedelta(minutes=5)  # in which all processes of a launch are there
 
@@ -1720,9 +1719,7 @@ class Trainer:
         shape = (cfg.micro_batch, cfg.seq_len + 1)
         self.tokens = torch.zeros(shape, dtype=torch.long, device=device)
         self.share = torch.ones((), device=device)  # of the micro-batch in the step's mean
-        self.index = torch.zeros((), dtype=torch.long, device=device)  # of it in the trajectory
         self.loss = torch.zeros((), device=device)  # cross-entropy of the step so far
-        self.first_bad = torch.full((), NEVER, device=device)  # micro-batch of no finite loss
         self.micro_batch = {taught: functools.partial(self.run_micro_batch, taught)
                             for taught in (False, True)}
 
@@ -1733,8 +1730,6 @@ class Trainer:
         (loss * self.share).backward()
         self.optimizer.add_gradients()
         self.loss += ce * self.share
-        bad = torch.where(loss.isfinite(), NEVER, self.index)
-        self.first_bad.copy_(torch.minimum(self.first_bad, bad))
 
     def forward_backward(self, cycle):
         """Gradients of one step: this rank's micro-batches. Which units a micro-batch drops depends
@@ -1751,7 +1746,6 @@ class Trainer:
         self.share.fill_(1 / count)
         for m in range(self.world.rank, count, self.world.size):
             self.tokens.copy_(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch])
-            self.index.fill_(at.step * count + m)
             torch.manual_seed(seed_of("dropout", cfg.seed, at.trajectory, at.step, m))
             self.micro_batch[cycle.distilled]()
 
@@ -1780,7 +1774,6 @@ class Trainer:
         if cfg.graphs and self.world.size == 1:
             self.optimizer.update = captured(self.optimizer.run_update, "an update")
         self.optimizer.reset()
-        self.first_bad.fill_(NEVER)
         faulthandler.cancel_dump_traceback_later()  # until the first step
 
     # Trajectories and cycles
@@ -1876,7 +1869,7 @@ class Trainer:
             line = self.meter.line(cycle, float(self.loss), *schedule(s, cycle.steps, self.cfg))
             if self.world.leader:
                 self.log.event(**line)
-            self.check_finite(cycle)
+            self.check_finite()
         unsaved = time.perf_counter() - self.meter.last_save
         asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
@@ -1885,24 +1878,19 @@ class Trainer:
         if asked == 2:
             raise Stopped
 
-    def check_finite(self, cycle):
+    def check_finite(self):
         """Stop, or count with --skip-nonfinite, where updates were left out as not finite."""
         at = self.at
         lost = int(self.optimizer.skipped)
         self.optimizer.skipped.zero_()
-        first_bad = -self.world.largest(-int(self.first_bad))
-        self.first_bad.fill_(NEVER)
         if not lost:
             return
-        step, m = divmod(first_bad, cycle.rows // self.cfg.micro_batch)
-        what = f"the loss is not finite at step {step + 1}, micro-batch {m}"
-        if step >= at.step:
-            what = f"a gradient is not finite at or before step {at.step}"
-        what += f" of trajectory {at.trajectory}"
+        what = (f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
+                f"{at.trajectory}: {lost} updates were left out")
         if not self.cfg.skip_nonfinite:
-            raise UserError(f"{what}; {lost} updates were left out; the last saved state is of "
-                            f"step {self.saved_at[0]}: lower --lr-matrix, try --precision float32, "
-                            "or --resume it with --skip-nonfinite")
+            raise UserError(f"{what}; the last saved state is of step {self.saved_at[0]}: lower "
+                            "--lr-matrix, try --precision float32, or --resume it with "
+                            "--skip-nonfinite")
         at.skipped += lost
         if self.world.leader:
             self.log.event("skipped", updates=at.skipped, reason=what)
@@ -2195,18 +2183,6 @@ class Progress:
     kernels: dict = field(default_factory=dict)
     skipped: int = 0  # updates left out because they were not finite
 
-    def check(self, trajectory, cycles):
-        """Raise ValueError where this is not the progress of a trajectory of so many cycles."""
-        first = trajectory * cycles
-        counts = [*self.log, self.cycle, self.in_cycle, self.step, self.sequences]
-        whole = all(type(n) is int and n >= 0 for n in counts)
-        members = [entry["member"] for entry in self.curve]
-        hashed = all({"of", "config", "predictions"} <= entry.keys() for entry in self.curve)
-        if (not whole or len(self.log) != 2 or self.trajectory != trajectory
-                or self.cycle > cycles or type(self.done) is not bool or not hashed
-                or members != list(range(first, first + self.cycle))):
-            raise ValueError("it does not say where the trajectory stands")
-
 
 SILENT_SECONDS = 900  # after which a holder on another machine counts as gone
 
@@ -2320,7 +2296,8 @@ class Run:
                     if body["identity"] != self.identity:
                         raise ValueError("it is of another run")
                     at = Progress(**body["at"])
-                    at.check(trajectory, self.identity["cycles"])
+                    if at.trajectory != trajectory:
+                        raise ValueError("it is of another trajectory")
                 return at, tensors
             except UserError as e:
                 if path == files[-1]:
@@ -2350,10 +2327,6 @@ class Run:
 # All ranks of a launch train one trajectory after the other. Trajectories do not communicate, so
 # side by side means several launches of one run, on one machine or many: each takes the next that
 # is neither done nor held, and whoever finishes the last one fits the prior.
-
-SUM_SHARDS = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-GATHER_SHARDS = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-
 
 @dataclass(frozen=True)
 class World:
@@ -2402,13 +2375,13 @@ class World:
         if self.size == 1:
             return units
         out = torch.empty_like(self.shard(units))
-        SUM_SHARDS(out, units)
+        dist.reduce_scatter_single(out, units)
         return out
 
     def all_gather(self, own, whole):
         """Collect every rank's slice in `whole`, which may hold `own`."""
         if self.size > 1:
-            GATHER_SHARDS(whole, own.clone())
+            dist.all_gather_single(whole, own.clone())
         elif own.data_ptr() != whole.data_ptr():
             whole.copy_(own)
 
@@ -2694,9 +2667,6 @@ def check_plain(option, name):
         raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
 
 
-H100_FLOPS = 989e12  # a second, dense bf16
-
-
 def describe(cfg, why, epoch_tokens, vocab_size):
     """Lines that say what a run will do and why."""
     cycles = sum(plan_cycles(cfg, epoch_tokens), [])
@@ -2852,21 +2822,22 @@ def finish_run(trainer, about):
             return
         states = [run.load_state(j)[0] for j in trajectories]
         log = run.open_log(0, states[0].log)
-        result = summarize(trainer, states)
+        numbers, curve = summarize(trainer, states)
         for at in states[1:]:  # as if one launch had trained all in turn
             events = [event_lines("ensemble", **pairs) for entry in at.curve
                       for pairs in ensembles(entry, f"{cfg.report}_loss")]
             log.append(run.log_files(at.trajectory), events)
-        log_final(log, cfg, result, about["machine"])
+        log.event(**numbers)
+        result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
         try:
             from records.population import report
             result["table"], lines = report(trainer.predictions, trainer.corpus.name)
             log.line("\n".join(lines))
             from records.plot import draw_curve
-            draw_curve(run.folder / "curve.png", result["curve"], cfg.report)
+            draw_curve(run.folder / "curve.png", curve, cfg.report)
         except ImportError as e:
             print(f"notice: the table or curve.png is not made: {one_line(e)}", file=sys.stderr)
-        save_json(run.folder / "result.json", {**result, **about})  # last: the run is complete
+        save_json(run.folder / "result.json", result)  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
                 part.unlink()
@@ -2876,44 +2847,24 @@ def finish_run(trainer, about):
 
 
 def summarize(trainer, states):
-    """Numbers of a run whose trajectories are all done: losses, curve, work and time."""
+    """({name: number} for the log's last line, curve) of a run whose trajectories are all done."""
     cfg = trainer.cfg
     predictions = trainer.predictions
-    key = f"{cfg.report}_loss"
     curve = [entry for at in states for entry in at.curve]
     for n, entry in enumerate(curve, 1):
         predictions.load(entry["member"], entry["predictions"])
         if entry["of"] != n:  # fitted before the other trajectories' members were there
             entry |= predictions.mixtures(range(n))
+    flops = run_flops(cfg, trainer.run.cycles, trainer.corpus.vocab_size, trainer.population)
     seconds = sum(at.train_seconds for at in states)
-    evaluated = sum(at.eval_seconds for at in states)
-    cycles = trainer.run.cycles
-    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
-    vocab_size = trainer.corpus.vocab_size
-    return {f"final_{key}": curve[-1]["learned"], f"uniform_{key}": curve[-1]["uniform"],
-            f"last_member_{key}": curve[-1]["loss"], "members": len(curve), "epochs": cfg.epochs,
-            "curve": curve, "flops": run_flops(cfg, cycles, vocab_size, trainer.population),
-            "skipped_updates": sum(at.skipped for at in states), "kernels": states[-1].kernels,
-            "train_seconds": seconds, "eval_seconds": evaluated,
-            "total_seconds": seconds + evaluated, "tokens_per_second": tokens / seconds,
-            "peak_memory_mb": peak_memory_mb(trainer.world.device)}
-
-
-def log_final(log, cfg, result, hardware):
-    """The line that says what the run reached, and at what cost."""
-    key = f"final_{cfg.report}_loss"
-    flops = sum(result["flops"].values())
-    speed = flops / result["train_seconds"]
-    extra = {}
-    if result["skipped_updates"]:
-        extra["skipped_updates"] = result["skipped_updates"]
-    if "H100" in hardware["gpu"] or "H200" in hardware["gpu"]:
-        extra["mfu"] = speed / (H100_FLOPS * hardware["processes"])
-    log.event(**{key: result[key]}, members=result["members"], k=result["members"],
-              epochs=cfg.epochs, flops=flops, teacher_flops=result["flops"]["teacher"],
-              tflops=speed / 1e12, **extra,
-              train_time=f"{result['total_seconds']:.0f}s",
-              peak_memory=f"{result['peak_memory_mb'] or math.nan:.0f}MB")
+    return {f"final_{cfg.report}_loss": curve[-1]["learned"], "members": len(curve),
+            "k": len(curve), "epochs": cfg.epochs, "flops": sum(flops.values()),
+            "teacher_flops": flops["teacher"], "tflops": sum(flops.values()) / seconds / 1e12,
+            f"uniform_{cfg.report}_loss": curve[-1]["uniform"],
+            f"last_member_{cfg.report}_loss": curve[-1]["loss"],
+            "skipped_updates": sum(at.skipped for at in states), "train_seconds": seconds,
+            "eval_seconds": sum(at.eval_seconds for at in states),
+            "peak_memory_mb": peak_memory_mb(trainer.world.device)}, curve
 
 
 def find_command(name):

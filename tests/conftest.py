@@ -1,6 +1,7 @@
 """Shared by all tests: the repository on sys.path, --slow, and a corpus and a run to look at."""
 import functools
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "0")
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "data")]
 
+import forks  # noqa: E402
 import records.plot  # noqa: E402
 import tiny  # noqa: E402
 import train_q0 as q  # noqa: E402
@@ -64,6 +66,26 @@ def run(repo, corpus):
 def finished(run):
     """Its folder."""
     return run[0]
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """A copy of it."""
+    return shutil.copytree(finished, tmp_path / "copied")
+
+
+@pytest.fixture(scope="session")
+def killed(base):
+    """A run that was killed in its step 12, with a state after every step."""
+    logs = base / "killed/logs"
+    forks.start(base, logs, *forks.EVERY_STEP, plant=forks.at_step(12)).dies()
+    return logs / "x"
+
+
+@pytest.fixture
+def interrupted(killed, logs):
+    """A copy of it, run x."""
+    return shutil.copytree(killed, logs / "x")
 
 
 @pytest.fixture

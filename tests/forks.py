@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import records.plot
+import tiny
 import train_q0 as q
 
 # Three cycles of five steps of two micro-batches; dropout, noise at boundaries, a teacher from the
@@ -35,21 +36,13 @@ CYCLE_ENDS = ("--save-minutes", "1000")
 
 @functools.cache
 def shards(folder, seed=0):
-    """A prepared corpus in `folder`, of a chain in which three words may follow each word."""
-    rng = np.random.default_rng(seed)
+    """A prepared corpus in `folder`."""
     folder.mkdir(parents=True)
     splits = {}
-    for split, documents in (("train", 90), ("heldout", 12), ("dev", 12), ("val", 12)):
-        text = []
-        for _ in range(documents):
-            text.append(0)
-            word = int(rng.integers(1, 100))
-            for step in rng.integers(3, size=30):
-                text.append(word)
-                word = 1 + (3 * word + int(step)) % 99
-        header = np.zeros(q.SHARD_HEADER, dtype="<i4")
-        header[:3] = q.SHARD_MAGIC, q.SHARD_VERSION, len(text)
-        raw = header.tobytes() + np.array(text, dtype="<u2").tobytes()
+    documents = tiny.chain(90 + 3 * 12, seed)
+    for i, split in enumerate(q.SPLITS):
+        first = 90 + 12 * (i - 1) if i else 0
+        raw = tiny.shard_bytes(np.concatenate(documents[first:90 + 12 * i]))
         (folder / f"{split}.bin").write_bytes(raw)
         entry = {"name": f"{split}.bin", "sha256": hashlib.sha256(raw).hexdigest()}
         splits[split] = {"files": [entry]}
@@ -249,7 +242,7 @@ def wait_for(path, limit=60):
 
 # Runs compared
 
-TIMES = ("tok/s", "eta", "ready", "tflops", "train_time", "peak_memory")
+TIMES = ("tok/s", "eta", "ready", "tflops", "train_seconds", "eval_seconds", "peak_memory_mb")
 TIMED = re.compile(rf" ?\b(?:{'|'.join(TIMES)}):\S+")
 # of the header: when and how the run was started, settings that change no number, where it ran,
 # and what was derived, which a resumed run is given
@@ -281,13 +274,9 @@ def losses_of(run):
 
 
 def result_of(run):
-    timed = ("seconds", "per_second", "memory_mb", "command", "time", "machine", "config")
+    timed = ("seconds", "tflops", "memory_mb", "command", "time", "machine", "config")
     result = json.loads((run / "result.json").read_text())
     return {k: v for k, v in result.items() if not k.endswith(timed)}
-
-
-def files_of(run):
-    return {file: file.read_bytes() for file in run.rglob("*") if file.is_file()}
 
 
 def weights_of(run):

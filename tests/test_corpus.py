@@ -1,10 +1,10 @@
 """Order of the training text and cutting into sequences; seeds; an import without side effects."""
-import itertools
 import json
 import os
 import subprocess
 import sys
 from collections import Counter
+from itertools import pairwise, product
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +19,21 @@ LENGTHS = (5, 40, 1, 17, 30, 9, 23)  # 125 tokens: 13 sequences of 9, and 8 that
 @pytest.fixture
 def corpus():
     """Documents of distinct tokens, each counting up from a multiple of 100."""
-    documents = [np.arange(100 * i, 100 * i + n, dtype=np.uint16) for i, n in enumerate(LENGTHS)]
-    splits = {split: np.arange(100 + 7 * i) for i, split in enumerate(q.SPLITS)}
-    splits["train"] = np.concatenate(documents)
-    return q.Corpus("counting", 1000, splits, {}, tuple(documents), 8)
+    documents = []
+    for i, length in enumerate(LENGTHS):
+        document = np.arange(100 * i, 100 * i + length)
+        documents.append(document.astype(np.uint16))
+    splits = {"train": np.concatenate(documents)}
+    for i, split in enumerate(q.SPLITS[1:]):
+        splits[split] = np.arange(100 + 7 * i)
+    return q.Corpus("counting", 1000, splits, {}, tuple(documents), seq_len=8)
 
 
 def test_seeds_are_pinned_and_distinct():
     assert q.seed_of("order", 0, 1, 2) == 4250261670952940785
     assert q.seed_of("init", "head") == 4471760950963050618
-    keys = [*itertools.product(["order", "noise"], range(5), range(5))]
-    keys += [("order", 11, 1), ("order", 1, 11), ("order",)]
+    keys = [("order", 11, 1), ("order", 1, 11), ("order",)]
+    keys += product(["order", "noise"], range(5), range(5))
     seeds = {q.seed_of(*key) for key in keys}
     assert len(seeds) == len(keys)
     assert min(seeds) >= 0
@@ -38,23 +42,24 @@ def test_seeds_are_pinned_and_distinct():
 
 def test_an_epoch_holds_whole_documents_in_another_order(corpus):
     epoch = corpus.epoch(0, 0, 0)
-    assert epoch.shape == (corpus.train_sequences, 9) == (13, 9)
-    everything = Counter(corpus.splits["train"].tolist())
-    seen = Counter(epoch.flatten().tolist())
-    assert not seen - everything
-    assert (everything - seen).total() == 8
-    starts = {int(document[0]) for document in corpus.documents}
-    ends = {int(document[-1]) for document in corpus.documents}
-    joints = []
-    for row in epoch.tolist():
-        for a, b in itertools.pairwise(row):
+    assert epoch.shape == (13, 9)
+    assert corpus.train_sequences == 13
+    text = corpus.splits["train"].tolist()
+    left_out = Counter(text)
+    left_out.subtract(epoch.flatten().tolist())
+    assert min(left_out.values()) == 0
+    assert left_out.total() == 8
+    starts = {document[0] for document in corpus.documents}
+    ends = {document[-1] for document in corpus.documents}
+    joints = set()
+    for sequence in epoch:
+        for a, b in pairwise(sequence):
             if b != a + 1:
                 assert a in ends
                 assert b in starts
-                joints.append((a, b))
-    in_file_order = list(itertools.pairwise(corpus.splits["train"].tolist()))
-    assert set(joints) - set(in_file_order)
-    neighbours = sum(b[0] == a[-1] + 1 for a, b in itertools.pairwise(epoch))
+                joints.add((a, b))
+    assert joints - set(pairwise(text))
+    neighbours = sum(b[0] == a[-1] + 1 for a, b in pairwise(epoch))
     assert neighbours <= 3  # sequences are permuted too
 
 
@@ -66,25 +71,23 @@ def test_epochs_are_functions_of_their_key(corpus):
     assert len(set(forward)) == len(keys)
 
 
-def test_batches_straddle_epochs(corpus):
-    n = corpus.train_sequences
+@pytest.mark.parametrize("first, count", [(26, 5), (0, 4), (11, 5), (12, 15), (1, 3)])
+def test_batches_straddle_epochs(first, count, corpus):
     stream = np.concatenate([corpus.epoch(3, 1, e) for e in range(4)])
-    for first, count in ((2 * n, 5), (0, 4), (n - 2, 5), (n - 1, n + 2), (1, 3)):
-        batch = corpus.batch(3, 1, first, count)
-        assert batch.dtype == np.int64
-        assert (batch == stream[first:first + count]).all()
+    batch = corpus.batch(3, 1, first, count)
+    assert batch.dtype == np.int64
+    assert (batch == stream[first:first + count]).all()
 
 
-def test_evaluation_reads_a_split_in_file_order(corpus):
-    for split in q.SPLITS[1:]:
-        tokens = corpus.splits[split]
-        sequences = corpus.eval_sequences(split)
-        assert sequences.shape == (len(tokens) // 9, 9)
-        assert sequences.flatten().tolist() == tokens[:sequences.size].tolist()
+@pytest.mark.parametrize("split", ["heldout", "dev", "val"])
+def test_evaluation_reads_a_split_in_file_order(split, corpus):
+    tokens = corpus.splits[split]
+    sequences = corpus.eval_sequences(split)
+    assert sequences.shape == (len(tokens) // 9, 9)
+    assert (sequences.flatten() == tokens[:sequences.size]).all()
 
 
-def test_import_has_no_side_effect(tmp_path):
-    program = """
+IMPORTS = """
 import json, os, random, sys
 import numpy, torch
 sys.argv = ["other.py", "--no-such-flag"]
@@ -101,10 +104,19 @@ import train_q0
 print(json.dumps([state() == before, torch.distributed.is_initialized(),
                   torch.cuda.is_initialized()]))
 """
+
+
+def test_import_has_no_side_effect(tmp_path):
     # a bare environment: this process's own may hold what its import of train_q0 left there
-    kept = ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT")
-    bare = {name: os.environ[name] for name in kept if name in os.environ}
-    done = subprocess.run([sys.executable, "-B", "-c", program], cwd=tmp_path, text=True,
-                          capture_output=True, env={**bare, "PYTHONPATH": str(ROOT)})
-    assert (done.returncode, done.stderr) == (0, "")
+    environment = {"PYTHONPATH": str(ROOT)}
+    for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT"):
+        if name in os.environ:
+            environment[name] = os.environ[name]
+    done = subprocess.run(
+        [sys.executable, "-B", "-c", IMPORTS],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True)
+    assert done.stderr == ""
     assert json.loads(done.stdout) == [True, False, False]  # nothing else was printed

@@ -5,39 +5,40 @@ import math
 
 import pytest
 import torch
+from tiny import FEATURES, resolved
 from torch.utils.flop_counter import FlopCounterMode
 
-from records import cost
 import train_q0 as q
+from records import cost
 
-BASE = dict(layers=3, width=128, head_dim=64, mlp_hidden=320, micro_batch=2, seq_len=96,
-            batch_tokens=192, precision="bfloat16", device="cpu", dropout=0.1)
-FEATURES = dict(unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
-                mtp_weight=0.3, loop_first=1, loop_last=1, loop_passes=3, windows="SL")
+SETTINGS = dict(
+    FEATURES, layers=3, width=128, head_dim=64, mlp_hidden=320, micro_batch=2, seq_len=96,
+    batch_tokens=192, precision="bfloat16", device="cpu", dropout=0.1, windows="SL", loop_first=1,
+    loop_last=1)
 VOCAB = 500
 
 
-def config(**changes):
-    return q.resolve(q.Config(**{**BASE, **changes}))[0]
-
-
-def product_flops(part):
-    return sum(k.flops for k in part.kernels if k.name in cost.PRODUCTS)
+def product_flops(step):
+    """Of each part."""
+    found = []
+    for part in (step.micro_batch, step.taught, step.update):
+        products = [kernel for kernel in part.kernels if kernel.name in cost.PRODUCTS]
+        found.append(sum(kernel.flops for kernel in products))
+    return found
 
 
 @pytest.fixture(scope="module")
 def compiled():
     """The step of a model that has every feature."""
-    return cost.step(config(**FEATURES), VOCAB)
+    return cost.step(resolved(**SETTINGS), VOCAB)
 
 
 def test_flops_are_those_that_torch_counts(compiled):
     with FlopCounterMode(display=False) as counter:
-        eager = cost.step(config(**FEATURES), VOCAB, compile=False)
-    counted = [product_flops(p) for p in (eager.micro_batch, eager.taught, eager.update)]
+        eager = cost.step(resolved(**SETTINGS), VOCAB, compile=False)
+    counted = product_flops(eager)
     assert counter.get_total_flops() == 2 * sum(counted)  # each ran twice
-    assert counted == [product_flops(p) for p in (compiled.micro_batch, compiled.taught,
-                                                  compiled.update)]
+    assert counted == product_flops(compiled)
     assert compiled.micro_batch.seconds() < eager.micro_batch.seconds()
     assert compiled.micro_batch.peak < eager.micro_batch.peak
 
@@ -62,7 +63,8 @@ def kernels_of(function, *inputs):
 
 def test_fused_operations_read_and_write_once():
     x = torch.empty(40, 300, device="meta")
-    rows, size = 40 * 4, 40 * 300 * 4
+    rows = 40 * 4
+    size = 300 * rows
 
     def shares(x):
         return (x.relu() * 2 + 1).softmax(-1).sum(-1)
@@ -145,7 +147,7 @@ def test_what_float32_weights_cost():
 def test_what_a_step_must_not_do(compiled):
     """What made the first core twice as slow on a GPU: float32 products, casts of weights in every
     pass, float32 additions of gradients in every pass."""
-    table = q.parameter_table(config(**FEATURES), VOCAB)
+    table = q.parameter_table(resolved(**SETTINGS), VOCAB)
     copied = [row.bank_shape for row in table.values()
               if row.rule == "muon" or row.tensor == "head"]
     once = collections.Counter(copied)

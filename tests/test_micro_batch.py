@@ -1,13 +1,14 @@
 """A micro-batch as the trainer runs it: recomputed, compiled, replayed as a graph; in which
-precision, and how often each weight is read."""
+precision, and how often each gradient is added."""
 import contextlib
 from collections import Counter
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
-import models
+import tiny
 import torch
-from models import build, random_tokens, small
+from tiny import build, random_tokens, small
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -22,8 +23,7 @@ def storage(tensor):
     return tensor.untyped_storage()._cdata
 
 
-# ------------------------------------------------------------------------------------------------
-# --recompute
+# --recompute -------------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def saved_bytes():
@@ -34,29 +34,32 @@ def saved_bytes():
         found[storage(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(tensor):
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         yield found
 
 
 @pytest.mark.parametrize("loops", [3, 1])
 def test_recompute_saves_memory_and_changes_nothing(loops):
     """Dropout included. Without loops it recomputes every block, with loops the looped ones."""
-    runs = []
+    passes = []
+    sizes = []
     for recompute in (False, True):
         model = build(loop_passes=loops, dropout=0.3, recompute=recompute)
         torch.manual_seed(5)
         with saved_bytes() as saved:
             loss, _ = q.training_loss(model, [], model.cfg, random_tokens(4, 17))
         loss.backward()
-        runs.append((loss, [p.grad for p in model.parameters()], sum(saved.values())))
-    (loss, grads, size), (loss_, grads_, size_) = runs
-    assert torch.equal(loss, loss_)
-    assert all(torch.equal(a, b) for a, b in zip(grads, grads_))
-    assert size_ < 0.7 * size
+        passes.append([loss, *[weight.grad for weight in model.parameters()]])
+        sizes.append(sum(saved.values()))
+    for found, wanted in zip(*passes):
+        assert torch.equal(found, wanted)
+    assert sizes[1] < 0.7 * sizes[0]
 
 
-# ------------------------------------------------------------------------------------------------
-# torch.compile: counted with a backend that runs what was traced, which is quick
+# torch.compile: counted with a backend that runs what was traced, which is quick -----------------
 
 @pytest.fixture
 def graphs(monkeypatch):
@@ -77,37 +80,37 @@ def graphs(monkeypatch):
 
 
 def test_graphs_do_not_grow_with_depth(graphs, tmp_path):
-    """At most one for each kind of block: a short window or not, a value embedding or not."""
-    counts = []
+    """One for each kind of block: a short window or not, a value embedding or not."""
     for layers in (4, 12):
         graphs.clear()
         torch._dynamo.reset()
         cfg = small(layers=layers, loop_first=2, loop_last=3, dropout=0.1)
-        trainer, _ = models.trainer(tmp_path / str(layers), cfg)
+        trainer, _ = tiny.trainer(tmp_path / str(layers), cfg)
         trainer.compile_blocks()
         trainer.run_micro_batch(False)
-        counts.append(dict(graphs))
-    assert counts[0] == counts[1] == {("block", True): 4, ("blend", True): 2}
+        assert graphs == {("block", True): 4, ("blend", True): 2}
 
 
 SHORT = dict(  # three cycles, of which the middle one has larger batches; the last two are taught
     epochs=3, trajectories=1, cycles=3, distill_after=1, distill_weight=0.45, dropout=0.1,
-    layers=2, loop_first=1, loop_last=1, width=32, mlp_hidden=32, micro_batch=4,
-    batch_tokens=128, edge_batch_tokens=64)
+    layers=2, loop_first=1, loop_last=1, width=32, mlp_hidden=32, micro_batch=4, batch_tokens=128,
+    edge_batch_tokens=64)
 
 
 def same_weights(one, two, atol=0.0):
     for name, master in one.optimizer.masters.items():
-        torch.testing.assert_close(two.optimizer.masters[name], master, rtol=0, atol=atol)
+        found = two.optimizer.masters[name]
+        torch.testing.assert_close(found, master, rtol=0, atol=atol)
 
 
 def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
     """Teacher and none, two batch sizes, a last batch of the evaluation that is not full, noise;
     and the weights are those of a run that compiles nothing."""
     cfg = small(**SHORT)
-    plain = models.train(tmp_path / "plain", cfg)
+    plain = tiny.train(tmp_path / "plain", cfg)
     assert not graphs
-    compiled, plan = models.trainer(tmp_path / "compiled", q.replace(cfg, compile=True))
+    cfg = q.replace(cfg, compile=True)
+    compiled, plan = tiny.trainer(tmp_path / "compiled", cfg)
     warm = dict(graphs)
     assert warm
     q.train(compiled, plan)
@@ -117,20 +120,18 @@ def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
 
 def test_the_warm_up_leaves_no_timer(graphs, tmp_path, monkeypatch):
     """Else it ends whoever only builds a Trainer, and forks wait for its thread for ever."""
-    calls = []
-    timer = {"dump_traceback_later": lambda *_, **__: calls.append("armed"),
-             "cancel_dump_traceback_later": lambda: calls.append("off")}
-    for name, fake in timer.items():
-        monkeypatch.setattr(q.faulthandler, name, fake)
-    models.trainer(tmp_path, q.replace(small(**SHORT), compile=True))
-    assert calls == ["armed", "off"]
+    timer = Mock()
+    monkeypatch.setattr(q, "faulthandler", timer)
+    tiny.trainer(tmp_path, q.replace(small(**SHORT), compile=True))
+    called = [call[0] for call in timer.mock_calls]
+    assert called == ["dump_traceback_later", "cancel_dump_traceback_later"]
 
 
 # ------------------------------------------------------------------------------------------------
 # CUDA graphs: a fake on the CPU records every operation and runs them again, on the same tensors
 
 class FakeGraph(TorchDispatchMode):
-    """What Python computed on the way is frozen, as in a real graph; to read a value is an error."""
+    """What Python computed is frozen, as in a real graph; to read a value is an error."""
     made = []
 
     def __init__(self):
@@ -143,14 +144,16 @@ class FakeGraph(TorchDispatchMode):
         if function is torch.ops.aten._local_scalar_dense.default:
             raise RuntimeError("operation not permitted when stream is capturing")
         out = function(*args, **(kwargs or {}))
-        self.calls.append((function, args, kwargs or {}, tensors_in(out)))
+        self.calls.append((function, args, kwargs or {}, out))
         return out
 
     @torch.no_grad()
     def replay(self):
         self.replays += 1
-        for function, args, kwargs, outputs in self.calls:
-            for old, new in zip(outputs, tensors_in(function(*args, **kwargs))):
+        for call in self.calls:
+            function, args, kwargs = call[:3]
+            again = function(*args, **kwargs)
+            for old, new in zip(tensors_in(call[3]), tensors_in(again)):
                 if storage(old) != storage(new):  # neither a view nor in place
                     old.copy_(new)
 
@@ -159,30 +162,36 @@ class FakeGraph(TorchDispatchMode):
 def cuda_graphs(monkeypatch):
     """The graphs that are captured."""
     stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = dict(
-        Stream=lambda: stream, current_stream=lambda: stream, CUDAGraph=FakeGraph,
-        stream=lambda stream: contextlib.nullcontext(), graph=lambda graph: graph)
+    fakes = {
+        "Stream": lambda: stream,
+        "current_stream": lambda: stream,
+        "stream": lambda stream: contextlib.nullcontext(),
+        "graph": lambda graph: graph,
+        "CUDAGraph": FakeGraph}
     for name, fake in fakes.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     monkeypatch.setattr(FakeGraph, "made", [])
     return FakeGraph.made
 
 
+def losses(trainer):
+    return [entry["loss"] for entry in trainer.at.curve]
+
+
 def test_replayed_graphs_train_the_same(cuda_graphs, tmp_path):
-    """To the last bit, with dropout; one graph with and one without a teacher, one of the update."""
+    """To the last bit, with dropout. One graph with, one without a teacher, one of the update."""
     cfg = small(**SHORT, precision="bfloat16")
-    plain = models.train(tmp_path / "plain", cfg)
+    plain = tiny.train(tmp_path / "plain", cfg)
     assert not cuda_graphs
-    replayed = models.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    replayed = tiny.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
     batches = Counter()
     for cycle in replayed.run.cycles:
         batches[cycle.distilled] += cycle.steps * cycle.rows // cfg.micro_batch
     replays = [graph.replays for graph in cuda_graphs]
     assert replays == [batches[False], batches[True], replayed.at.step]
     same_weights(plain, replayed)
-    losses = [entry["loss"] for entry in plain.at.curve]
-    assert losses == [entry["loss"] for entry in replayed.at.curve]
-    assert losses[-1] < losses[0]
+    assert losses(plain) == losses(replayed)
+    assert losses(plain)[-1] < losses(plain)[0]
 
 
 def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch, capsys):
@@ -191,18 +200,18 @@ def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch,
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
     cfg = small(**SHORT)
-    plain = models.train(tmp_path / "plain", cfg)
+    plain = tiny.train(tmp_path / "plain", cfg)
     assert capsys.readouterr().err == ""
-    tried = models.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    tried = tiny.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
     said = capsys.readouterr().err.splitlines()
-    parts = ("a micro-batch", "a micro-batch", "an update")
-    assert said == [f"notice: {part} is not replayed as a CUDA graph: RuntimeError: operation not "
-                    "permitted" for part in parts]
+    assert len(said) == 3
+    for line, part in zip(said, ("a micro-batch", "a micro-batch", "an update")):
+        assert line.startswith(f"notice: {part} is not replayed as a CUDA graph")
+        assert "operation not permitted" in line
     same_weights(plain, tried)
 
 
-# ------------------------------------------------------------------------------------------------
-# Precision
+# Precision ---------------------------------------------------------------------------------------
 
 class Recorder(TorchDispatchMode):
     """Every operation: (name, tensors given, tensors made)."""
@@ -212,8 +221,9 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
+        name = function.overloadpacket.__name__
         given = tensors_in((args, kwargs))
-        self.calls.append((function.overloadpacket.__name__, given, tensors_in(out)))
+        self.calls.append((name, given, tensors_in(out)))
         return out
 
 
@@ -222,22 +232,24 @@ def test_a_micro_batch_in_bf16(taught, tmp_path):
     """All products are of bf16, no weight is cast, and each gradient is added once in float32
     however often a layer runs."""
     cfg = small(precision="bfloat16", distill_weight=0.45)
-    trainer, _ = models.trainer(tmp_path, cfg)
+    trainer, _ = tiny.trainer(tmp_path, cfg)
     banks = trainer.optimizer.banks
+    weights = {}  # vectors are cast, and of the embedding the rows of a batch
+    for name, bank in banks.items():
+        if bank.copied or name == "embed":
+            weights[storage(bank.weight)] = name
+    grads = {storage(bank.grad): name for name, bank in banks.items()}
     with Recorder() as recorded:
         trainer.run_micro_batch(taught)
-    products = [call for call in recorded.calls if call[0] in ("mm", "bmm", "addmm", "baddbmm")]
-    assert len(products) > 100
-    for name, given, made in products:
-        assert {x.dtype for x in (*given, *made)} == {torch.bfloat16}, name
-    large = {storage(bank.weight): name for name, bank in banks.items() if bank.copied}
-    large[storage(banks["embed"].weight)] = "embed"
+    products = 0
     added = Counter()
-    owners = {storage(bank.grad): name for name, bank in banks.items()}
     for name, given, made in recorded.calls:
-        if name == "_to_copy":
-            assert storage(given[0]) not in large, large.get(storage(given[0]))
-        if name == "add_" and storage(given[0]) in owners:
-            assert given[0].dtype == torch.float32
-            added[owners[storage(given[0])]] += 1
+        if name in ("mm", "bmm", "addmm", "baddbmm"):
+            products += 1
+            assert {x.dtype for x in given + made} == {torch.bfloat16}
+        elif name == "_to_copy":
+            assert storage(given[0]) not in weights
+        elif name == "add_" and storage(given[0]) in grads:
+            added[grads[storage(given[0])]] += 1
+    assert products > 100
     assert added == Counter(banks.keys())

@@ -3,7 +3,6 @@
 A fork may plant something first, such as its own SIGKILL at the n-th call of a function.
 """
 import functools
-import json
 import os
 import random
 import re
@@ -14,16 +13,15 @@ import time
 from pathlib import Path
 
 import pytest
-from safetensors.numpy import load_file
 from torch.distributed.run import main as torchrun
 
 import records.plot
 import train_q0 as q
-from records import population
 from forks import (
     CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_call, at_step, command, die, differences, disturbed,
-    files_of, log_of, losses_of, planted, reference, result_of, resume, start, states_of,
+    log_of, losses_of, planted, reference, result_of, resume, start, states_of,
     steps_of, weights_of)
+from tiny import snapshot
 
 
 def half_written(where, n):
@@ -48,21 +46,10 @@ def resumed(base, logs, *more):
     """--resume it to its end, which is that of a run that nothing disturbed; returns the fork."""
     fork = resume(logs, *more).good()
     assert not disturbed(base, logs), fork.out
+    assert not list((logs / "x").rglob("*.tmp"))  # each is as large as a state
+    tensors = {file.stem for file in logs.glob("x/state/*.safetensors")}
+    assert tensors == states_of(logs / "x").keys()
     return fork
-
-
-@pytest.fixture(scope="module")
-def killed(base):
-    """A run that was killed in its step 12, with a state after every step."""
-    logs = base / "killed/logs"
-    start(base, logs, *EVERY_STEP, plant=at_step(12)).dies()
-    return logs / "x"
-
-
-@pytest.fixture
-def run(killed, logs):
-    """A copy of it."""
-    return shutil.copytree(killed, logs / "x")
 
 
 def test_the_reference_is_worth_comparing(base):
@@ -87,33 +74,23 @@ def test_the_reference_is_worth_comparing(base):
 
 # Kill -9: at chosen moments, from inside, and at random ones, from outside
 
-def tensors_renamed(n):
-    return planted(os, "replace", n, where=r"state/.*\.safetensors$", after=True)
-
-
 MOMENTS = {  # what happens there: (saves, what is planted, the step that it goes on from)
     "before the first state": (CYCLE_ENDS, at_step(4), None),
     "in a step": (EVERY_STEP, at_step(12), 11),
     "tensors of a state": (EVERY_STEP, half_written(r"state/.*\.safetensors$", 12), 11),
-    "tensors written, JSON not": (EVERY_STEP, tensors_renamed(7), 6),
+    "tensors written, JSON not": (
+        EVERY_STEP, planted(os, "replace", 7, where=r"state/.*\.safetensors$", after=True), 6),
     "JSON of a state": (EVERY_STEP, half_written(r"state/.*\.json$", 9), 8),
     "a member": (CYCLE_ENDS, half_written(r"members/1/model\.safetensors$", 1), 10),
     "evaluation": (CYCLE_ENDS, planted(q, "true_token_probs", 6), 15),
-    "the result": (CYCLE_ENDS, half_written(r"result\.json$", 1), "done")}
+    "the result": (CYCLE_ENDS, half_written(r"result\.json$", 1), None)}
 SLOW = {
     "fit of the prior": (CYCLE_ENDS, planted(q, "fit_prior", 2), 10),
-    "in a step, states at cycle ends": (CYCLE_ENDS, at_step(9), 5),
     "between step and save": (EVERY_STEP, planted(q.Run, "save_state", 7), 6),
     "tensors written, not synced": (EVERY_STEP, planted(os, "fsync", 20), None),
-    "first state": (CYCLE_ENDS, half_written(r"state/.*\.safetensors$", 1), None),
-    "state saved, before the member": (CYCLE_ENDS, planted(q, "save_member", 2), 10),
     "configuration of a member": (EVERY_STEP, half_written(r"members/2/config\.json$", 1), 15),
     "predictions": (CYCLE_ENDS, half_written(r"predictions/1\.", 1), 10),
-    "next cycle": (CYCLE_ENDS, at_step(11), 10),
-    "done, not yet saved": (EVERY_STEP, half_written("-done.json$", 1), 15),
-    "table of the result": (EVERY_STEP, planted(population, "population_table", 1), "done")}
-
-
+    "done, not yet saved": (EVERY_STEP, half_written("-done.json$", 1), 15)}
 RARE = [pytest.param(moment, marks=pytest.mark.slow) for moment in SLOW]
 
 
@@ -123,15 +100,15 @@ def test_killed_at(moment, base, logs):
     start(base, logs, *saves, plant=plant).dies()
     assert not (logs / "x/result.json").exists()
     fork = resumed(base, logs)
-    went_on = {} if step == "done" else {0: step}
-    assert step is None or fork.went_on_from == went_on
+    if step:
+        assert fork.went_on_from == {0: step}
 
 
 def test_killed_with_two_trajectories(base, logs):
     """In the second, then after their logs were joined: --run goes on, too."""
     argv = command(base, *TWO)
     Fork(logs, *argv, plant=at_step(15 + 9)).dies()
-    again = Fork(logs, *argv, plant=planted(population, "population_table", 1)).dies()
+    again = Fork(logs, *argv, plant=half_written(r"result\.json$", 1)).dies()
     assert again.went_on_from == {1: 5}
     Fork(logs, *argv).good()
     assert not disturbed(base, logs, *TWO)
@@ -150,19 +127,6 @@ def test_killed_at_random(base, tmp_path, request):
             assert fork.wait() in (-signal.SIGKILL, 0)
         Fork(logs, *argv).good()
         assert not disturbed(base, logs)
-
-
-def test_kills_leave_no_rubbish(base, logs):
-    """Each is as large as a state: at full scale 20 GB a kill."""
-    argv = command(base, *EVERY_STEP)
-    for n, where in ((3, r"state/.*\.safetensors$"), (2, r"state/.*\.json$"), (1, "members/0")):
-        Fork(logs, *argv, plant=half_written(where, n)).dies()
-    Fork(logs, *argv).good()
-    assert not list((logs / "x").rglob("*.tmp"))
-    folder = logs / "x/state"
-    tensors = {file.stem for file in folder.glob("*.safetensors")}
-    assert tensors == states_of(logs / "x").keys()
-    assert len(list(folder.glob("0-*"))) == 2 * len(tensors)
 
 
 # When a state is saved, and what is in it
@@ -212,26 +176,13 @@ def test_a_second_signal_stops_at_once(base, logs):
     assert sorted(states_of(logs / "x")) == ["0-000000005"]
 
 
-def test_where_a_state_stands(killed):
-    saved = json.loads((killed / "state/0-000000011.json").read_text())["body"]
-    at = saved["at"]
-    wanted = {"step": 11, "sequences": 11 * 16, "in_cycle": 1, "cycle": 2}
-    assert wanted.items() <= at.items()
-    assert [entry["member"] for entry in at["curve"]] == [0, 1]
-    size, _ = at["log"]
-    log = (killed / "log.txt").read_bytes()
-    assert re.search(rb"\nstep:11/15 [^\n]*\n$", log[:size])
-    tensors = load_file(killed / "state/0-000000011.safetensors")
-    assert tensors["steps"] == 11
-
-
 # Runs that go on elsewhere, or with other settings
 
 def test_a_finished_run_is_left_alone(base, logs):
     run = shutil.copytree(reference(base), logs / "x")
-    kept = files_of(run)
+    kept = snapshot(run)
     assert "x is complete" in resume(logs).good().out
-    assert files_of(run) == kept
+    assert snapshot(run) == kept
 
 
 def test_resume_by_path_and_of_nothing(base, killed, logs, tmp_path):
@@ -243,14 +194,14 @@ def test_resume_by_path_and_of_nothing(base, killed, logs, tmp_path):
     Fork(logs, "--resume", "y").fails(r"y/run\.json is missing or damaged.*start a new run")
 
 
-def test_changed_settings(base, run, logs):
+def test_changed_settings(base, interrupted, logs):
     """Those of the method are refused, all in one line; those of the machine may change."""
-    before = files_of(run)
+    before = snapshot(interrupted)
     line = resume(logs, "--lr-matrix", "0.03", "--no-unet", "--epochs", "6",
                 "--precision", "bfloat16", "--log-every", "2").fails("x has settings of its own")
     assert line.split("leave out ")[1].split(", ") == [
         "--lr-matrix 0.03 (not 0.04)", "--precision bfloat16 (not float32)"]
-    assert files_of(run) == before
+    assert snapshot(interrupted) == before
     again = resume(logs, "--hang-minutes", "1", "--keep-members", "9",
                  "--lr-matrix", "0.04", "--attention", "plain").good()
     assert again.went_on_from == {0: 11}
@@ -258,24 +209,24 @@ def test_changed_settings(base, run, logs):
                      again.out)
     # attention computed in another order: rounding of float32, grown over four steps
     losses = losses_of(reference(base))
-    assert losses_of(run) == pytest.approx(losses, abs=1e-3)
+    assert losses_of(interrupted) == pytest.approx(losses, abs=1e-3)
 
 
-def test_the_log_goes_on_where_the_state_left_it(base, run, logs):
+def test_the_log_goes_on_where_the_state_left_it(base, interrupted, logs):
     """What was logged after it comes again; --log-every may change."""
     for name in ("log.txt", "metrics.jsonl"):
-        with open(run / name, "a") as file:
+        with open(interrupted / name, "a") as file:
             file.write("what was logged after the state\nhalf a li")
     resume(logs, "--log-every", "2").good()
-    steps = [step for step, _ in steps_of(run)]
+    steps = [step for step, _ in steps_of(interrupted)]
     assert steps == [*range(1, 13), 14, 15]
-    assert "half a li" not in log_of(run)
-    assert weights_of(run) == weights_of(reference(base))
+    assert "half a li" not in log_of(interrupted)
+    assert weights_of(interrupted) == weights_of(reference(base))
 
 
-def test_a_log_shorter_than_the_state_says(run, logs):
+def test_a_log_shorter_than_the_state_says(interrupted, logs):
     """After a power loss. The numbers are fine, and no zero bytes are wanted."""
-    log = run / "log.txt"
+    log = interrupted / "log.txt"
     os.truncate(log, log.stat().st_size - 500)
     resume(logs).good()
     assert b"\0" not in log.read_bytes()
@@ -323,7 +274,8 @@ def test_torchrun_restarts(processes, base, logs):
     argv[argv.index("--run")] = "--name"  # torchrun would take --run for an option of its own
     launch = ["--standalone", "--max-restarts=1", f"--nproc_per_node={processes}", __file__]
     call = functools.partial(torchrun, [*launch, *map(str, argv)])
-    fork = Fork(logs, call=call, TEST_LOGS=logs, PYTHONPATH=q.ROOT).good(150)
+    paths = os.pathsep.join([str(q.ROOT), str(q.ROOT / "data")])
+    fork = Fork(logs, call=call, TEST_LOGS=logs, PYTHONPATH=paths).good(150)
     assert fork.went_on_from == {0: 3}
     assert (logs / "died").exists()
     assert not disturbed(base, logs, size=processes)

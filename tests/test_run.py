@@ -1,11 +1,8 @@
 """A run as its user meets it: what it writes, what decides its numbers, mistakes of the user."""
-import contextlib
-import hashlib
 import json
 import math
 import os
 import re
-import resource
 import shutil
 import sys
 from pathlib import Path
@@ -13,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from forks import weights_of
 from safetensors import safe_open
 from safetensors.torch import load_file
-from scipy.optimize import minimize
 from tiny import (
-    MINI, SEVERAL, VOCABULARY, clone, edit_json, fails, flip, predictions_of, read_json,
-    sequences_of, shorten, snapshot, user, works)
+    MINI, SEVERAL, clone, fails, flip, loss_of, predictions_of, read_json,
+    sequences_of, shorten, snapshot, user, with_file, works)
 
 import train_q0 as q
 
@@ -26,10 +23,6 @@ import train_q0 as q
 def events_of(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
-
-
-def loss_of(p):
-    return -np.log(p).mean()
 
 
 def table_of(text):
@@ -118,69 +111,25 @@ def test_log_shows_the_metrics(run):
                 assert shown == "/".join(str(part) for part in parts)
 
 
-def test_it_learns(run):
-    steps = [event for event in events_of(run[0]) if event["event"] == "step"]
-    first = steps[0]["loss"]
-    assert first == pytest.approx(math.log(300), abs=0.02)  # the head starts near 0
-    assert steps[-1]["loss"] < first - 2
-
-
-def test_prior_from_cached_predictions(run):
-    """The printed number again, by a general solver that sees the cached predictions alone."""
+def test_losses_from_cached_predictions(run):
+    """Those printed and in the result, from the predictions and the prior's weights alone."""
     folder, stdout = run
     found = predictions_of(folder)
-    P = found["heldout"].astype(np.float64)
-    Q = found["val"].astype(np.float64)
-
-    def slope(w):
-        return -(P / (w @ P)).mean(axis=1)
-
-    uniform = np.full(4, 0.25)
-    general = minimize(
-        lambda w: loss_of(w @ P), uniform, jac=slope, method="SLSQP",
-        bounds=[(0, 1)] * 4,
-        constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
-        options={"ftol": 1e-12}).x
     result = read_json(folder / "result.json")
-    ours = np.array(result["table"]["weights"])
-    assert ours.sum() == pytest.approx(1, abs=1e-12)
-    assert ours.min() >= 0
-    assert np.sort(ours)[-2] > 0.05
-    fit = loss_of(ours @ P)
-    assert abs(fit - loss_of(general @ P)) <= 1e-6  # the certificate stops at 1e-7
-    assert fit <= loss_of(uniform @ P) - 0.01
-    printed = float(re.search(r"final_val_loss:(\S+)", stdout)[1])
-    assert printed == pytest.approx(loss_of(ours @ Q), abs=5.1e-6)  # five decimals
-    # 1e-7 in the fit leaves ~1e-3 in the weights, which other tokens feel to first order
-    assert printed == pytest.approx(loss_of(general @ Q), abs=1e-4)
-    assert result["uniform_val_loss"] == pytest.approx(loss_of(uniform @ Q), abs=1e-6)
-    curve = result["curve"]
-    for entry, p in zip(curve, Q, strict=True):
+    weights = np.array(result["table"]["weights"])
+    assert weights.sum() == pytest.approx(1, abs=1e-12)
+    assert np.sort(weights)[-2] > 0.05 and weights.min() >= 0
+    uniform = np.full(4, 0.25)
+    fitted = loss_of(weights @ found["heldout"])
+    assert fitted <= loss_of(uniform @ found["heldout"]) - 0.01
+    learned = loss_of(weights @ found["val"])
+    printed = re.search(r"final_val_loss:(\S+)", stdout)[1]
+    assert float(printed) == pytest.approx(learned, abs=5.1e-6)  # five decimals
+    assert result["final_val_loss"] == pytest.approx(learned, abs=1e-6)
+    assert result["uniform_val_loss"] == pytest.approx(loss_of(uniform @ found["val"]), abs=1e-6)
+    for entry, p in zip(result["curve"], found["val"], strict=True):
         assert entry["loss"] == pytest.approx(loss_of(p), abs=1e-6)
-    assert result["last_member_val_loss"] == curve[-1]["loss"]
-    assert result["final_val_loss"] == curve[-1]["learned"]
-
-
-@pytest.mark.parametrize("split", ["heldout", "val"])
-def test_saved_member_reproduces_predictions(run, corpus, split):
-    """From the disk bit for bit, and in float64 with all logits at once."""
-    folder, _ = run
-    cached = predictions_of(folder)[split][3]
-    sequences = sequences_of(corpus, split, 64)
-    model = q.load_member(folder / "members/3")
-    assert not any(p.requires_grad for p in model.parameters())
-    again = q.true_token_probs(model, sequences, 16, q.World())
-    assert np.array_equal(again, cached)
-    model.double()
-    model.dtype = torch.float64
-    model.attend = q.attention_by_window(q.plain_attention, model.cfg, "cpu")
-    tokens = torch.from_numpy(sequences)
-    hidden, _ = model(tokens[:, :-1])
-    logits = hidden @ model.head[:VOCABULARY].T
-    p = (15 * torch.tanh(logits / 15)).softmax(-1)
-    p = p.gather(-1, tokens[:, 1:, None]).flatten()
-    # float32 against float64: 2^-24 an operation, a few hundred deep, times logits of up to 15
-    np.testing.assert_allclose(cached, p, rtol=2e-4)
+    assert result["last_member_val_loss"] == result["curve"][-1]["loss"]
 
 
 # select, in place of a whole run ----------------------------------------------------------------
@@ -214,23 +163,11 @@ def test_bad_select(argv, pattern, run, logs, capsys):
 
 # Seeds and populations --------------------------------------------------------------------------
 
-def tensors_in(folder):
-    files = snapshot(folder)
-    return {path: raw for path, raw in files.items() if path.suffix == ".safetensors"}
-
-
-def same(one, two):
-    """Whether members and predictions are equal, byte for byte."""
-    parts = ("members", "predictions")
-    assert snapshot(one / "members")
-    return all(tensors_in(one / part) == tensors_in(two / part) for part in parts)
-
-
-def test_same_seed_same_bits(run, corpus, logs):
+def test_same_seed_same_bits(finished, corpus, logs):
     """In another process, which logs less."""
     argv = [*SEVERAL, "--data", str(corpus), "--run", "again", "--log-every", "1000"]
     assert q.main(argv) == 0
-    assert same(run[0], logs / "again")
+    assert weights_of(logs / "again") == weights_of(finished)
 
 
 @pytest.mark.parametrize("name, value, equal", [
@@ -247,39 +184,34 @@ def down_of(folder, i):
     return load_file(folder / f"members/{i}/model.safetensors")["down"].float()
 
 
-@pytest.mark.parametrize("population, trajectories, cycles, distilled", [
-    ("single", 1, 1, [0]),
-    ("ensemble", 2, 1, [0, 0]),
-    ("chain", 1, 2, [0, 1]),
-    ("snapshots", 1, 2, [0, 0]),
-    ("q0", 1, 4, [0, 1, 1, 1])])
-def test_populations(population, trajectories, cycles, distilled, trained, monkeypatch):
+@pytest.mark.parametrize("population, trajectories, distilled", [
+    ("single", 1, [0]),
+    ("ensemble", 2, [0, 0]),
+    ("chain", 1, [0, 1]),
+    ("snapshots", 1, [0, 0]),
+    ("q0", 1, [0, 1, 1, 1])])
+def test_populations(population, trajectories, distilled, trained, monkeypatch):
     """Members; a cycle's first weights against the member before; what the teacher does."""
     starts = []
-    taught = []
     differs = []  # the loss from the cross-entropy
     training_loss = q.training_loss
 
     def spied(model, teacher, cfg, tokens):
         loss, ce = training_loss(model, teacher, cfg, tokens)
         starts.append(model.down.detach().clone())
-        taught.append(bool(teacher))
         differs.append(not torch.equal(loss, ce))
+        assert differs[-1] == bool(teacher)
         return loss, ce
 
     monkeypatch.setattr(q, "training_loss", spied)
     flags = ["--cycles", 4] if population == "q0" else []  # else as many as the budget gives
     folder = trained("x", "--population", population, "--average", 0, *flags)
-    result = read_json(folder / "result.json")
-    members = trajectories * cycles
-    curve = result["curve"]
-    assert result["members"] == members
-    for i, entry in enumerate(curve):
-        assert entry["epochs"] == 8 // members * (i + 1)
-        assert entry["traj"] == i // cycles
-        assert entry["distilled"] == distilled[i]
+    curve = read_json(folder / "result.json")["curve"]
+    members = len(distilled)
+    assert [entry["distilled"] for entry in curve] == distilled
+    assert curve[-1]["epochs"] == 8 and curve[-1]["traj"] == trajectories - 1
     steps = len(starts) // members
-    assert taught == differs == [bool(d) for d in distilled for _ in range(steps)]
+    assert differs == [bool(d) for d in distilled for _ in range(steps)]
     for i in range(1, members):
         start = starts[i * steps]
         before = down_of(folder, i - 1)
@@ -287,18 +219,15 @@ def test_populations(population, trajectories, cycles, distilled, trained, monke
         if population == "snapshots":
             assert moved < 2 ** -8  # the member is rounded
         elif population == "q0":  # the draws give their deviation to 2%
-            phase = math.pi * (i - 1) / 2
-            noise = 0.15 + 0.10 * math.cos(phase)
+            noise = 0.15 + 0.10 * math.cos(math.pi * (i - 1) / 2)
             assert moved == pytest.approx(noise, rel=0.1)
         else:
             both = torch.stack([start.flatten(), before.flatten()])
-            assert moved > 0.9
             assert both.corrcoef()[0, 1].abs() < 0.15
 
 
 @pytest.mark.parametrize("population, average", [
     ("chain", 0.25),
-    ("q0", 0.6),
     ("q0", 0)])
 def test_a_member_is_the_mean_over_the_end_of_its_cycle(population, average, trained, monkeypatch):
     """Worked out anew from the weights after each step."""
@@ -336,52 +265,21 @@ def clean(folder):
 @pytest.mark.parametrize("argv, pattern", [
     (["--epoch", "3"], "unknown argument --epoch: did you mean --epochs"),
     (["--lr_matrix=1"], "unknown argument --lr_matrix=1: did you mean --lr-matrix"),
-    (["--nmae", "x"], "unknown argument --nmae"),
     (["--preset", "huge"], "--preset huge is not one of: tiny, small, q0"),
     (["--epochs", "2.5"], "--epochs.*invalid int"),
     (["--epochs"], "--epochs.*expected one argument"),
-    (["--lr-matrix", "x"], "--lr-matrix.*invalid float"),
     (["--data", "nowhere"], "nowhere/manifest.json.*prepare the data"),
     (["--data", __file__], "manifest.json"),
     (["--train-tokens", "9999999"], "--train-tokens 9999999 is more than the"),
+    (["--seq-len", "1500", "--batch-tokens", "1500", "--micro-batch", "1"],
+     "split .* fewer than 1501: lower --seq-len"),
     (["--run", "a/b"], "--run a/b must be a plain name"),
     (["--run", ".."], "--run .. must be a plain name"),
     (["--resume", "x"], "no run x under")])
 def test_bad_arguments(argv, pattern, flags, logs, capsys):
     fails(capsys, pattern, *flags, *argv)
     clean(logs.parent)
-
-
-def test_unknown_command(capsys):
     fails(capsys, "unknown command trian.*select, evaluate, sample", "trian")
-
-
-@pytest.mark.parametrize("seq_len, pattern", [
-    (3000, "split train .* has 1... tokens, fewer than 3001: lower --seq-len"),
-    (1500, "split .* fewer than 1501: lower --seq-len")])
-def test_sequences_longer_than_the_text(seq_len, pattern, flags, logs, capsys):
-    sizes = ["--seq-len", seq_len, "--batch-tokens", seq_len, "--micro-batch", 1]
-    fails(capsys, pattern, *flags, *sizes)
-    clean(logs.parent)
-
-
-def manifest(value, *keys):
-    """A kind of damage: another value in the manifest; None: the key is missing."""
-    def damage(folder):
-        whole = read_json(folder / "manifest.json")
-        place = whole
-        for key in keys[:-1]:
-            place = place[key]
-        place[keys[-1]] = value
-        if value is None:
-            del place[keys[-1]]
-        (folder / "manifest.json").write_text(json.dumps(whole))
-    return damage
-
-
-def with_file(name, damage, *arguments):
-    """A kind of damage: that of one file."""
-    return lambda folder: damage(folder / name, *arguments)
 
 
 def overwrite(path, at, new):
@@ -391,48 +289,16 @@ def overwrite(path, at, new):
     path.write_bytes(raw[:at] + new + raw[end:])
 
 
-def unknown_token(folder):
-    """A token that the vocabulary lacks, in a shard whose hash is right."""
-    overwrite(folder / "val.bin", -2, VOCABULARY.to_bytes(2, "little"))
-    raw = (folder / "val.bin").read_bytes()
-    digest = hashlib.sha256(raw).hexdigest()
-    manifest(digest, *FILE, "sha256")(folder)
-
-
 SHARD = "val.bin"
 JSON = "manifest.json"
-FILE = ("splits", "val", "files", 0)
-BAD_DATA = {
-    "no shard": (
-        with_file("dev.bin", Path.unlink),
-        "dev.bin is missing or damaged: No such file.*prepare"),
-    "truncated": (
-        with_file(SHARD, shorten, -1),
-        "val.bin is .*bytes are too many or too few"),
+BAD_DATA = {  # test_faults.py has all that may be wrong in one file
+    "no shard": (with_file(SHARD, Path.unlink), "val.bin is missing or.*No such file.*prepare"),
+    "truncated": (with_file(SHARD, shorten, -1), "val.bin is .*bytes are too many or too few"),
     "no header": (with_file(SHARD, shorten, 500), "val.bin is .*not a token shard"),
-    "empty": (with_file(SHARD, shorten, 0), "val.bin is .*not a token shard"),
     "bit flipped": (with_file(SHARD, flip), "val.bin is .*damaged.*sha256"),
-    "magic": (with_file(SHARD, overwrite, 0, b"1234"), "not a token shard.*20240520"),
     "version": (with_file(SHARD, overwrite, 4, b"2"), r"numbers are \[20240520, 50\]"),
-    "token": (unknown_token, "val.bin is .*holds token 300, beyond the vocabulary of 300"),
-    "no manifest": (
-        with_file(JSON, Path.unlink),
-        "manifest.json is missing.*No such file.*data/prepare.py"),
-    "half a manifest": (with_file(JSON, shorten, -9), "manifest.json is .*damaged"),
-    "not text": (with_file(JSON, overwrite, 0, b"\xff"), "manifest.json is .*damaged"),
-    "a list": (with_file(JSON, Path.write_text, "[]"), "manifest.json is .*damaged"),
-    "no size": (manifest(None, "vocab_size"), "manifest.json is .*damaged.*vocab_size"),
-    "size a word": (manifest("many", "vocab_size"), "manifest.json is .*damaged"),
-    "no heldout": (manifest(None, "splits", "heldout"), "manifest.json is .*heldout"),
-    "files a number": (manifest(5, *FILE[:3]), "manifest.json is .*damaged"),
-    "no files": (manifest([], *FILE[:3]), "manifest.json is .*every split must list"),
-    "parent folder": (manifest("../val.bin", *FILE, "name"), "must list plain names of files"),
-    "absolute path": (manifest("/etc/hosts", *FILE, "name"), "must list plain names of files"),
-    "name a number": (manifest(5, *FILE, "name"), "manifest.json is .*damaged"),
-    "no hash": (manifest(None, *FILE, "sha256"), "manifest.json is .*damaged.*sha256"),
-    "hash a number": (manifest(5, *FILE, "sha256"), "manifest.json is .*damaged"),
-    "another hash": (manifest("", *FILE, "sha256"), "val.bin is .*damaged"),
-}
+    "no manifest": (with_file(JSON, Path.unlink), "manifest.json is.*No such file.*data/prepare"),
+    "half a manifest": (with_file(JSON, shorten, -9), "manifest.json is .*damaged")}
 
 
 @pytest.mark.parametrize("case", BAD_DATA)
@@ -448,16 +314,10 @@ SECOND = "predictions/1.safetensors"
 BAD_PREDICTIONS = {
     "none": (with_file("predictions", shutil.rmtree), "no cached predictions"),
     "truncated": (with_file(SECOND, shorten, -5), "1.safetensors"),
-    "empty": (with_file(SECOND, shorten, 0), "1.safetensors"),
-    "header": (with_file(SECOND, overwrite, 0, b"\xff" * 99), "1.safetensors"),
     "NaN": (with_file(SECOND, overwrite, -4, b"\0\0\xc0\x7f"), "1.safetensors"),
     "gap": (with_file(SECOND, Path.unlink), "2.safetensors is not of member 1"),
     "foreign": (with_file("predictions/x.safetensors", Path.touch), "x.safetensors"),
-    "missing": (
-        with_file("predictions/3.safetensors", Path.unlink),
-        "3 members, its result has 4"),
-    "result": (with_file("result.json", Path.write_text, "[]"), "result.json is .*damaged"),
-}
+    "missing": (with_file("predictions/3.safetensors", Path.unlink), "3 members, its result has 4")}
 
 
 @pytest.mark.parametrize("hashed", [True, False])
@@ -469,35 +329,10 @@ def test_bad_predictions(case, hashed, run, logs, capsys):
     shutil.copy(run[0] / "result.json", logs / "r")
     damage(logs / "r")
     if not hashed:
-        if case in ("missing", "result"):
+        if case == "missing":
             return
         (logs / "r/result.json").unlink()
     fails(capsys, pattern, "select", "r")
-
-
-def test_bad_members(run, tmp_path):
-    """Damaged, of an older script, of another model."""
-    member = shutil.copytree(run[0] / "members/0", tmp_path / "0")
-    config = member / "config.json"
-    text = config.read_text()
-
-    def refused(pattern):
-        with pytest.raises(q.UserError, match=pattern) as refusal:
-            q.load_member(member)
-        assert "\n" not in str(refusal.value)
-        config.write_text(text)
-
-    for broken in ("{", "[]", '{"format": 2}'):
-        config.write_text(broken)
-        refused("missing or damaged")
-    about = read_json(config)
-    del about["format"]
-    config.write_text(json.dumps(about))
-    refused("is of format 1, this script reads 2: use the train_q0.py at the head of its run's log")
-    edit_json(config, config={**about["config"], "mlp_hidden": 256})
-    refused("made by another model: missing .*gate_up.*unexpected .*gate_up")
-    flip(member / "model.safetensors")
-    refused("damaged.*sha256")
 
 
 def test_run_directory_of_another_run(trained, flags, capsys):
@@ -513,46 +348,12 @@ def test_logs_is_a_file(flags, logs, capsys):
     assert logs.read_text() == "mine"
 
 
-@pytest.mark.parametrize("name, batch", [
-    ("matrix", 512),
-    ("head", 512),
-    ("embed", 2048)])
+@pytest.mark.parametrize("name, batch", [("matrix", 512), ("embed", 2048)])
 def test_loss_is_not_finite(name, batch, flags, logs, capsys):
     """At 2,048 tokens a cycle is one step long: no loss sees what that step did to the weights."""
     fails(capsys, "lower --lr", *flags, f"--lr-{name}", "1e37",
           "--batch-tokens", batch)
     assert not list(logs.rglob("*.tmp"))
-
-
-@contextlib.contextmanager
-def file_size_limit(size):
-    """Stands in for a full disk: Python ignores SIGXFSZ, so a write beyond it is an OSError."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-
-
-def test_no_space_for_a_member(flags, logs, capsys):
-    """The log fits, the state of 90,000 weights does not."""
-    with file_size_limit(160_000):
-        fails(capsys, "File too large|No space", *flags, "--width", 128)
-    assert (logs / "x/log.txt").exists()
-    assert not list(logs.rglob("*.tmp"))
-    assert not list(logs.rglob("*.safetensors"))
-
-
-def test_failed_write_leaves_the_old_file(tmp_path):
-    def fail(path):
-        path.write_text("half")
-        raise OSError(28, "No space left on device")
-    (tmp_path / "x").write_text("old")
-    with pytest.raises(OSError):
-        q.write_atomically(tmp_path / "x", fail)
-    assert names_in(tmp_path) == {"x"}
-    assert (tmp_path / "x").read_text() == "old"
 
 
 def test_no_space_for_the_log(repo, corpus):

@@ -10,18 +10,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from forks import Fork, files_of, planted, weights_of
+from forks import Fork, planted, weights_of
 from tiny import (
-    edit_json, fails, make_data, predictions_of, random_documents, read_json, user, works)
+    edit_json, fails, make_data, predictions_of, random_documents, read_json, snapshot, user, works)
 
 import train_q0 as q
 from records import runs
 from records.mixture import load_mixture
-
-
-@pytest.fixture
-def copied(finished, tmp_path):
-    return shutil.copytree(finished, tmp_path / "copied")
 
 
 # Terminals and numbers --------------------------------------------------------------------------
@@ -275,7 +270,7 @@ def test_again_under_a_name_of_its_own(argv, names, finished, logs, capsys):
     for name in names:
         assert f"written to {logs / name}" in works(capsys, *argv, finished)
     one, two = (logs / name for name in names)
-    assert files_of(one).keys() != set() and weights_of(one) == weights_of(two)
+    assert weights_of(one) == weights_of(two)
 
 
 def test_two_at_once(finished, tmp_path):
@@ -313,8 +308,8 @@ def test_what_a_kill_left_goes_and_nothing_else(finished, tmp_path):
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "new").mkdir(parents=True)
     link.symlink_to(elsewhere)
-    before = files_of(kept)
+    before = snapshot(kept)
     Fork(logs, "pool", finished).good()
     assert not left.exists() and link.is_symlink() and (elsewhere / "new").exists()
-    assert files_of(kept) == before and len(files_of(run)) == len(before)
+    assert snapshot(kept) == before and len(snapshot(run)) == len(before)
     assert (logs / "first_pool/result.json").exists()

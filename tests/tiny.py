@@ -1,4 +1,5 @@
-"""What tests of whole runs share: settings, a corpus on the disk, and ways to run a command."""
+"""What several test files need: settings, models, corpora in memory and on the disk, commands."""
+import copy
 import itertools
 import json
 import os
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import prepare
+import torch
 from safetensors.numpy import load_file
 
 import train_q0 as q
@@ -29,6 +31,105 @@ SEVERAL = (
     "--precision float32 --device cpu --log-every 1").split()
 VOCABULARY = 300  # no multiple of 64: the head is padded to 320
 END = 299  # <|endoftext|>
+VOCAB = 100  # padded to 128
+SMALL = dict(
+    layers=6, width=64, head_dim=16, mlp_hidden=96, seq_len=16, batch_tokens=64, micro_batch=2,
+    dropout=0.0, precision="float32", device="cpu")
+FEATURES = dict(
+    windows="SSSL", unet=True, x0_mix=True, value_embeds=True, attn_gates=True, head_mixing=True,
+    loop_first=3, loop_last=4, loop_passes=3, mtp_weight=0.3, smear=True, induction=True)
+NEUTRAL = (  # banks that start as if they were not there
+    "attn_gate", "value_gate", "mixing", "resid_scale", "x0_scale", "skip_scale", "smear")
+
+
+# Models
+
+def seeded(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def random_tokens(*shape, seed=0):
+    return torch.randint(VOCAB, shape, generator=seeded(seed))
+
+
+def off(found, wanted):
+    """The largest difference, as a share of the largest value wanted."""
+    error = (found.double() - wanted.double()).abs().max()
+    return (error / wanted.abs().max()).item()
+
+
+def resolved(preset="tiny", **changes):
+    settings = {**q.PRESETS[preset], "preset": preset, **changes}
+    cfg, _ = q.resolve(q.Config(**settings))
+    return cfg
+
+
+def small(**changes):
+    """Settings of a small model of all features."""
+    return resolved(**{**SMALL, **FEATURES, **changes})
+
+
+def build(key=0, stir=True, **changes):
+    """Such a model. `stir` moves what starts neutral, and makes logits of order 1."""
+    model = q.GPT(small(**changes), VOCAB).init_weights(key)
+    generator = seeded(key + 1)
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if stir and name in NEUTRAL:
+                noise = torch.randn(weight.shape, generator=generator)
+                weight.add_(0.3 * noise)
+            elif stir and name == "head":
+                weight.mul_(200)
+    return model.train()
+
+
+def in_float64(model):
+    """A float64 copy; its rotary angles still have float32's error."""
+    model = copy.deepcopy(model).double()
+    model.dtype = torch.float64
+    return model
+
+
+def chain(number, seed=0):
+    """Documents of 31 tokens below 100, each begun by a 0; three may follow each token, so a loss
+    can fall."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for _ in range(number):
+        text = [0]
+        word = int(rng.integers(1, 100))
+        for step in rng.integers(3, size=30):
+            text.append(word)
+            word = 1 + (3 * word + int(step)) % 99
+        documents.append(np.array(text, dtype=np.uint16))
+    return documents
+
+
+def corpus(module=q):
+    """A Corpus of such documents."""
+    splits = {}
+    for seed, split in enumerate(module.SPLITS):
+        splits[split] = np.concatenate(chain(24 if split == "train" else 6, seed))
+    return module.Corpus("chain", VOCAB, splits, {}, tuple(chain(24)), SMALL["seq_len"])
+
+
+def trainer(folder, cfg, module=q):
+    """(Trainer of one process on the corpus above, its plan)."""
+    for part in ("state", "predictions"):
+        (folder / part).mkdir(parents=True)
+    data = corpus(module)
+    tokens = data.train_sequences * cfg.seq_len
+    plan = module.plan_cycles(cfg, tokens)
+    identity = module.method_settings(cfg)
+    run = module.Run(folder, identity, sum(plan, []), "")
+    return module.Trainer(cfg, data, module.World(), run), plan
+
+
+def train(folder, cfg, module=q):
+    """Train a run in this process. Returns its Trainer."""
+    found, plan = trainer(folder, cfg, module)
+    module.train(found, plan)
+    return found
 
 
 # A corpus on the disk
@@ -80,7 +181,6 @@ def shard_bytes(tokens):
 
 
 def read_shard(path):
-    """Its tokens, read anew."""
     return np.fromfile(path, dtype="<u2", offset=1024).astype(np.int64)
 
 
@@ -149,6 +249,11 @@ def shorten(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
 
+def with_file(name, damage, *given):
+    """Damage to a file of a folder."""
+    return lambda folder: damage(folder / name, *given)
+
+
 # Runs
 
 def read_json(path):
@@ -164,6 +269,10 @@ def predictions_of(run):
     number = len(list((run / "predictions").iterdir()))
     members = [load_file(run / f"predictions/{i}.safetensors") for i in range(number)]
     return {split: np.stack([m[split] for m in members]) for split in members[0]}
+
+
+def loss_of(p):
+    return -np.log(p).mean()
 
 
 def sequences_of(data, split, seq_len):
