@@ -180,7 +180,7 @@ def tokenizer_hash(data):
 
 
 def check_tokenizer(run, data):
-    """Raise UserError where the run was trained on tokens of another tokenizer than a data folder's;
+    """Raise UserError where the run was trained on tokens of another tokenizer than that of a folder;
     a folder without one may be anything."""
     hashes = {tokenizer_hash(run / "data"), tokenizer_hash(data)} - {None}
     if len(hashes) > 1:

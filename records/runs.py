@@ -3,6 +3,7 @@
 import contextlib
 import math
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -16,8 +17,8 @@ import train_q0 as q
 from records.population import load_population, load_predictions, mixture_loss, report
 from records.use import DEVICE, parser_of, report_split
 
-
-MAKING = re.compile(r"\.q0-[a-z0-9_]{8}\.making")  # folders of `own_folder`
+# Folders of `own_folder` on this machine: locks need not reach others that share the disk
+MAKING = re.compile(rf"\.q0-{re.escape(platform.node())}-[a-z0-9_]{{8}}\.making")
 
 
 @contextlib.contextmanager
@@ -68,7 +69,7 @@ def own_folder():
         if held is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(held)
-    scratch = Path(tempfile.mkdtemp(prefix=".q0-", dir=q.LOGS))
+    scratch = Path(tempfile.mkdtemp(prefix=f".q0-{platform.node()}-", dir=q.LOGS))
     held = hold(scratch)
     try:
         scratch = scratch.rename(f"{scratch}.making")  # held before others may take it for a rest

@@ -23,8 +23,8 @@ from records.mixture import load_mixture
 
 def test_a_terminal_without_utf8(repo, run):
     """What its encoding lacks is shown as ?."""
-    done = user(repo, "python", "train_q0.py", "sample", "first", "--prompt", "río 夜", "--tokens",
-                "30", PYTHONIOENCODING="ascii:strict")
+    argv = ("train_q0.py", "sample", "first", "--prompt", "río 夜", "--tokens", 30)
+    done = user(repo, "python", *argv, PYTHONIOENCODING="ascii:strict")
     assert done.returncode == 0 and done.stderr == ""
     assert done.stdout.startswith("r?o ?")
 
@@ -103,7 +103,7 @@ TOKENIZER = "tokenizer in .*data is missing or damaged: "
     (with_tokenizer(b"YQ== 0\n"), TOKENIZER + ".*ranks must be distinct, hold the 256"),
     (with_tokenizer(TWICE), TOKENIZER + ".*ranks must be distinct"),
     (with_tokenizer(b"\n".join(BYTES), eot=5), TOKENIZER + ".*ranks must be distinct"),
-    (with_tokenizer(b"\n".join(BYTES), eot=256), "a vocabulary of 300, the data it came with .*257"),
+    (with_tokenizer(b"\n".join(BYTES), eot=256), "a vocabulary of 300, the data it came .*257"),
     (with_tokenizer(pattern="("), TOKENIZER),
     (with_tokenizer(file="/dev/zero"), TOKENIZER + ".*not the name of a regular file"),
     (with_tokenizer(file="../data/tokenizer.tiktoken"), TOKENIZER + ".*not the name of a regular"),
@@ -253,8 +253,9 @@ def test_members_without_weights(copied, corpus, trained, capsys):
 
 def test_trajectories_side_by_side(copied, capsys):
     """Members 2 and 3 are yet to come; nothing says to move what is there."""
+    folder = copied / "predictions"
     for old, new in ((3, 5), (2, 4)):
-        (copied / f"predictions/{old}.safetensors").rename(copied / f"predictions/{new}.safetensors")
+        (folder / f"{old}.safetensors").rename(folder / f"{new}.safetensors")
     advice = "not of member 2: the run is not complete: "
     fails(capsys, advice + "copy predictions/2.safetensors from", "select", copied)
     (copied / "result.json").unlink()
@@ -303,8 +304,8 @@ def test_what_a_kill_left_goes_and_nothing_else(finished, tmp_path):
     left, = logs.iterdir()
     assert runs.MAKING.fullmatch(left.name)
     kept = shutil.copytree(finished, logs / "first_pool.tmp")
-    run = shutil.copytree(finished, logs / ".q0-abcdefgh.making")
-    link = logs / ".q0-linklink.making"
+    run = shutil.copytree(finished, logs / left.name.replace(left.name[-15:-7], "abcdefgh"))
+    link = logs / left.name.replace(left.name[-15:-7], "linklink")
     elsewhere = tmp_path / "elsewhere"
     (elsewhere / "new").mkdir(parents=True)
     link.symlink_to(elsewhere)
