@@ -419,7 +419,7 @@ class Corpus:
     name: str
     vocab_size: int
     splits: dict  # split -> uint16 [n]
-    hashes: dict  # shard file -> sha256
+    hashes: dict  # split -> its files in order, with sha256; the end-of-text token
     documents: tuple  # of uint16 arrays: the training documents in file order
     seq_len: int
 
@@ -463,9 +463,8 @@ def load_corpus(folder, seq_len, train_tokens):
         if not all(files.values()):
             raise ValueError("every split must list files")
     splits = {}
-    hashes = {}
+    hashes = {"eot": eot, **files}
     for s in SPLITS:
-        hashes |= {f["name"]: f["sha256"] for f in files[s]}
         shards = [read_shard(folder / f["name"], vocab_size, f["sha256"]) for f in files[s]]
         splits[s] = np.concatenate(shards)
     train = splits["train"]
@@ -633,8 +632,24 @@ def layer_order(cfg):
     return order[:end] + replays + order[end:]
 
 
-def norm(x):
-    return F.rms_norm(x, (x.size(-1),))
+class RMSNorm(torch.autograd.Function):
+    """x over its root mean square. The gradient is made from the result, which what follows keeps
+    anyway: the input need not be kept."""
+    @staticmethod
+    def forward(ctx, x):
+        y, scale = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, None)
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx, d):
+        y, scale = ctx.saved_tensors
+        wide = d.to(scale.dtype)
+        along = (wide * y).mean(-1, keepdim=True)
+        return (scale * (wide - y * along)).to(d.dtype)
+
+
+norm = RMSNorm.apply
 
 
 def shifted(x):
@@ -648,31 +663,31 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def attention(x, x0, w, cos, sin, attend, cfg):
+def attention(x, w, cos, sin, attend, cfg):
     """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]."""
     B, T, D = x.shape
     heads = (B, T, D // cfg.head_dim, cfg.head_dim)
     q, k, v = F.linear(x, w["qkv"].flatten(0, 1)).view(B, T, 3, *heads[2:]).unbind(2)
     if "value" in w:
         gate = 2 * torch.sigmoid(F.linear(x[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
-        v = v + gate.unsqueeze(-1) * F.linear(x0, w["value"]).view(heads)
-    q = norm(q)
-    k = norm(k)
+        v = v + gate.unsqueeze(-1) * w["value"].view(heads)
+    else:
+        v = v.contiguous()  # of its own: a view would keep q and k as they were before the norm
     local = local_heads(cfg)
     turned_q = rotate(q[:, :, :local], cos, sin)
     turned_k = rotate(k[:, :, :local], cos, sin)
     if cfg.induction:  # these keys are the token before's and do not rotate: found by content
         turned_q = torch.cat((turned_q, q[:, :, local:]), dim=2)
         turned_k = torch.cat((turned_k, shifted(k[:, :, local:])), dim=2)
-    y = attend(turned_q, turned_k, v)
+    y = attend(norm(turned_q), norm(turned_k), v)  # their input need not be kept: turned before
     if "attn_gate" in w:
         y = y * torch.sigmoid(F.linear(x[..., :ATTN_GATE_CHANNELS], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, D), w["out"])
 
 
-def block(x, x0, w, cos, sin, attend, cfg, training):
+def block(x, w, cos, sin, attend, cfg, training):
     """One transformer block on x [B, T, D]; this is what torch.compile sees, whatever the depth."""
-    y = attention(norm(x), x0, w, cos, sin, attend, cfg)
+    y = attention(norm(x), w, cos, sin, attend, cfg)
     x = x + F.dropout(y, cfg.dropout, training)
     gate, up = F.linear(norm(x), w["gate_up"].flatten(0, 1)).chunk(2, dim=-1)
     y = F.linear(F.silu(gate) * up, w["down"])
@@ -691,13 +706,8 @@ def blend(x, x0, skip, skip_scale, resid_scale, x0_scale):
 def mix_heads(qkv, mixing):
     """qkv [n, 3, D, D] with the heads of q, k and v mixed by mixing [n, 3, H, H]. Mixing rows of a
     projection is mixing heads of its output; done once, all passes of a looped layer share it."""
-    n, _, D, _ = qkv.shape
-    H = mixing.size(-1)
-    # a product for every channel of a head: its gradient is a sum over many small products,
-    # where one product for each of the 3n mixings would keep only 3n multiprocessors busy
-    by_channel = qkv.view(n, 3, H, D // H, D).transpose(2, 3)
-    mixed = mixing.to(qkv.dtype).unsqueeze(2) @ by_channel
-    return mixed.transpose(2, 3).reshape(qkv.shape)
+    heads = qkv.view(*mixing.shape[:-1], -1)
+    return (mixing.to(qkv.dtype) @ heads).view(qkv.shape)
 
 
 class GPT(nn.Module):
@@ -725,23 +735,27 @@ class GPT(nn.Module):
         init_weights(self.table, dict(self.named_parameters()), *key)
         return self
 
-    def layers(self):
-        """[{bank: tensor}] of each block, the multi-token block's last."""
+    def layers(self, x0):
+        """[{bank: tensor}] of each block, the multi-token block's last. Value embeddings, the same
+        in all passes of a loop, are of the embedding x0 [B, T, D]: [B, T, D] for each block."""
         found = {name: {} for name in block_names(self.cfg)}
         for name, row in self.table.items():
             if row.blocks and name != "mixing":
                 bank = getattr(self, name)
                 if name == "qkv" and self.cfg.head_mixing:
                     bank = mix_heads(bank, self.mixing)
-                for of, tensor in zip(row.blocks, bank.unbind()):
+                tensors = bank.unbind()
+                if name == "value":
+                    tensors = F.linear(x0, bank.flatten(0, 1)).chunk(len(bank), dim=-1)
+                for of, tensor in zip(row.blocks, tensors):
                     found[of][name] = tensor
         return list(found.values())
 
-    def run_block(self, i, x, x0, w, T, window):
+    def run_block(self, i, x, w, T, window):
         """Block with the weights `w`; layer i may be recomputed in the backward pass."""
         cfg = self.cfg
         looped = cfg.loop_passes == 1 or cfg.loop_first <= i <= cfg.loop_last
-        inputs = (x, x0, w, self.cos[:T], self.sin[:T], self.attend[window], cfg, self.training)
+        inputs = (x, w, self.cos[:T], self.sin[:T], self.attend[window], cfg, self.training)
         if cfg.recompute and looped and torch.is_grad_enabled():
             return torch.utils.checkpoint.checkpoint(self.block, *inputs, use_reentrant=False)
         return self.block(*inputs)
@@ -752,14 +766,18 @@ class GPT(nn.Module):
         cfg = self.cfg
         n = cfg.layers
         T = tokens.size(1)
-        layers = self.layers()
         resid = self.resid_scale.unbind() if cfg.x0_mix else [None] * n
         mixed = self.x0_scale.unbind() if cfg.x0_mix else [None] * n
         skips = self.skip_scale.unbind() if "skip_scale" in self.table else ()
-        x = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        predicts_two = targets is not None and cfg.mtp_weight > 0
+        if predicts_two:
+            tokens = torch.cat((tokens, targets[:, -1:]), dim=1)  # looked up once for both
+        embedded = norm(F.embedding(tokens, self.embed).to(self.dtype))
+        x = embedded[:, :T]
         if cfg.smear:
             x = norm(x + self.smear.to(x.dtype) * shifted(x))
         x0 = x.view_as(x)  # compiled code would take one tensor in two places for another case
+        layers = self.layers(x0)
         outputs = {}
         for i in self.order:
             decoder = i - (n - len(skips))  # of the U-Net; negative in its first half
@@ -767,14 +785,13 @@ class GPT(nn.Module):
                 x = self.blend(x, x0, outputs[n - 1 - i], skips[decoder], resid[i], mixed[i])
             elif cfg.x0_mix:
                 x = self.blend(x, x0, None, None, resid[i], mixed[i])
-            x = self.run_block(i, x, x0, layers[i], T, self.windows[i])
+            x = self.run_block(i, x, layers[i], T, self.windows[i])
             outputs[i] = x.view_as(x)  # likewise
         x = norm(x)
-        if targets is None or not cfg.mtp_weight:
+        if not predicts_two:
             return x, None
-        following = norm(F.embedding(targets, self.embed).to(x.dtype))
-        ahead = F.linear(torch.cat((x, following), dim=-1), self.mtp_proj)
-        return x, norm(self.run_block(n, ahead, x0, layers[n], T, cfg.seq_len))
+        ahead = F.linear(torch.cat((x, embedded[:, 1:]), dim=-1), self.mtp_proj)
+        return x, norm(self.run_block(n, ahead, layers[n], T, cfg.seq_len))
 
 
 # Attention kernels: each is a factory, kernel(cfg, device, window) -> attend(q, k, v), for causal
@@ -1205,7 +1222,7 @@ SYMMETRIC_TILE = dict(BLOCK=128, STEP=64, num_warps=8, num_stages=3)  # two fit 
 if triton is not None:
     @triton.jit
     def symmetric_kernel(X, add, out, r, k, batch_stride, row_stride, col_stride, alpha, beta,
-                         ADD: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr,
+                         gamma, ADD: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr,
                          STEP: tl.constexpr):
         """One block on or below the diagonal and its mirror image; `out`, `add` are contiguous."""
         t = tl.program_id(0)
@@ -1235,6 +1252,8 @@ if triton is not None:
         if ADD:
             added = tl.load(add + matrix * r * r + lower, mask=inside, other=0.0)
             total += beta * added.to(tl.float32)
+            if i == j:
+                total += tl.where(rows[:, None] == cols[None, :], gamma, 0.0)
         total = total.to(out.dtype.element_ty)
         out += matrix * r * r
         tl.store(out + lower, total, mask=inside)
@@ -1243,15 +1262,15 @@ if triton is not None:
             tl.store(out + cols[:, None] * r + rows[None, :], tl.trans(total), mask=mirrored)
 
 
-def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
-    """alpha X X^T + beta add, [n, r, r], of X [n, r, k] and a symmetric `add`; half is computed,
-    half mirrored."""
+def symmetric_product(X, add=None, alpha=1.0, beta=0.0, gamma=0.0):
+    """alpha X X^T + beta add + gamma I, [n, r, r], of X [n, r, k] and a symmetric `add`; half is
+    computed, half mirrored."""
     n, r, k = X.shape
     out = X.new_empty(n, r, r)
     blocks = triton.cdiv(r, SYMMETRIC_TILE["BLOCK"])
     symmetric_kernel[blocks * (blocks + 1) // 2, n](
         X, X if add is None else add.contiguous(), out, r, k, *X.stride(), alpha, beta,
-        ADD=add is not None, WIDEN=INTERPRETED, **SYMMETRIC_TILE)
+        gamma, ADD=add is not None, WIDEN=INTERPRETED, **SYMMETRIC_TILE)
     return out
 
 
@@ -1262,11 +1281,11 @@ def polar_express(X):
     for a, b, c in POLAR_EXPRESS:
         if halved:
             A = symmetric_product(X)
-            B = symmetric_product(A, A, c, b)
+            X = symmetric_product(A, A, c, b, a) @ X  # to add a X would copy X
         else:
             A = X @ X.mT
             B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+            X = torch.baddbmm(X, B, X, beta=a)
     return X
 
 
@@ -1558,8 +1577,14 @@ def flops_per_token(cfg, vocab_size, causal=True):
     for name, row in table.items():
         if row.rule == "muon":  # the products of matrices
             each = 2 * math.prod(row.shape)
-            weights += each * sum(passes[block] for block in row.blocks)
-            ahead += each if "mtp_block" in row.blocks or name == "mtp_proj" else 0
+            uses = sum(passes[block] for block in row.blocks)
+            if name == "value":  # one product for all passes of a loop
+                uses = len(row.blocks)
+            if name == "mtp_proj" or "mtp_block" in row.blocks:
+                ahead += each
+            elif not row.blocks:
+                uses = 1
+            weights += each * uses
     head = 2 * D * vocab_size
     windows = layer_windows(cfg)
     keys = 0
@@ -1739,14 +1764,17 @@ class Trainer:
         self.run.alive(cfg.hang_minutes)
         rows = self.corpus.batch(cfg.seed, at.trajectory, at.sequences, cycle.rows)
         batch = torch.from_numpy(rows)
+        # torch.manual_seed takes a millisecond: it asks for every kind of device there may be
+        set_seed = torch.default_generator.manual_seed
         if self.world.device.type == "cuda":  # a copy for which the host does not wait
             batch = batch.pin_memory().to(self.world.device, non_blocking=True)
+            set_seed = torch.cuda.manual_seed
         count = cycle.rows // cfg.micro_batch
         self.loss.zero_()
         self.share.fill_(1 / count)
         for m in range(self.world.rank, count, self.world.size):
             self.tokens.copy_(batch[m * cfg.micro_batch:(m + 1) * cfg.micro_batch])
-            torch.manual_seed(seed_of("dropout", cfg.seed, at.trajectory, at.step, m))
+            set_seed(seed_of("dropout", cfg.seed, at.trajectory, at.step, m))
             self.micro_batch[cycle.distilled]()
 
     def compile_blocks(self):
@@ -2071,7 +2099,7 @@ def save_member(folder, cfg, vocab_size, weights, position):
     rounded = {n: p.detach().to("cpu", torch.bfloat16).contiguous() for n, p in weights.items()}
     write_atomically(path, lambda tmp: save_tensors(rounded, tmp))
     save_json(folder / "config.json", {"format": FORMAT, "vocab_size": vocab_size, **position,
-                                       "sha256": sha256_of(path), "config": asdict(cfg)})
+                                       "sha256": sha256_of(path), "config": method_settings(cfg)})
 
 
 def empty_member(cfg, vocab_size):
@@ -2230,6 +2258,7 @@ class Run:
         self.identity = identity  # a state of another configuration or other data is refused
         self.cycles = cycles  # of all trajectories
         self.header = header  # of the log
+        self.edited = False  # whether it began with another script
         self.lock = None
 
     def claim(self, trajectory, world):
@@ -2320,6 +2349,8 @@ class Run:
         if not sizes and trajectory == 0:
             line = "=" * 100
             log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
+        if self.edited:
+            log.line("notice: from here on the script is another one (--allow-edited)")
         return log
 
 
@@ -2690,7 +2721,9 @@ def command_train(argv):
         argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; launches "
                        "of one name and the same flags share its trajectories; under torchrun say "
                        "--name"),
-        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"))
+        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"),
+        allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
+                          "run cannot be a record"))
     Stopped.signal = 0
     before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
               for number in SIGNALS
@@ -2730,13 +2763,13 @@ def launch(cfg, why, args, world):
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "machine": machine(world), "config": asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes}}
+             "data": {"name": corpus.name, **corpus.hashes}, "script": digest(SOURCE)}
     lines = "\n".join(describe(cfg, why, epoch_tokens, corpus.vocab_size))
     run = Run(find_run(name) if args.resume else LOGS / name,
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
     if world.leader:
-        open_run(run, about, find_data(cfg))
+        open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
             say(f"{name} is complete: {run.folder}")
@@ -2776,9 +2809,9 @@ def prepare_default_data(cfg):
         raise UserError(lines[-1].removeprefix("prepare.py: error: "))
 
 
-def open_run(run, about, data):
+def open_run(run, about, data, allow_edited=False):
     """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
-    a run of other settings or data."""
+    a run of other settings or data, or of another script (`allow_edited`: its log will say so)."""
     folder = run.folder
     for part in ("state", "predictions", "data"):
         (folder / part).mkdir(parents=True, exist_ok=True)
@@ -2791,9 +2824,12 @@ def open_run(run, about, data):
                 saved = load_json(folder / "run.json")
                 identity = {**saved["config"], **saved["data"]}
             differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+            run.edited = saved.get("script") != about["script"]
+            if run.edited and not allow_edited:
+                differ.append("the script (--allow-edited goes on; then it is no record)")
             if differ:
                 raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
-                                "--run name, or the settings and data it began with")
+                                "--run name, or the settings, data and script it began with")
         for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
             if (data / file).exists() and not (folder / "data" / file).exists():
                 copy = functools.partial(shutil.copyfile, data / file)

@@ -43,7 +43,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
     sys.path.insert(0, str(ROOT))
 import train_q0 as q
-from records import cost
+from records import cost, plan
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -765,7 +765,7 @@ def modelled_row(name, part, flops, before):
     """A part of a step; flops 0: it has no MFU."""
     seconds = part.seconds()
     graphed = part.seconds(launch=0)
-    share = flops / q.H100_FLOPS
+    share = flops / plan.H100_FLOPS
     return {
         "part": name,
         "modelled ms": 1000 * seconds,
@@ -855,7 +855,7 @@ def step_row(cfg, vocab, taught, count, seconds):
     speed = count * cfg.micro_batch * cfg.seq_len / (count * micro + update)
     flops = speed * training.flops
     name = torch.cuda.get_device_name() if CUDA else ""
-    mfu = flops / q.H100_FLOPS if "H100" in name or "H200" in name else math.nan
+    mfu = flops / plan.H100_FLOPS if "H100" in name or "H200" in name else math.nan
     peak = torch.cuda.max_memory_allocated() if CUDA else math.nan
     return {
         "micro-batch ms": 1000 * micro,

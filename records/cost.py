@@ -107,11 +107,11 @@ def norm(x, compiled=q.norm):
     return compiled(x) if torch.compiler.is_compiling() else torch.ops.cost.rms_norm(x)[0]
 
 
-def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature, grad):
+def launch_loss_kernel(z, teacher_z, V, target, scale, softcap, weight, temperature):
     return torch.ops.cost.rows_loss(z, teacher_z, target, scale)
 
 
-def symmetric_product(X, add=None, alpha=1.0, beta=0.0):
+def symmetric_product(X, add=None, alpha=1.0, beta=0.0, gamma=0.0):
     return torch.ops.cost.symmetric_product(X, add)
 
 

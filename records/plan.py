@@ -16,14 +16,18 @@ CPU_MFU = 0.26  # of preset tiny, measured
 
 
 def activation_bytes(cfg, width_bytes):
-    """Bytes that eager autograd keeps of a micro-batch (torch.compile keeps fewer)."""
+    """Bytes that autograd keeps of a micro-batch. Compiled, it keeps fewer: masks of a byte, a
+    tensor of each width in the MLP once, as records/cost.py traces it."""
     D = cfg.width
     rows = cfg.micro_batch * cfg.seq_len
     order = q.layer_order(cfg)
     value = sum(q.has_value_embed(cfg, i) for i in order) / len(order)
     dropped = 2 if cfg.dropout > 0 else 0
-    streams = 5 + dropped + cfg.x0_mix + 2 * value + cfg.attn_gates
-    token = D * (16 + width_bytes * streams) + width_bytes * 5 * cfg.mlp_hidden
+    streams = 8 + dropped + cfg.x0_mix + value + cfg.attn_gates
+    token = width_bytes * (D * streams + 5 * cfg.mlp_hidden)
+    if cfg.compile:
+        streams = 6 + cfg.x0_mix + cfg.attn_gates
+        token = D * (width_bytes * streams + dropped) + width_bytes * 3 * cfg.mlp_hidden
     token += 12 * D // cfg.head_dim
     passes = len(order) + bool(cfg.mtp_weight)
     if cfg.recompute:  # of a looped block what enters it is left
@@ -130,9 +134,10 @@ def plan(argv):
         memory=dict(type=float, help="GB per device [80 with --gpus, else this machine's]"))
     on_gpus = bool(args.gpus) or cfg.device == "cuda"
     gpus = args.gpus or 1
-    if args.gpus and "precision" in why:
-        cfg = replace(cfg, precision="bfloat16")
-        why["precision"] = "on a GPU"
+    for name, value in (("precision", "bfloat16"), ("compile", True)):
+        if args.gpus and name in why:
+            cfg = replace(cfg, **{name: value})
+            why[name] = "on a GPU"
     epoch_tokens, vocab_size, eval_tokens = text_of(cfg)
     population = load_teacher(cfg, vocab_size, torch.device("cpu")) if cfg.teacher else None
     lines = q.describe(cfg, why, epoch_tokens, vocab_size)

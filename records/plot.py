@@ -19,7 +19,7 @@ import numpy as np
 
 if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records.check import rule
+from records.check import FAULTS, one_line, read_log, rule
 
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
@@ -32,7 +32,7 @@ def curve(path):
     """[members, 3] of a log: epochs, FLOPs and loss under the learned prior after each member.
     FLOPs of training and of teaching are shared out by epochs. Raises ValueError where the run is
     not complete."""
-    text = Path(path).read_text(encoding="utf-8").rsplit("=" * 100, 1)[-1]
+    text = "\n".join(read_log(Path(path)).lines)
     members = re.findall(r"^member:\d+ .*epochs:(\d+) distilled:(\d)", text, re.M)
     losses = re.findall(r"^ensemble .*prior:learned \w+_loss:(\S+)", text, re.M)
     final = re.search(r"^final_\w+_loss:.* flops:(\S+) teacher_flops:(\S+)", text, re.M)
@@ -183,7 +183,11 @@ def main(argv):
         paths = sorted(glob.glob(pattern))
         if not paths:
             sys.exit(f"plot.py: error: no files match {pattern}")
-        rows[label] = [c for path in paths for c in curves_in(path)]
+        for path in paths:
+            try:
+                rows.setdefault(label, []).extend(curves_in(path))
+            except FAULTS as e:
+                sys.exit(f"plot.py: error: {path} is no finished log: {one_line(e)}")
     draw(Path(out), rows)
     print_table(rows)
     print_reached(rows)

@@ -180,8 +180,8 @@ def tokenizer_hash(data):
 
 
 def check_tokenizer(run, data):
-    """Raise UserError where the run was trained on tokens of another tokenizer than that of a folder;
-    a folder without one may be anything."""
+    """Raise UserError where the tokenizer of a run is not that of a data folder; without one, tokens
+    may be anything."""
     hashes = {tokenizer_hash(run / "data"), tokenizer_hash(data)} - {None}
     if len(hashes) > 1:
         raise q.UserError(f"{data} has another tokenizer than the data of {run}: its tokens mean "

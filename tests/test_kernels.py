@@ -162,35 +162,36 @@ class TestOnDevice:
         add = (add + add.mT).to(dtype)
         wide = X.double()
         square = wide @ wide.mT
-        size = wide.abs() @ wide.abs().mT + 1.5 * add.abs()
+        size = wide.abs() @ wide.abs().mT + 1.5 * add.abs() + 2.5
+        eye = torch.eye(r, device=DEVICE)
         block = torch.arange(r, device=DEVICE) // q.SYMMETRIC_TILE["BLOCK"]
         mirrored = block[:, None] != block  # one on the diagonal: as the order of its sums
         padded = F.pad(X, (1, 2))[..., 1:k + 1]
         for view in (X, X.mT.contiguous().mT, padded):
-            for given in ((), (add, 0.7, -1.5)):
+            for given in ((), (add, 0.7, -1.5, 2.5)):
                 found = q.symmetric_product(view, *given)
                 wanted = square
                 if given:
-                    wanted = 0.7 * square - 1.5 * add.double()
+                    wanted = 0.7 * square - 1.5 * add.double() + 2.5 * eye
                 assert torch.equal(found[:, mirrored], found.mT[:, mirrored])
                 rounding = 1.01 * ROUNDING[dtype] * wanted.abs()
-                bound = (k + 2) * 2 ** -24 * size + rounding
+                bound = (k + 3) * 2 ** -24 * size + rounding
                 assert ((found - wanted).abs() <= bound).all()
 
     @pytest.mark.parametrize("rows, calls", [(256, 10), (255, 0)])
     def test_polar_express(self, rows, calls, monkeypatch):
-        """Against torch's products, which round at the same places but sum in another order; five
-        slopes carry that on: measured 0.5% of the norm. A single block has nothing to mirror."""
+        """Against the same five steps in float64: measured 1.2% of the norm, 1.1% with torch's
+        products in bf16. A single block has nothing to mirror."""
         product = Mock(wraps=q.symmetric_product)
         monkeypatch.setattr(q, "symmetric_product", product)
         X = drawn(2, rows, 400, seed=1)
         X = X / (1.02 * X.norm(dim=(1, 2), keepdim=True))
-        found = q.polar_express(X.bfloat16()).double()
+        narrow = X.bfloat16()
+        found = q.polar_express(narrow)
         q.polar_express(X)  # of float32: by torch
         assert product.call_count == calls
-        monkeypatch.setattr(q, "use_triton", lambda device_type: False)
-        plain = q.polar_express(X.bfloat16()).double()
-        assert (found - plain).norm() < 0.01 * plain.norm()
+        wanted = q.polar_express(narrow.double())
+        assert (found - wanted).norm() < 0.015 * wanted.norm()
 
 
 def python(*argv, **environment):

@@ -318,10 +318,10 @@ def test_no_token_reaches_an_earlier_position(t):
 def test_a_window_limits_the_reach_of_a_block(window, end):
     model = in_float64(build())
     x, x0 = torch.randn(2, 1, 16, 64, dtype=torch.float64, generator=seeded(0))
+    w = model.layers(x0)[0]
     other = x.clone()
     other[0, 3] += 1
-    layer = model.layers()[0]
-    rest = (x0, layer, model.cos, model.sin, model.attend[window], model.cfg, True)
+    rest = (w, model.cos, model.sin, model.attend[window], model.cfg, True)
     assert moved(q.block(x, *rest), q.block(other, *rest)) == list(range(3, end))
 
 
@@ -506,6 +506,11 @@ RELU_SQUARED = {
     'F.linear(F.silu(gate) * up, w["down"])':
     'F.linear(F.relu(up).square(), w["down"])'}
 FIRST_ROW = '"embed": Row('
+LAST_PRODUCT = {
+    FIRST_ROW:
+    '"last": Row("last", (D, D), fan_in, **matrix),\n        ' + FIRST_ROW,
+    "x = norm(x)\n        if not predicts_two":
+    "x = norm(F.linear(x, self.last))\n        if not predicts_two"}
 GAIN = {
     FIRST_ROW:
     '"gain": Row("gain", (D,), constant(1), lr=0.02, blocks=blocks),\n        ' + FIRST_ROW,
@@ -540,7 +545,8 @@ def edited(tmp_path, monkeypatch):
 @pytest.mark.parametrize("edit, name, shape, mean, std", [
     ({}, "gate_up", (7, 2, 96, 64), 0, 1 / 8),
     (RELU_SQUARED, "up", (7, 96, 64), 0, 1 / 8),
-    (GAIN, "gain", (7, 64), 1, 0)])
+    (GAIN, "gain", (7, 64), 1, 0),
+    (LAST_PRODUCT, "last", (64, 64), 0, 1 / 8)])
 def test_an_edit_of_the_block_trains(edit, name, shape, mean, std, edited, tmp_path):
     """Every weight starts as its row says and moves in one step; the loss falls; FLOPs follow."""
     module = edited(edit)

@@ -74,8 +74,8 @@ def test_weights_gradients_optimizer_and_member_memory(changes):
 def test_plan_names_a_micro_batch_that_fits(capsys):
     argv = ("plan", "--preset", "q0", "--gpus", 8)
     too_large = works(capsys, *argv, "--micro-batch", 8)
-    assert "does not fit in 80 GB: use --micro-batch 2" in too_large
-    assert "does not fit" not in works(capsys, *argv)
+    assert "does not fit in 80 GB: use --micro-batch 4" in too_large
+    assert "does not fit" not in works(capsys, *argv, "--micro-batch", 4)
 
 
 def test_plan_states_the_resume_state(capsys):
@@ -91,7 +91,7 @@ def test_plan_states_the_resume_state(capsys):
 
 def test_plan_time_is_flops_over_speed(capsys):
     argv = "plan --preset q0 --population single --epochs 4 --gpus 8 --mfu 0.5".split()
-    found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", works(capsys, *argv), re.M)
+    found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", works(capsys, *argv, "--micro-batch", 4), re.M)
     hours, minutes, rest = map(int, found.groups())
     cfg = resolved("q0", population="single", epochs=4)
     per_token, forward = q.flops_per_token(cfg, 50257)

@@ -212,6 +212,24 @@ def test_changed_settings(base, interrupted, logs):
     assert losses_of(interrupted) == pytest.approx(losses, abs=1e-3)
 
 
+def edit_script():
+    q.SOURCE += "# edited\n"
+
+
+def test_edited_script(base, interrupted, logs):
+    """Refused; where it is allowed the log says so."""
+    before = snapshot(interrupted)
+    argv = ("--resume", "x")
+    Fork(logs, *argv, plant=edit_script).fails(
+        r"x exists and differs in the script \(--allow-edited goes on; .*script it began with")
+    assert snapshot(interrupted) == before
+    going_on = Fork(logs, *argv, "--allow-edited", plant=edit_script).good()
+    assert going_on.went_on_from == {0: 11}
+    assert "\nnotice: from here on the script is another one (--allow-edited)\n" in log_of(interrupted)
+    assert losses_of(interrupted) == losses_of(reference(base))
+    assert "x is complete" in resume(logs).good().out
+
+
 def test_the_log_goes_on_where_the_state_left_it(base, interrupted, logs):
     """What was logged after it comes again; --log-every may change."""
     for name in ("log.txt", "metrics.jsonl"):
