@@ -140,7 +140,8 @@ class Fork:
     def fails(self, pattern, limit=60):
         """Wait for one line, and nothing else on standard error but notices; returns the line."""
         assert self.wait(limit) == 2, (self.code, self.out, self.err)
-        lines = [line for line in self.err.splitlines() if not line.startswith("notice: ")]
+        told = re.compile(r"notice: |rank \d+ waits for ")
+        lines = [line for line in self.err.splitlines() if not told.match(line)]
         assert len(lines) == 1 and lines[0].startswith("train_q0.py: error: "), self.err
         assert re.search(pattern, lines[0]), lines[0]
         return lines[0]
@@ -273,9 +274,15 @@ def losses_of(run):
     return [loss for _, loss in steps_of(run)]
 
 
+def numbers_of(curve):
+    """Entries without the hash of a member's configuration, which names settings of the machine."""
+    return [{k: v for k, v in entry.items() if k != "config"} for entry in curve]
+
+
 def result_of(run):
     timed = ("seconds", "tflops", "memory_mb", "command", "time", "machine", "config")
     result = json.loads((run / "result.json").read_text())
+    result["curve"] = numbers_of(result["curve"])
     return {k: v for k, v in result.items() if not k.endswith(timed)}
 
 
@@ -293,6 +300,7 @@ def states_of(run):
         body = json.loads(file.read_text())["body"]
         timed = ("train_seconds", "eval_seconds", "log")
         at = {k: v for k, v in body["at"].items() if k not in timed}
+        at["curve"] = numbers_of(at["curve"])
         found[file.stem] = at, body["tensors"]
     return found
 

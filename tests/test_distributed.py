@@ -153,7 +153,7 @@ def test_a_rank_that_dies_ends_the_others(how, base, logs):
     assert first.wait(20) not in (0, None)
     assert time.monotonic() - mark < 10
     if how == "raises":
-        assert code == 1 and re.search(r"^rank 1 failed:\nTraceback.*: planted", second.err, re.S)
+        assert code == 1 and re.search(r"^rank 1 failed:\nTraceback.*: planted", second.err, re.S | re.M)
     else:
         assert code == -signal.SIGKILL
         all_good(ranks(2, logs, "--resume", "x"))
