@@ -167,7 +167,8 @@ def pool_into(folder, runs):
         q.say(f"run:{run.folder.name} members:{len(run.curve)} "
               f"learned_{split}_loss:{run.loss:.5f} "
               f"pooled_{split}_loss:{curve[-1]['learned']:.5f}")
-    about = {"config": first.config, "data": first.shared["data"], "pool_of": sources}
+    about = {"config": first.config, "data": first.shared["data"], "pool_of": sources,
+             "script": q.digest(q.SOURCE)}
     finish(folder, curve, predictions, about)
 
 
