@@ -91,12 +91,8 @@ def evaluate(argv):
         raise q.UserError(f"evaluate needs either --data SHARD or --tasks NAMES{both}")
     if args.limit is not None and args.limit < 1:
         raise q.UserError(f"--limit {args.limit} must be at least 1")
-    for file in args.data or ():
-        check_shard(file)
     learned = load_mixture(args.run, args.k, args.device)
     if args.data:
-        for file in args.data:
-            check_tokenizer(learned.folder, file.parent)
         evaluate_text(learned, args.data)
         return
     try:
@@ -135,6 +131,9 @@ def evaluate_text(learned, files):
     first = learned.member(learned.kept[0])
     with q.reading("the manifest.json of the run"):
         eot = int(learned.manifest["eot"])
+    for file in files:
+        check_shard(file)
+        check_tokenizer(learned.folder, file.parent)
     tokens = np.concatenate([q.read_shard(f, first.vocab_size) for f in files])
     sequences = q.cut(tokens, first.cfg.seq_len)
     if not len(sequences):
