@@ -205,7 +205,7 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            if getattr(self, f.name) is not None:
+            if getattr(self, f.name) is not None or "None" not in f.type:
                 check_value(f, getattr(self, f.name))
 
 GROUPS = {  # of --help: the first field of each
@@ -942,9 +942,8 @@ if triton is not None:
         teacher += row * width
         cold = 1 / T
         target = tl.maximum(tl.load(targets + row), 0)  # an ignored row has scale 0
-        x_target = tl.load(z + target).to(tl.float32)  # now: below, other threads overwrite it
-        if CAPPED:
-            x_target = softcap * (2 * tl.sigmoid(x_target * (2 / softcap)) - 1)
+        # now: below, other threads overwrite it
+        x_target = capped_block(z, target, V, width, softcap, CAPPED)
         top = float("-inf")  # running maxima; the sums below are relative to them
         top_p = float("-inf")
         sum_1 = tl.zeros([BLOCK], tl.float32)  # of exp(x): q
@@ -1178,12 +1177,6 @@ def training_loss(model, teacher, cfg, tokens):
     return loss, ce
 
 
-def rows_probs(z, V, target, softcap):
-    """p(target) of each row of raw logits z [R, >= V], which are overwritten; float32 [R]."""
-    log_q = torch.log_softmax(soft_capped(z[:, :V], softcap), dim=-1)
-    return log_q.gather(1, target[:, None]).squeeze(1).exp()
-
-
 @torch.no_grad()
 def true_token_probs(model, sequences, batch, world):
     """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
@@ -1197,10 +1190,9 @@ def true_token_probs(model, sequences, batch, world):
         hidden = model(tokens[:, :-1])[0].flatten(0, 1).float()
         targets = tokens[:, 1:].flatten()
         found = []
-        for j in range(0, len(hidden), rows):
-            logits = F.linear(hidden[j:j + rows], head)
-            found.append(rows_probs(logits, model.vocab_size, targets[j:j + rows],
-                                    model.cfg.softcap))
+        for h, target in zip(hidden.split(rows), targets.split(rows)):
+            logits = soft_capped(F.linear(h, head)[:, :model.vocab_size], model.cfg.softcap)
+            found.append(logits.log_softmax(-1).gather(1, target[:, None]).exp())
         probs[i:i + batch] = torch.cat(found).view(batch, -1)[:n - i]
     world.all_reduce(probs)
     return probs.flatten().cpu().numpy()
@@ -1733,7 +1725,13 @@ class Trainer:
         if cfg.compile:
             self.compile_blocks()
         if cfg.compile or cfg.graphs:
-            self.warm_up()
+            try:
+                self.warm_up()
+            except torch._dynamo.exc.TorchDynamoException as e:  # such as: there is no compiler
+                print(f"notice: nothing is compiled: {one_line(e)}", file=sys.stderr)
+                torch.compiler.set_stance("force_eager")
+                self.kernels["compiled"] = False
+                self.warm_up()
         self.ready_seconds = time.perf_counter() - started
 
     # A micro-batch: static inputs, so that a CUDA graph can replay it
@@ -2459,12 +2457,11 @@ def reset_watchdog(minutes):
 
 def check_divides(cfg, size):
     """Raise UserError where the micro-batches of a step do not divide over `size` processes."""
-    batches = (cfg.batch_tokens, cfg.edge_batch_tokens)
-    counts = {batch // (cfg.seq_len * cfg.micro_batch) for batch in batches}
-    valid = [n for n in range(1, min(counts) + 1) if not any(count % n for count in counts)]
-    if size not in valid:
-        raise UserError(f"{max(counts)} micro-batches a step do not divide over {size} processes: "
-                        f"use {', '.join(map(str, valid))} processes or another --micro-batch")
+    unit = cfg.seq_len * cfg.micro_batch
+    divides = math.gcd(cfg.batch_tokens // unit, cfg.edge_batch_tokens // unit)
+    if divides % size:
+        raise UserError(f"the micro-batches of a step do not divide over {size} processes: use a "
+                        f"number that divides {divides} (1 does), or another --micro-batch")
 
 
 def set_by_torchrun(name, alone):
@@ -2666,11 +2663,8 @@ def saved_config(run, given):
     path = find_run(run) / "run.json"
     with reading(path, "; start a new run"):
         saved = load_json(path)["config"]
-        if saved.keys() != {f.name for f in fields(Config)}:
-            raise UserError(f"it has other settings than this script knows: {OWN_SCRIPT}")
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
-        resolve(Config(**base))  # values of another kind raise here
     differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items()
               if k not in MACHINE and v != base[k]]
     if differ:

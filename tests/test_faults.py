@@ -182,7 +182,7 @@ def test_formats_of_an_older_script(interrupted, logs):
         q.load_member(interrupted / "members/1")
     config = read_json(interrupted / "run.json")["config"]
     edit_json(interrupted / "run.json", config={**config, "rotary_base": 10_000})
-    resume(logs).fails("run.json .* other settings .*: use the train_q0.py at the")
+    resume(logs).fails("run.json is missing or damaged: .*rotary_base")
 
 
 def test_a_member_of_another_model(killed, monkeypatch):

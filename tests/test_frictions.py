@@ -11,9 +11,11 @@ import sys
 import time
 
 import pytest
+import torch
 
+import tiny
 import train_q0 as q
-from forks import Fork, at_step, command, resume, start
+from forks import Fork, at_step, command, reference, resume, start, weights_of
 from tiny import fails
 
 SCRIPT = [sys.executable, q.ROOT / "train_q0.py"]
@@ -185,3 +187,36 @@ def test_a_closed_standard_output_does_not_end_a_run(base, logs):
 
     start(base, logs, plant=plant).good()
     assert (logs / "x/result.json").exists()
+
+
+def test_without_a_compiler_a_run_is_eager(base, logs):
+    """Also with a temporary folder that a compiler cannot use."""
+    def plant():
+        torch._inductor.config.cpp.cxx = ("no such compiler",)
+
+    folder = logs.parent / "cache"
+    fork = Fork(logs, *command(base), "--compile", plant=plant, TORCHINDUCTOR_CACHE_DIR=folder)
+    fork.good()
+    assert re.search("^notice: nothing is compiled: .*No working C.. compiler", fork.err, re.M)
+    assert "compiled:False" in (logs / "x/log.txt").read_text()
+    assert weights_of(logs / "x") == weights_of(reference(base))
+
+
+@pytest.mark.parametrize("name", ["loop_first", "windows", "smear"])
+def test_null_is_no_value_of_a_setting_that_is_not_derived(name):
+    with pytest.raises(q.UserError, match="None is not of type"):
+        q.Config(**{name: None})
+
+
+def test_every_step_drops_other_units(base, tmp_path):
+    """The seed of a micro-batch is of its trajectory, step and place."""
+    cfg = tiny.small(dropout=0.5, batch_tokens=256)
+    trainer, plan = tiny.trainer(tmp_path / "run", cfg)
+    trainer.start_trajectory(plan[0])
+    trainer.start_cycle(plan[0][0])
+    seeds = []
+    trainer.micro_batch[False] = lambda: seeds.append(torch.initial_seed())
+    for step in range(2):
+        trainer.forward_backward(plan[0][0])
+        trainer.at.step += 1
+    assert len(set(seeds)) == len(seeds) == 2 * (256 // 16 // cfg.micro_batch)
