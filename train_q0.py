@@ -811,14 +811,14 @@ def plain_attention(cfg, device, window):
 
 
 def sdpa_attention(cfg, device, window):
-    """torch's scaled_dot_product_attention; with a mask where the window is short."""
-    mask = visible(cfg.seq_len, window, device) if window < cfg.seq_len else None
+    """torch's scaled_dot_product_attention; with a mask where the window is short: one for every
+    call, as of a whole sequence it may take more memory than the model."""
+    short = window < cfg.seq_len
 
     def attend(q, k, v):
-        T = q.size(1)
-        seen = mask if mask is None else mask[:T, :T]
+        mask = visible(q.size(1), window, q.device) if short else None
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                           attn_mask=seen, is_causal=mask is None)
+                                           attn_mask=mask, is_causal=not short)
         return y.transpose(1, 2)
     return attend
 

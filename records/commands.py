@@ -1,11 +1,36 @@
 """Commands of train_q0.py that do not train, by name."""
+import functools
+import io
+import os
+import sys
+
 from records import plan, runs, use
 
+SIGPIPE = 128 + 13  # what a shell makes of it
+
+
+def for_terminals(command):
+    """`command` as a terminal or a pipe bears it: characters that its encoding lacks are written as
+    ?, and where the reader is gone, as after `| head`, it ends without a word."""
+    @functools.wraps(command)
+    def run(argv):
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")
+        try:
+            command(argv)
+            if sys.stdout:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, "w")  # Python flushes once more as it ends
+            return SIGPIPE
+    return run
+
+
 COMMANDS = {
-    "plan": plan.plan,
-    "select": use.select,
-    "evaluate": use.evaluate,
-    "sample": use.sample,
-    "average": runs.average,
-    "pool": runs.pool,
+    "plan": for_terminals(plan.plan),
+    "select": for_terminals(use.select),
+    "evaluate": for_terminals(use.evaluate),
+    "sample": for_terminals(use.sample),
+    "average": for_terminals(runs.average),
+    "pool": for_terminals(runs.pool),
 }

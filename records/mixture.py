@@ -16,10 +16,22 @@ class Mixture(Population):
     manifest: dict  # of the data they were trained on
     encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
 
+    def member(self, i):
+        model = super().member(i)
+        known = self.encoding.n_vocab if self.encoding else self.manifest.get("vocab_size")
+        if model.vocab_size != known:
+            raise q.UserError(f"member {i} of {self.folder} has a vocabulary of "
+                              f"{model.vocab_size}, the data it came with one of {known}")
+        return model
+
     @torch.no_grad()
     def log_probs(self, tokens):
         """log p(next token) after each of tokens [B, T], float32 [B, T, V]. Documents begin with
-        encoding.eot_token."""
+        encoding.eot_token. Raises UserError for T above seq_len."""
+        seq_len = self.models[0].cfg.seq_len
+        if tokens.size(1) > seq_len:
+            raise q.UserError(f"{tokens.size(1)} tokens are more than the {seq_len} that members "
+                              f"of {self.folder} see: give the last of them")
         logits = (F.linear(model(tokens)[0].float(), model.head[:model.vocab_size].float())
                   for model in self.models)
         return q.mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()
@@ -28,7 +40,13 @@ class Mixture(Population):
         """Tokens of a document that begins with `text`. Raises UserError without a tokenizer."""
         if self.encoding is None:
             raise q.UserError(f"{self.folder} has no tokenizer, because its data came without one")
-        return [self.encoding.eot_token, *self.encoding.encode_ordinary(text)]
+        try:
+            return [self.encoding.eot_token, *self.encoding.encode_ordinary(text)]
+        except BaseException as e:  # of Rust: the manifest's pattern may be a hostile one
+            if type(e).__name__ != "PanicException":
+                raise
+            raise q.UserError(f"the tokenizer of {self.folder} cannot read that text: "
+                              f"{q.one_line(e)}") from None
 
     def generate(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
         """Yield the pieces of text that follow `prompt`, up to the end of the document or `tokens`
@@ -76,14 +94,25 @@ def load_tokenizer(folder):
         if "file" not in entry:  # prepare.py could not load GPT-2's
             return {"manifest": manifest, "encoding": None}
         path = folder / entry["file"]
+        if path.name != entry["file"] or not path.is_file():  # before it is read
+            raise ValueError(f"{entry['file']!r} is not the name of a regular file beside it")
         if q.sha256_of(path) != entry["sha256"]:
             raise ValueError(f"the sha256 of {path.name} is not the manifest's")
         ranks = {}
         for line in path.read_bytes().splitlines():
             token, rank = line.split()
-            ranks[base64.b64decode(token)] = int(rank)
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        check_ranks(ranks, entry["eot"])
         import tiktoken
         encoding = tiktoken.Encoding(
             entry["kind"], pat_str=entry["pattern"], mergeable_ranks=ranks,
             special_tokens={"<|endoftext|>": entry["eot"]})
     return {"manifest": manifest, "encoding": encoding}
+
+
+def check_ranks(ranks, eot):
+    """Raise ValueError for {token: rank} at which tiktoken would panic."""
+    in_order = sorted(ranks.values()) == list(range(len(ranks)))
+    if not in_order or eot != len(ranks) or not all(bytes([i]) in ranks for i in range(256)):
+        raise ValueError("its ranks must be distinct, hold the 256 single bytes, and end right "
+                         "before that of <|endoftext|>")

@@ -81,7 +81,9 @@ def memory_lines(cfg, vocab_size, ranks, population, room):
         smaller = replace(cfg, micro_batch=micro_batch)
         return memory_per_device(smaller, vocab_size, ranks, population)["peak"]
     parts = memory_per_device(cfg, vocab_size, ranks, population)
-    yield "memory per device: " + ", ".join(f"{k} {gb(v)}" for k, v in parts.items())
+    yield "memory per device:"
+    for name, size in parts.items():
+        yield f"  {name:<12} {size / 1e9:>9.3f} GB"
     if parts["peak"] > 0.95 * room:
         smaller = [m for m in range(1, cfg.micro_batch) if cfg.micro_batch % m == 0]
         fits = [m for m in smaller if peak(m) <= 0.95 * room]

@@ -2,6 +2,8 @@
 inference budget; what each number of them is worth."""
 import functools
 import hashlib
+import stat
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,16 +15,42 @@ import train_q0 as q
 
 # Predictions ------------------------------------------------------------------------------------
 
+RESULT_BYTES = 20_000  # of result.json, for each member and once more; a member takes about 1,000
+
+
+def check_files(run):
+    """Raise UserError where the folder holds what may never end: it would be read for ever."""
+    for path in run.rglob("*"):
+        try:
+            mode = path.stat().st_mode
+        except OSError:  # of a run under way, gone by now
+            continue
+        if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+            raise q.UserError(f"{path} is a device or a pipe: a run has regular files alone")
+
+
 def recorded_hashes(run, kind, members):
     """sha256 of each member's "config" or "predictions" as a finished run has them; else None."""
     if not (run / "result.json").exists():
         return [None] * members
     with q.reading(run / "result.json"):
+        size = (run / "result.json").stat().st_size
+        if size > RESULT_BYTES * (members + 1):  # before it is read
+            raise ValueError(f"{size} bytes are too many for the {members} members that have "
+                             "predictions")
         found = [entry[kind] for entry in q.load_json(run / "result.json")["curve"]]
     if len(found) != members:
         raise q.UserError(f"{run} has predictions of {members} members, its result has "
                           f"{len(found)}: copy the others from where they were trained")
     return found
+
+
+def what_is_missing(run, member):
+    """What to do about a member that has no predictions while later ones have."""
+    if (run / "result.json").exists():
+        return f"copy predictions/{member}.safetensors from where it was trained"
+    return (f"member {member} of another trajectory is yet to come: wait for the launch that "
+            "trains it, or go on with it (--resume)")
 
 
 def load_predictions(run):
@@ -31,10 +59,13 @@ def load_predictions(run):
     if not files:
         raise q.UserError(f"{run} has no cached predictions: it is not a run, or it ended before "
                           "its first member")
+    check_files(run)
     for i, file in enumerate(files):
+        if not file.stem.isdecimal():
+            raise q.UserError(f"{file} is not of member {i}: move that file elsewhere")
         if file.stem != str(i):
-            raise q.UserError(f"{file} is not of member {i}: the run is not complete, or move "
-                              "that file elsewhere")
+            raise q.UserError(f"{file} is not of member {i}: the run is not complete: "
+                              f"{what_is_missing(run, i)}")
     hashes = recorded_hashes(run, "predictions", len(files))
     members = [q.read_predictions(f, sha256) for f, sha256 in zip(files, hashes)]
     lengths = [{split: len(p) for split, p in member.items()} for member in members]
@@ -95,6 +126,7 @@ class Population:
     members: list  # numbers of those that take part, the largest weight first
     weights: list  # theirs; they sum to 1
     heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
+    kept: list  # numbers of those whose weights are there: --keep-members drops the oldest
     device: torch.device
 
     def member(self, i):
@@ -109,22 +141,63 @@ class Population:
 
     @functools.cached_property
     def models(self):
-        return [self.member(i) for i in self.members]
+        found = [self.member(i) for i in self.members]
+        kinds = {(m.vocab_size, m.cfg.softcap, m.cfg.seq_len) for m in found}
+        if len(kinds) > 1:
+            raise q.UserError(f"members of {self.folder} do not mix: their (vocabulary, softcap, "
+                              f"seq_len) are {sorted(kinds)}")
+        return found
+
+
+def kept_members(folder, M):
+    """Numbers of the members among M that can be run; says which cannot. Where no weights are left
+    it is all of them, and the first to be read is what ends in an error."""
+    kept = [i for i in range(M) if (folder / f"members/{i}/model.safetensors").exists()]
+    if not 0 < len(kept) < M:
+        return list(range(M))
+    if q.set_by_torchrun("RANK", 0) == 0:
+        gone = ", ".join(str(i) for i in range(M) if i not in kept)
+        print(f"notice: {folder} has no weights of members {gone} (--keep-members?): the prior is "
+              f"fitted to the other {len(kept)}", file=sys.stderr)
+    return kept
 
 
 def load_population(run, k=None, device=None):
     """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight,
-    or the best `k`, on `device` (default: the GPU where there is one). Raises UserError for what
-    is missing or damaged."""
+    or the best `k`, on `device` (default: the GPU where there is one); of those alone whose weights
+    are there. Raises UserError for what is missing or damaged."""
     folder = q.find_run(str(run))
     heldout = load_predictions(folder)["heldout"]
+    kept = kept_members(folder, len(heldout))
+    best, weights = best_members(heldout[kept], k)
+    members = [kept[i] for i in best]
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Population(folder, *best_members(heldout, k), heldout, torch.device(device))
+    return Population(folder, members, weights, heldout, kept, torch.device(device))
+
+
+def tokenizer_hash(data):
+    """sha256 of the tokenizer of a data folder, as its manifest has it; None where it is unknown.
+    """
+    path = data / "manifest.json"
+    if not path.is_file():
+        return None
+    with q.reading(path):
+        return (q.load_json(path).get("tokenizer") or {}).get("sha256")
+
+
+def check_tokenizer(run, data):
+    """Raise UserError where the tokenizer of a run is not that of a data folder; without one, tokens
+    may be anything."""
+    hashes = {tokenizer_hash(run / "data"), tokenizer_hash(data)} - {None}
+    if len(hashes) > 1:
+        raise q.UserError(f"{data} has another tokenizer than the data of {run}: its tokens mean "
+                          "other text (the sha256 in their manifest.json differ)")
 
 
 def load_teacher(cfg, vocab_size, device):
     """The Population of --teacher. Raises UserError where it cannot teach this run."""
     population = load_population(cfg.teacher, cfg.teacher_k, device)
+    check_tokenizer(population.folder, q.find_data(cfg))
     first = population.models[0]
     found = (first.vocab_size, first.cfg.softcap, first.cfg.seq_len)
     needed = (vocab_size, cfg.softcap, cfg.seq_len)
@@ -182,13 +255,14 @@ def report(predictions, corpus_name):
     return table, lines
 
 
-def format_table(table, split):
-    """A population_table as lines of text."""
+def format_table(table, split, members=None):
+    """A population_table as lines of text; `members` are their numbers, if not 0, 1, 2, ..."""
     lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'pruned':>9}   {split} loss of k members"]
     for row in table["rows"]:
         lines.append("{k:>4} {uniform:>9.5f} {learned:>9.5f} {pruned:>9.5f}".format(**row))
     weights = table["weights"]
-    used = [f"{i}:{weights[i]:.3f}" for i in table["ranked"] if weights[i] >= 0.0005]
+    members = members or range(len(weights))
+    used = [f"{members[i]}:{weights[i]:.3f}" for i in table["ranked"] if weights[i] >= 0.0005]
     lines.append(f"prior gap:{table['gap']:.1e}  weights (member:weight) {' '.join(used)}")
     return lines
 

@@ -1,9 +1,13 @@
 """Commands of train_q0.py that make a run of runs: `pool` makes one population of several runs,
 `average` one model of a run's members, the mean of their weights."""
 import contextlib
+import math
 import os
+import platform
+import re
 import shutil
-from dataclasses import dataclass
+import tempfile
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,25 +17,96 @@ import train_q0 as q
 from records.population import load_population, load_predictions, mixture_loss, report
 from records.use import DEVICE, parser_of, report_split
 
+# Folders of `own_folder` on this machine: locks need not reach others that share the disk
+MAKING = re.compile(rf"\.q0-{re.escape(platform.node())}-[a-z0-9_]{{8}}\.making")
+
 
 @contextlib.contextmanager
-def new_run(name, command):
-    """Yield the folder of a run `name` without a log. It appears under logs/ once all of it is
-    there, else not at all."""
+def new_run(name, default, command):
+    """Yield the folder of a run `name` without a log, or of one named `default` or, where that is
+    taken, default2 and so on. It appears under logs/ once all of it is there, else not at all."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise q.UserError(f"{command} needs no torchrun: one process does it all")
-    q.check_plain("--name", name)
-    if (q.LOGS / name).exists():
-        raise q.UserError(f"{q.LOGS / name} exists: give another --name")
-    folder = q.LOGS / f"{name}.tmp"
-    shutil.rmtree(folder, ignore_errors=True)  # of an attempt that was killed
-    try:
-        (folder / "predictions").mkdir(parents=True)
+    if name is not None:
+        q.check_plain("--name", name)
+        if os.path.lexists(q.LOGS / name):
+            raise q.UserError(f"{q.LOGS / name} exists: give another --name")
+    with own_folder() as folder:
+        (folder / "predictions").mkdir()
         yield folder
-        folder.rename(q.LOGS / name)
+        final = publish(folder, [name] if name else free_names(default))
+    q.say(f"written to {final}")
+
+
+def free_names(name):
+    yield name
+    for i in range(2, 1000):
+        yield f"{name}{i}"
+
+
+def publish(folder, names):
+    """Rename a folder to the first of `names` under logs/ that is free; nothing is replaced.
+    Returns its path. Raises UserError where none is."""
+    for name in names:
+        final = q.LOGS / name
+        if os.path.lexists(final):
+            continue
+        try:
+            return folder.rename(final)
+        except OSError:
+            if not os.path.lexists(final):  # else another process took the name just now
+                raise
+    raise q.UserError(f"{final} exists: give another --name")
+
+
+@contextlib.contextmanager
+def own_folder():
+    """A folder of this process alone under logs/, gone at the end of the block; those that killed
+    processes left go first."""
+    q.LOGS.mkdir(parents=True, exist_ok=True)
+    for path in q.LOGS.iterdir():
+        held = hold(path) if MAKING.fullmatch(path.name) else None
+        if held is not None:
+            shutil.rmtree(path, ignore_errors=True)
+            os.close(held)
+    scratch = Path(tempfile.mkdtemp(prefix=f".q0-{platform.node()}-", dir=q.LOGS))
+    held = hold(scratch)
+    try:
+        scratch = scratch.rename(f"{scratch}.making")  # held before others may take it for a rest
+        new = scratch / "new"
+        new.mkdir()
+        yield new
     finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    print(f"written to {q.LOGS / name}")
+        shutil.rmtree(scratch, ignore_errors=True)
+        if held is not None:
+            os.close(held)
+
+
+def hold(folder):
+    """Lock a folder until this process ends or closes the descriptor that is returned; None where
+    it is a link or not one of `own_folder`, where another process holds it, or without locks."""
+    if q.fcntl is None:
+        return None
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        q.fcntl.flock(held, q.fcntl.LOCK_EX | q.fcntl.LOCK_NB)
+        if set(os.listdir(held)) <= {"new"}:
+            return held
+    except OSError:
+        pass
+    os.close(held)
+    return None
+
+
+def copy_data(source, folder):
+    """What turns tokens into text."""
+    (folder / "data").mkdir()
+    for name in ("manifest.json", "tokenizer.tiktoken"):
+        if (source / "data" / name).exists():
+            shutil.copyfile(source / "data" / name, folder / "data" / name)
 
 
 def finish(folder, curve, predictions, about):
@@ -39,7 +114,7 @@ def finish(folder, curve, predictions, about):
     split = predictions.splits[1]
     table, lines = report(predictions, about["data"]["name"])
     if len(curve) > 1:
-        print("\n".join(lines))
+        q.say("\n".join(lines))
     q.save_json(folder / "run.json", about)
     result = {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve), "curve": curve,
               "table": table}
@@ -55,10 +130,11 @@ def pool(argv):
     parser.add_argument("runs", nargs="+", metavar="RUN",
                         help="name of a run under logs/, or its folder")
     parser.add_argument("--name",
-                        help="name of the new run under logs/ [the first RUN's, with _pool]")
+                        help="name of the new run under logs/ [the first RUN's, with _pool, or "
+                        "_pool2 and so on]")
     args = parser.parse_args(argv)
     runs = [q.find_run(run).resolve() for run in args.runs]
-    with new_run(args.name or f"{runs[0].name}_pool", "pool") as folder:
+    with new_run(args.name, f"{runs[0].name}_pool", "pool") as folder:
         pool_into(folder, runs)
 
 
@@ -78,7 +154,7 @@ def pool_into(folder, runs):
             raise q.UserError(f"{run.folder} brings the members of {min(twice)} a second time: "
                               "give each run once")
         sources |= run.sources
-    shutil.copytree(first.folder / "data", folder / "data")
+    copy_data(first.folder, folder)
     split = first.shared["split"]
     predictions = q.Predictions(folder, ("heldout", split))
     curve = []
@@ -88,10 +164,11 @@ def pool_into(folder, runs):
             copy_member(run.folder, i, folder, n)
             mixed = predictions.mixtures(range(n + 1))
             curve.append({**entry, "member": n, "run": str(run.folder), **mixed})
-        print(f"run:{run.folder.name} members:{len(run.curve)} "
+        q.say(f"run:{run.folder.name} members:{len(run.curve)} "
               f"learned_{split}_loss:{run.loss:.5f} "
-              f"pooled_{split}_loss:{curve[-1]['learned']:.5f}", flush=True)
-    about = {"config": first.config, "data": first.shared["data"], "pool_of": sources}
+              f"pooled_{split}_loss:{curve[-1]['learned']:.5f}")
+    about = {"config": first.config, "data": first.shared["data"], "pool_of": sources,
+             "script": q.digest(q.SOURCE)}
     finish(folder, curve, predictions, about)
 
 
@@ -117,10 +194,13 @@ def read_finished(folder):
         config = about["config"]
         shared = {k: config[k] for k in ("seq_len", "softcap", "train_tokens")}
         shared["data"] = {k: v for k, v in about["data"].items() if k != "teacher"}
+        shared["corpus"] = about["data"]["name"]
         shared["split"] = split
-        run = Finished(
-            folder, about["curve"], about[f"final_{split}_loss"], config, shared,
-            about.get("pool_of", {str(folder): config}))
+        loss = float(about[f"final_{split}_loss"])
+        if not math.isfinite(loss):
+            raise ValueError(f"final_{split}_loss is {loss}")
+        sources = dict(about.get("pool_of", {str(folder): config}))
+        run = Finished(folder, about["curve"], loss, config, shared, sources)
     for member in (folder / "members").glob("*"):
         with q.reading(f"member {member}"):
             q.check_format(q.load_json(member / "config.json"))
@@ -152,14 +232,15 @@ def average(argv):
     parser = parser_of(average)
     parser.add_argument("--last", type=int, help="average so many [1, 2, 4, ... or all: the best "
                         "on held-out text]")
-    parser.add_argument("--name", help="name of the new run under logs/ [RUN_mean]")
+    parser.add_argument("--name", help="name of the new run under logs/ [RUN_mean, or "
+                        "RUN_mean2 and so on]")
     parser.add_argument("--device", **DEVICE)
     args = parser.parse_args(argv)
     population = load_population(args.run, device=args.device)
     source = population.folder
     with q.reading(source / "run.json"):
         about = q.load_json(source / "run.json")
-        cfg = q.Config(**about["config"])
+        cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
         recorded = about["data"].items()
     if "average_of" in about:
         raise q.UserError(f"{source} holds averages already: average {about['average_of']}, which "
@@ -173,9 +254,9 @@ def average(argv):
     if not corpus.hashes.items() <= recorded:
         raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {source} any more: their "
                           "hashes differ")
-    with new_run(args.name or f"{source.resolve().name}_mean", "average") as folder:
+    with new_run(args.name, f"{source.resolve().name}_mean", "average") as folder:
         averages = Averages(folder, population, corpus, cfg)
-        shutil.copytree(source / "data", folder / "data")
+        copy_data(source, folder)
         for j, members in enumerate(trajectories):
             averages.add(j, members, args.last)
         finish(folder, averages.curve, averages.predictions, {
@@ -231,7 +312,7 @@ class Averages:
             if not tried:
                 continue
             losses[count] = mixture_loss([self.probs(model, "heldout")], [1.0])
-            print(f"traj:{j} last:{count} heldout_loss:{losses[count]:.5f}", flush=True)
+            q.say(f"traj:{j} last:{count} heldout_loss:{losses[count]:.5f}")
             if losses[count] == min(losses.values()):
                 place["last"] = count
                 q.save_member(folder, model.cfg, model.vocab_size, dict(model.named_parameters()),
@@ -242,8 +323,8 @@ class Averages:
             **place, "heldout_loss_by_last": losses, **self.predictions.mixtures(range(j + 1)),
             **q.hashes_of(self.folder, j)})
         newest = mixture_loss(self.cached[self.split][members[:1]], [1.0])
-        print(f"traj:{j} last:{place['last']} {self.split}_loss:{self.curve[-1]['loss']:.5f} "
-              f"newest_{self.split}_loss:{newest:.5f}", flush=True)
+        q.say(f"traj:{j} last:{place['last']} {self.split}_loss:{self.curve[-1]['loss']:.5f} "
+              f"newest_{self.split}_loss:{newest:.5f}")
 
 
 def is_power_of_two(n):

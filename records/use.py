@@ -1,5 +1,6 @@
 """Commands of train_q0.py that use a population: `select` fits its prior again, `evaluate` scores
 members and mixtures on token shards or on downstream tasks, `sample` writes text."""
+import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,8 @@ import torch
 import train_q0 as q
 from records.mixture import load_mixture
 from records.population import (
-    FINEWEB, best_members, data_efficiency, format_table, load_predictions, mixture_loss,
-    population_table)
+    FINEWEB, best_members, check_tokenizer, data_efficiency, format_table, load_predictions,
+    mixture_loss, population_table)
 
 
 def parser_of(command):
@@ -27,6 +28,17 @@ def device(name):
         raise q.UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or "
                           "use --device cpu")
     return name
+
+
+def number(kind, low, high):
+    """Type of an argument: a number of this kind from `low` to `high`; NaN is in no range."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"{text} is out of range: {low} to {high}")
+        return value
+    parse.__name__ = kind.__name__  # for "invalid int value"
+    return parse
 
 
 DEVICE = dict(type=device, choices=("cpu", "cuda"), help="[the GPU where there is one]")
@@ -75,7 +87,8 @@ def evaluate(argv):
     parser.add_argument("--limit", type=int, help="documents of a task to score [all]")
     args = parser.parse_args(argv)
     if (args.data is None) == (args.tasks is None):
-        raise q.UserError("evaluate needs either --data SHARD or --tasks NAMES")
+        both = ", not both: run it once for each" if args.data else ""
+        raise q.UserError(f"evaluate needs either --data SHARD or --tasks NAMES{both}")
     if args.limit is not None and args.limit < 1:
         raise q.UserError(f"--limit {args.limit} must be at least 1")
     learned = load_mixture(args.run, args.k, args.device)
@@ -90,12 +103,19 @@ def evaluate(argv):
     evaluate_tasks(compared(learned), args.tasks.split(","), args.task_folder, args.limit)
 
 
+def check_shard(path):
+    """Raise UserError for a folder: which of its shards is meant?"""
+    if path.is_dir():
+        shards = ", ".join(sorted(file.name for file in path.glob("*.bin"))) or "none"
+        raise q.UserError(f"--data {path} is a folder: name a shard in it ({shards})")
+
+
 def compared(learned):
     """{name: Mixture}: what the mixture is compared with, and itself as the last one."""
-    M = len(learned.heldout)
+    everyone = learned.kept
+    M = len(everyone)
     k = len(learned.members)
-    best = int(np.log(learned.heldout).mean(axis=1).argmax())
-    everyone = list(range(M))
+    best = max(everyone, key=lambda i: np.log(learned.heldout[i]).mean())
     found = {f"best on held-out: member {best}": replace(learned, members=[best], weights=[1.0]),
              f"uniform, all {M}": replace(learned, members=everyone, weights=[1 / M] * M)}
     if k < M:
@@ -108,9 +128,12 @@ def evaluate_text(learned, files):
     """Print loss, perplexity and bits per byte of members and mixtures, with intervals over
     documents. Every member makes one pass over the text, alone in memory; all mixtures come from
     what it gave the true tokens."""
-    M = len(learned.heldout)
-    first = learned.member(0)
-    eot = learned.manifest["eot"]
+    first = learned.member(learned.kept[0])
+    with q.reading("the manifest.json of the run"):
+        eot = int(learned.manifest["eot"])
+    for file in files:
+        check_shard(file)
+        check_tokenizer(learned.folder, file.parent)
     tokens = np.concatenate([q.read_shard(f, first.vocab_size) for f in files])
     sequences = q.cut(tokens, first.cfg.seq_len)
     if not len(sequences):
@@ -120,32 +143,36 @@ def evaluate_text(learned, files):
     started = np.cumsum(tokens == eot)  # documents so far
     documents = q.cut(started, first.cfg.seq_len)[:, 1:].flatten()
     P = predictions_on(learned, sequences, first.cfg.micro_batch)
-    rows = {f"member {i}": -np.log(P[i].astype(np.float64)) for i in range(M)}
+    by_member = dict(zip(learned.kept, P))
+    rows = {f"member {i}": -np.log(p.astype(np.float64)) for i, p in by_member.items()}
     for name, mixture in compared(learned).items():
-        mixed = sum(w * P[i].astype(np.float64) for i, w in zip(mixture.members, mixture.weights))
+        pairs = zip(mixture.members, mixture.weights)
+        mixed = sum(w * by_member[i].astype(np.float64) for i, w in pairs)
         rows[name] = -np.log(mixed)
     sizes = token_sizes(learned, first.vocab_size)[targets]
     print(f"{len(targets)} tokens predicted, {sizes.sum()} bytes, {len(set(documents))} documents; "
           "intervals of 95%, by drawing documents")
     print_losses(rows, documents, targets != eot, sizes.sum())
-    print("\n".join(format_table(population_table(learned.heldout, P), files[0].stem)))
+    table = population_table(learned.heldout[learned.kept], P)
+    print("\n".join(format_table(table, files[0].stem, learned.kept)))
     if is_validation_text(files, learned.manifest):
         last = list(rows.values())[-1]
         print(f"data_efficiency:{data_efficiency(last.mean())}")
 
 
 def predictions_on(learned, sequences, batch):
-    """p(true token) of every member of the run, float32 [M, N]."""
+    """p(true token) of every member that has weights, float32 [M, N]."""
     world = q.World(device=learned.device)
+    batch = min(batch, len(sequences))  # which a member's config may put at any number
     return np.stack([q.true_token_probs(learned.member(i), sequences, batch, world)
-                     for i in range(len(learned.heldout))])
+                     for i in learned.kept])
 
 
 def token_sizes(learned, vocab_size):
     """Bytes of each token [V]: 0 for <|endoftext|>, and for all where there is no tokenizer."""
     sizes = np.zeros(vocab_size, dtype=np.int64)
     if learned.encoding:
-        for token in range(learned.manifest["eot"]):
+        for token in range(learned.encoding.eot_token):
             sizes[token] = len(learned.encoding.decode_single_token_bytes(token))
     return sizes
 
@@ -179,9 +206,10 @@ def bootstrap_means(nats, documents, draws=1000):
 
 def is_validation_text(files, manifest):
     """Whether the files are FineWeb's validation text: data efficiency is of that alone."""
-    if manifest["name"] not in FINEWEB:
-        return False
-    known = {f["sha256"] for f in manifest["splits"]["val"]["files"]}
+    with q.reading("the manifest.json of the run"):
+        if manifest["name"] not in FINEWEB:
+            return False
+        known = {f["sha256"] for f in manifest["splits"]["val"]["files"]}
     return known == {q.sha256_of(f) for f in files}
 
 
@@ -193,12 +221,13 @@ def sample(argv):
     parser.add_argument("--k", **K)
     parser.add_argument("--device", **DEVICE)
     parser.add_argument("--prompt", default="", help="beginning of the document")
-    parser.add_argument("--tokens", type=int, default=128, help="at most [128]")
-    parser.add_argument("--temperature", type=float, default=1.0,
+    parser.add_argument("--tokens", type=number(int, 1, math.inf), default=128,
+                        help="at most [128]")
+    parser.add_argument("--temperature", type=number(float, 0, 100), default=1.0,
                         help="0 takes the likeliest token [1]")
-    parser.add_argument("--top-p", type=float, default=1.0,
+    parser.add_argument("--top-p", type=number(float, 0, 1), default=1.0,
                         help="draw from the fewest tokens of this probability [1]")
-    parser.add_argument("--seed", type=int, default=0, help="[0]")
+    parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="[0]")
     args = parser.parse_args(argv)
     mixture = load_mixture(args.run, args.k, args.device)
     print(args.prompt, end="", flush=True)

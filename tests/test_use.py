@@ -81,7 +81,7 @@ MANIFEST = "data/manifest.json"
 
 
 @pytest.mark.parametrize("damage, message", [
-    (with_file(MEMBER, Path.unlink), "member .*members/1 is missing or damaged: No such"),
+    (with_file("members/1/config.json", Path.unlink), "members/1 is missing or damaged: No such"),
     (other_member, "member .*members/1 is missing or damaged: .*sha256"),
     (with_file(MEMBER, flip), "members/1 is .*damaged: .*sha256"),
     (with_file(MANIFEST, Path.unlink), "tokenizer in .*data is missing or damaged: No such file"),

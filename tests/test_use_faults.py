@@ -1,0 +1,315 @@
+"""Commands that use finished runs, under attack: odd terminals and numbers, hostile folders, lost
+weights, two commands at once. A mistake ends in one line, and destroys nothing."""
+import base64
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from forks import Fork, planted, weights_of
+from tiny import (
+    edit_json, fails, make_data, predictions_of, random_documents, read_json, snapshot, user, works)
+
+import train_q0 as q
+from records import runs
+from records.mixture import load_mixture
+
+
+# Terminals and numbers --------------------------------------------------------------------------
+
+def test_a_terminal_without_utf8(repo, run):
+    """What its encoding lacks is shown as ?."""
+    argv = ("train_q0.py", "sample", "first", "--prompt", "río 夜", "--tokens", 30)
+    done = user(repo, "python", *argv, PYTHONIOENCODING="ascii:strict")
+    assert done.returncode == 0 and done.stderr == ""
+    assert done.stdout.startswith("r?o ?")
+
+
+@pytest.mark.parametrize("argv", [
+    ["sample", "first", "--tokens", "50"],
+    ["select", "first"]])
+def test_a_reader_that_is_gone(argv, repo, run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "train_q0.py", *argv]
+    done = subprocess.run(command, cwd=repo, stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+@pytest.mark.parametrize("option, values", [
+    ("--temperature", ["-1", "nan", "inf", "x"]),
+    ("--top-p", ["-0.1", "2", "nan"]),
+    ("--seed", ["-1", "1e3", str(2 ** 64)]),
+    ("--tokens", ["0", "-5"])])
+def test_numbers_that_make_no_sense(option, values, finished, capsys):
+    for value in values:
+        fails(capsys, f"argument {option}: .*{value}", "sample", finished, option, value)
+
+
+def test_more_tokens_than_members_see(finished):
+    with pytest.raises(q.UserError, match="65 tokens are more than the 64 that members of"):
+        load_mixture(finished).log_probs(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_memory_of_plan_is_a_table(capsys):
+    out = works(capsys, "plan", "--preset", "q0", "--gpus", "8")
+    table = out.split("memory per device:\n")[1].split("disk:")[0].splitlines()
+    parts = {}
+    for line in table:
+        *name, size, unit = line.split()
+        assert unit == "GB" and len(line) == len(table[0])
+        parts[" ".join(name)] = float(size)
+    assert parts["weights"] == pytest.approx(4 * 1.87, rel=0.01)
+    assert list(parts)[-1] == "peak" and parts["peak"] == max(parts.values())
+
+
+# Hostile folders, with hashes that match --------------------------------------------------------
+
+def with_tokenizer(raw=None, **entry):
+    """Damage: other ranks, or another entry of the manifest, with the hash made to match."""
+    def damage(run):
+        data = run / "data"
+        if raw is not None:
+            (data / "tokenizer.tiktoken").write_bytes(raw)
+        sha256 = q.sha256_of(data / "tokenizer.tiktoken")
+        known = read_json(data / "manifest.json")["tokenizer"]
+        edit_json(data / "manifest.json", tokenizer={**known, "sha256": sha256, **entry})
+    return damage
+
+
+def link_to_zero(run):
+    (run / "data/tokenizer.tiktoken").unlink()
+    (run / "data/tokenizer.tiktoken").symlink_to("/dev/zero")
+
+
+def pipe(name):
+    def damage(run):
+        (run / name).unlink()
+        os.mkfifo(run / name)
+    return damage
+
+
+BYTES = [b"%s %d" % (base64.b64encode(bytes([i])), i) for i in range(256)]
+TWICE = b"\n".join([*BYTES, b"YWI= 5"])
+TOKENIZER = "tokenizer in .*data is missing or damaged: "
+
+
+@pytest.mark.parametrize("damage, message", [
+    (with_tokenizer(b"YQ== 0\n"), TOKENIZER + ".*ranks must be distinct, hold the 256"),
+    (with_tokenizer(TWICE), TOKENIZER + ".*ranks must be distinct"),
+    (with_tokenizer(b"\n".join(BYTES), eot=5), TOKENIZER + ".*ranks must be distinct"),
+    (with_tokenizer(b"\n".join(BYTES), eot=256), "a vocabulary of 300, the data it came .*257"),
+    (with_tokenizer(pattern="("), TOKENIZER),
+    (with_tokenizer(file="/dev/zero"), TOKENIZER + ".*not the name of a regular file"),
+    (with_tokenizer(file="../data/tokenizer.tiktoken"), TOKENIZER + ".*not the name of a regular"),
+    (with_tokenizer(file=".."), TOKENIZER + ".*not the name of a regular file"),
+    (link_to_zero, "tokenizer.tiktoken is a device or a pipe"),
+    (pipe("data/tokenizer.tiktoken"), "tokenizer.tiktoken is a device or a pipe"),
+    (pipe("data/manifest.json"), "manifest.json is a device or a pipe"),
+    (pipe("predictions/0.safetensors"), "0.safetensors is a device or a pipe")])
+def test_hostile_tokenizers(damage, message, copied, capsys):
+    damage(copied)
+    fails(capsys, message, "sample", copied, "--tokens", 1)
+
+
+def test_a_pattern_at_which_tiktoken_panics(copied):
+    with_tokenizer(pattern=r"(?:(?=a)a|a|aa)*b")(copied)
+    with pytest.raises(q.UserError, match="cannot read that text: .*BacktrackLimitExceeded"):
+        load_mixture(copied).encode("a" * 100)
+
+
+def test_a_vocabulary_that_is_not_the_data_s(copied, corpus, capsys):
+    edit_json(copied / "data/manifest.json", tokenizer=None, vocab_size=7)
+    fails(capsys, "vocabulary of 300, the data .* 7", "evaluate", copied, "--data",
+          corpus / "val.bin")
+
+
+def with_config(run, member, **changes):
+    """Rewrite a member's settings, with its hash in the result."""
+    path = run / f"members/{member}/config.json"
+    edit_json(path, config={**read_json(path)["config"], **changes})
+    result = read_json(run / "result.json")
+    result["curve"][member]["config"] = q.sha256_of(path)
+    edit_json(run / "result.json", curve=result["curve"])
+
+
+def test_members_of_other_kinds_do_not_mix(copied):
+    with_config(copied, 2, softcap=9.0)
+    mixed = replace(load_mixture(copied), members=[2, 3], weights=[0.5, 0.5])
+    with pytest.raises(q.UserError, match=r"do not mix: .*\(300, 9.0, 64\), \(300, 15.0, 64\)"):
+        mixed.models
+
+
+def changed(**changes):
+    return lambda run: edit_json(run / "result.json", **changes)
+
+
+def ten_million_members(run):
+    result = (run / "result.json").read_text()
+    entries = "{}," * 10 ** 6
+    (run / "result.json").write_text(result.replace('"curve": [', '"curve": [' + entries))
+
+
+@pytest.mark.parametrize("damage, message", [
+    (changed(final_val_loss="low"), "result.json is missing or damaged: .*could not convert"),
+    (changed(final_val_loss=float("nan")), "damaged: .*final_val_loss is nan"),
+    (changed(final_val_loss=None), "result.json is missing or damaged"),
+    (changed(data={}), "result.json is missing or damaged: .*name"),
+    (changed(pool_of=3), "result.json is missing or damaged"),
+    (changed(curve=[0, 0, 0, 0]), "result.json is missing or damaged"),
+    (ten_million_members, "damaged: .* bytes are too many for the 4 members"),
+    (pipe("result.json"), "result.json is a device or a pipe")])
+def test_hostile_results(damage, message, finished, copied, logs, capsys):
+    damage(copied)
+    fails(capsys, message, "pool", finished, copied, "--name", "x")
+    assert not list(logs.iterdir())
+
+
+def test_settings_without_cycles(copied, logs, capsys):
+    """They are derived, as of a new run."""
+    config = read_json(copied / "run.json")["config"]
+    edit_json(copied / "run.json", config={**config, "cycles": None, "trajectories": None})
+    works(capsys, "average", copied, "--last", 1)
+
+
+def test_a_micro_batch_beyond_all_memory(copied, corpus, capsys):
+    out = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
+    with_config(copied, 0, micro_batch=10 ** 12, batch_tokens=64 * 10 ** 12,
+                edge_batch_tokens=64 * 10 ** 12)
+    huge = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
+    assert huge.split("interval")[0] == out.split("interval")[0]
+
+
+def test_no_mask_beyond_the_text(trained, monkeypatch, capsys):
+    """A toy that claims sequences of 32,768 tokens and short windows samples in little memory."""
+    run = trained("toy", "--layers", 2, "--windows", "S", "--short-window", 8, "--cycles", 1)
+    with_config(run, 0, seq_len=2 ** 15, batch_tokens=2 ** 19, edge_batch_tokens=2 ** 19)
+    sizes = []
+    visible = q.visible
+
+    def spied(T, window, device):
+        sizes.append(T)
+        return visible(T, window, device)
+
+    monkeypatch.setattr(q, "visible", spied)
+    works(capsys, "sample", run, "--prompt", "bale", "--tokens", 3)
+    assert 0 < max(sizes) < 20
+
+
+# What is missing --------------------------------------------------------------------------------
+
+def test_a_folder_is_not_a_shard(finished, corpus, capsys):
+    fails(capsys, r"is a folder: name a shard in it \(dev.bin, heldout.bin, train.bin, val.bin\)",
+          "evaluate", finished, "--data", corpus)
+    fails(capsys, "not both: run it once for each", "evaluate", finished, "--data",
+          corpus / "val.bin", "--tasks", "piqa")
+
+
+@pytest.fixture(scope="session")
+def foreign(base):
+    """A data folder with as many entries in another tokenizer."""
+    return make_data(base / "foreign", random_documents(1400, seed=3))
+
+
+def test_another_tokenizer(finished, foreign, trained, flags, capsys):
+    same = read_json(foreign / "manifest.json")["vocab_size"]
+    assert same == read_json(finished / "data/manifest.json")["vocab_size"]
+    said = "has another tokenizer than the data of .*first"
+    fails(capsys, said, "evaluate", finished, "--data", foreign / "val.bin")
+    sizes = ["--seq-len", "64", "--micro-batch", "8"]
+    teacher = ["--population", "single", "--teacher", finished]
+    fails(capsys, said, *flags, *sizes, *teacher, "--data", foreign)
+    edit_json(foreign / "manifest.json", tokenizer=None)  # it may be anything
+    works(capsys, "evaluate", finished, "--data", foreign / "heldout.bin")
+
+
+def test_members_without_weights(copied, corpus, trained, capsys):
+    """The prior is fitted to the others; every command says so and goes on."""
+    for i in (0, 2):
+        (copied / f"members/{i}/model.safetensors").unlink()
+    capsys.readouterr()
+    mixed = load_mixture(copied)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "copied has no weights of members 0, 2 (--keep-" in error
+    weights, _ = q.fit_prior(predictions_of(copied)["heldout"][[1, 3]])
+    found = dict(zip(mixed.members, mixed.weights))
+    for i, weight in zip((1, 3), weights):
+        assert found.get(i, 0) == pytest.approx(weight, abs=1e-5)
+    assert load_mixture(copied, k=1).members[0] in (1, 3)
+    works(capsys, "sample", copied, "--tokens", 2)
+    out = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
+    names = [line[:27].strip() for line in out.splitlines()[2:4]]
+    assert names == ["member 1", "member 3"] and "uniform, all 2" in out
+    shown = re.search(r"\(member:weight\) (.*)", out)[1].split()
+    assert {pair.split(":")[0] for pair in shown} <= {"1", "3"}
+    trained("x", "--seq-len", 64, "--micro-batch", 8, "--population", "single", "--teacher", copied)
+
+
+def test_trajectories_side_by_side(copied, capsys):
+    """Members 2 and 3 are yet to come; nothing says to move what is there."""
+    folder = copied / "predictions"
+    for old, new in ((3, 5), (2, 4)):
+        (folder / f"{old}.safetensors").rename(folder / f"{new}.safetensors")
+    advice = "not of member 2: the run is not complete: "
+    fails(capsys, advice + "copy predictions/2.safetensors from", "select", copied)
+    (copied / "result.json").unlink()
+    fails(capsys, advice + "member 2 of another trajectory is yet to come: wait", "select", copied)
+
+
+# Two at once ------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("argv, names", [
+    (["pool"], ["first_pool", "first_pool2"]),
+    (["average", "--last", "1"], ["first_mean", "first_mean2"])])
+def test_again_under_a_name_of_its_own(argv, names, finished, logs, capsys):
+    for name in names:
+        assert f"written to {logs / name}" in works(capsys, *argv, finished)
+    one, two = (logs / name for name in names)
+    assert weights_of(one) == weights_of(two)
+
+
+def test_two_at_once(finished, tmp_path):
+    """Each makes a whole run of its own; of one --name the first is there to stay."""
+    logs = tmp_path / "logs"
+    for fork in [Fork(logs, "pool", finished) for _ in range(3)]:
+        fork.good()
+    made = sorted(path.name for path in logs.iterdir())
+    assert made == ["first_pool", "first_pool2", "first_pool3"]
+    for name in made:
+        assert weights_of(logs / name).keys() == weights_of(finished).keys()
+
+
+def test_a_name_that_is_taken_meanwhile(finished, logs, monkeypatch, capsys):
+    finish = runs.finish
+
+    def late(*args):
+        (logs / "x").mkdir()
+        (logs / "x/precious").touch()
+        finish(*args)
+
+    monkeypatch.setattr(runs, "finish", late)
+    fails(capsys, "x exists: give another --name", "pool", finished, "--name", "x")
+    assert [path.name for path in logs.rglob("*")] == ["x", "precious"]
+
+
+def test_what_a_kill_left_goes_and_nothing_else(finished, tmp_path):
+    logs = tmp_path / "logs"
+    Fork(logs, "pool", finished, plant=planted(runs, "finish", 1)).dies()
+    left, = logs.iterdir()
+    assert runs.MAKING.fullmatch(left.name)
+    kept = shutil.copytree(finished, logs / "first_pool.tmp")
+    run = shutil.copytree(finished, logs / left.name.replace(left.name[-15:-7], "abcdefgh"))
+    link = logs / left.name.replace(left.name[-15:-7], "linklink")
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "new").mkdir(parents=True)
+    link.symlink_to(elsewhere)
+    before = snapshot(kept)
+    Fork(logs, "pool", finished).good()
+    assert not left.exists() and link.is_symlink() and (elsewhere / "new").exists()
+    assert snapshot(kept) == before and len(snapshot(run)) == len(before)
+    assert (logs / "first_pool/result.json").exists()
