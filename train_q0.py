@@ -94,7 +94,7 @@ def reading(what, advice=""):
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError,
-            SafetensorError) as e:
+            SafetensorError, RecursionError) as e:
         raise UserError(f"{what} is missing or damaged: {one_line(e)}{advice}") from None
 
 
@@ -114,8 +114,10 @@ def knob(default, why, low=0, high=1e37, choices=""):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, by default of the preset `tiny`. None and "auto": see `resolve`."""
-    preset: str = knob("tiny", "settings and data; on a GPU q0", choices="tiny small q0")
+    """Every setting of a run, by default of the preset `tiny`. None and "auto": as `resolve`
+    derives them, or none."""
+    preset: str = knob(
+        "tiny", "settings and data; on a GPU q0, which needs FineWeb", choices="tiny small q0")
     population: str = knob("q0", "kind of population", choices="q0 snapshots chain ensemble single")
     epochs: int = knob(16, "budget: epochs over the training text, all members together", low=1)
     trajectories: int | None = knob(None, "independent runs; they differ by seed alone", low=1)
@@ -132,7 +134,7 @@ class Config:
     teacher: str | None = knob(
         None, "a run whose whole population teaches, with its prior, from the first cycle on")
     teacher_k: int | None = knob(
-        None, "best members of --teacher that teach; None: all that have weight", low=1)
+        None, "best members of --teacher that teach; without it all that have weight", low=1)
     noise_first: float = knob(
         0.25, "noise at the first boundary, in standard deviations of the tensor")
     noise_last: float = knob(0.05, "noise at the last boundary")
@@ -142,9 +144,10 @@ class Config:
     train_tokens: int = knob(
         150_000, "whole training documents up to about this many tokens; 0: all of them")
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
-    batch_tokens: int = knob(2048, "tokens per step in the middle half of the cycles", low=1)
+    batch_tokens: int = knob(
+        2048, "tokens per step; with edge batches in the middle half of the cycles", low=1)
     edge_batch_tokens: int | None = knob(
-        None, "tokens per step in the first and last quarter of the cycles", low=1)
+        None, "tokens per step in the first and last quarter of the cycles, of two in both", low=1)
     micro_batch: int = knob(8, "sequences per forward pass", low=1)
     report: str = knob(
         "val", "split to report on; choose between settings on dev", choices="val dev")
@@ -187,16 +190,16 @@ class Config:
     device: str = knob("auto", "auto takes the GPU where there is one", choices="auto cpu cuda")
     precision: str = knob(
         "auto", "of matrix products; weights are float32", choices="auto bfloat16 float32")
-    compile: bool | None = knob(None, "torch.compile; derived: on a GPU")
+    compile: bool | None = knob(None, "torch.compile: on a GPU")
     graphs: bool | None = knob(
-        None, "replay CUDA graphs; derived: on for models that are launch bound, on a GPU")
+        None, "replay CUDA graphs: of models that are launch bound, on a GPU")
     recompute: bool = knob(
         False, "recompute looped layers in the backward pass: less memory, more time")
     attention: str = knob("auto", "auto: the fastest", choices="auto flex matmul sdpa plain")
     save_minutes: float = knob(
         10, "between saves of the state that --resume goes on from; also at cycle ends")
     keep_members: int | None = knob(
-        None, "newest members of a trajectory whose weights are kept; None: all", low=1)
+        None, "newest members of a trajectory whose weights are kept; without it all", low=1)
     hang_minutes: float = knob(
         15, "a step that takes longer ends the run and shows where it hangs; 0: never")
     skip_nonfinite: bool = knob(
@@ -211,7 +214,7 @@ class Config:
 GROUPS = {  # of --help: the first field of each
     "preset": "population", "data": "data", "layers": "model", "lr_matrix": "optimizer",
     "device": "machine"}
-# settings that may change when a run goes on: rounding may, the method does not
+# settings that a resumed run may change: they change speed or rounding, not the method
 MACHINE = ("device compile graphs recompute attention save_minutes keep_members hang_minutes "
            "skip_nonfinite log_every").split()
 
@@ -236,7 +239,7 @@ def digest(value):
 def method_settings(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
 
-PUBLISHED = dict(  # the 1.87B run, in batches of 524,288 tokens: lr x decay sum to 2.2 in a cycle
+PUBLISHED = dict(  # the 1.87B run, in batches of 524,288 tokens; lr x decay of a cycle sum to 2.2
     data="data/fineweb", train_tokens=0, mlp_hidden=None, lr_matrix=0.01, lr_head=0.0005,
     weight_decay=1.3, wd_start=0.7, wd_end=1.0, dropout=0.1, average=0.0, smear=False,
     induction=False)
@@ -254,16 +257,16 @@ PRESETS = {
         loop_passes=5, mtp_weight=0.3)}
 
 # Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
-LENGTHS = {  # epochs: of a trajectory, a cycle, a member that starts afresh; before a teacher helps
+LENGTHS = {  # in epochs: a trajectory, a cycle, a member that starts afresh; before distillation
     "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
     "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
     "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
 COLUMNS = "lr_matrix", "weight_decay", "wd_start", "wd_end", "dropout", "average"
-AFRESH = {  # from so many epochs a member on; measured: up to 5, 8 and 16
+AFRESH = {  # by epochs a member, from so many on; measured: up to 5, 8 and 16
     1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),  # decay falls with lr
     6: (0.04, 1.2, 1.2, 0.096, 0.0, 0.25),
     12: (0.04, 0.8, 0.7, 1.0, 0.1, 0.25)}  # decay rises while lr falls, as published
-RESTARTED = {  # from so many epochs in all on
+RESTARTED = {  # by epochs in all, from so many on
     1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),
     32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0)}
 POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
@@ -301,11 +304,12 @@ def derive_recipe(cfg):
     """What is tuned or published for the population."""
     boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
-    yield "distill_weight", 0.45 if cfg.teacher else weight, "0.45 where anything teaches"
+    weight = 0.45 if cfg.teacher else weight
+    yield "distill_weight", weight, f"population {cfg.population}, --teacher {cfg.teacher}"
     members = cfg.trajectories * cfg.cycles
     untaught = LENGTHS[cfg.preset]["untaught"]
     after = 1 if cfg.population == "chain" else max(1, round(untaught * members / cfg.epochs))
-    yield "distill_after", after, f"after {untaught} epochs; in a chain after one member"
+    yield "distill_after", after, f"if members teach: {untaught} epochs, in a chain one member"
     each = cfg.epochs // members
     epochs = each if rows is AFRESH else cfg.epochs
     row = rows[max(n for n in rows if n <= epochs)]
@@ -331,10 +335,10 @@ def derive_machine(cfg):
     if gpu or torch.cpu._is_avx512_bf16_supported():
         yield "precision", "bfloat16", "supported here"
     yield "precision", "float32", "this CPU lacks bfloat16 instructions: slower"
-    yield "compile", gpu, "pays on a GPU; on a CPU without bf16 it gained 2 to 6%"
+    yield "compile", gpu, "a GPU is in use" if gpu else "gained 2 to 6% on a CPU"
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
     small = gpu and parameters < LAUNCH_BOUND
-    yield "graphs", small, f"on a GPU with fewer than {LAUNCH_BOUND:.3g} parameters in blocks"
+    yield "graphs", small, f"for a GPU and fewer than {LAUNCH_BOUND:.3g} parameters in blocks"
 
 def check_model(cfg):
     """Raise UserError where sizes do not fit together."""
@@ -481,7 +485,7 @@ def load_corpus(folder, seq_len, train_tokens):
 
 # Model ------------------------------------------------------------------------------------------
 # Shapes: B batch, T sequence, H heads, K head channels, D width, M channels inside the MLP,
-# V vocabulary, n layers.
+# V vocabulary (embedding and head have V rounded up to 64 rows), n layers.
 
 ATTN_GATE_CHANNELS = 12
 VALUE_GATE_CHANNELS = 32
@@ -596,7 +600,8 @@ def init_weights(table, weights, *key):
 
 @torch.no_grad()
 def perturb(table, weights, scale, *key):
-    """Add noise of `scale` standard deviations to every matrix (vectors whole); a pure function."""
+    """Add noise to every tensor of more than one weight, in `scale` of its own standard deviation
+    (of a stack each matrix's); a pure function of `key`."""
     for name, row in table.items():
         for tensor_name, tensor in row.tensors(weights[name]):
             dims = (-2, -1) if tensor.ndim > 1 else (0,)
@@ -672,14 +677,14 @@ def attention(x, w, cos, sin, attend, cfg):
         gate = 2 * torch.sigmoid(F.linear(x[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
         v = v + gate.unsqueeze(-1) * w["value"].view(heads)
     else:
-        v = v.contiguous()  # of its own: a view would keep q and k as they were before the norm
+        v = v.contiguous()  # a copy: a view would keep q and k of before their norms alive
     local = local_heads(cfg)
     turned_q = rotate(q[:, :, :local], cos, sin)
     turned_k = rotate(k[:, :, :local], cos, sin)
     if cfg.induction:  # these keys are the token before's and do not rotate: found by content
         turned_q = torch.cat((turned_q, q[:, :, local:]), dim=2)
         turned_k = torch.cat((turned_k, shifted(k[:, :, local:])), dim=2)
-    y = attend(norm(turned_q), norm(turned_k), v)  # their input need not be kept: turned before
+    y = attend(norm(turned_q), norm(turned_k), v)  # turned first: only normed ones are kept
     if "attn_gate" in w:
         y = y * torch.sigmoid(F.linear(x[..., :ATTN_GATE_CHANNELS], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, D), w["out"])
@@ -761,8 +766,8 @@ class GPT(nn.Module):
         return self.block(*inputs)
 
     def forward(self, tokens, targets=None):
-        """tokens [B, T] -> hidden [B, T, D]; with `targets`, the next tokens, also the multi-token
-        block's, or None."""
+        """tokens [B, T] -> (hidden [B, T, D], ahead): with `targets`, the next tokens, ahead is the
+        multi-token block's hidden [B, T, D], else None."""
         cfg = self.cfg
         n = cfg.layers
         T = tokens.size(1)
@@ -776,7 +781,7 @@ class GPT(nn.Module):
         x = embedded[:, :T]
         if cfg.smear:
             x = norm(x + self.smear.to(x.dtype) * shifted(x))
-        x0 = x.view_as(x)  # compiled code would take one tensor in two places for another case
+        x0 = x.view_as(x)  # a view: torch.compile compiles anew where two arguments are one tensor
         layers = self.layers(x0)
         outputs = {}
         for i in self.order:
@@ -912,7 +917,8 @@ def choose_attention(cfg, device):
 
 
 # Loss -------------------------------------------------------------------------------------------
-# (1 - a) CE + a T^2 KL(teacher || student) on soft-capped logits, never all logits at once.
+# (1 - a)(CE + m CE of the token after next) + a T^2 KL(teacher || student), on soft-capped logits,
+# never all logits at once. `training_loss`, at the end, is what the training loop calls.
 
 CHUNK_LOGITS = 2 ** 24  # logits of a product; each adds once to the gradient of the whole head
 PIECE_LOGITS = 2 ** 20  # of these in float32 at a time, near the caches, where there is no kernel
@@ -1129,7 +1135,7 @@ class ChunkedLoss(torch.autograd.Function):
         rows = max(1, chunk // len(head))
         for i in range(0, len(hidden), rows):
             part = slice(i, i + rows)
-            loss, ce, d = rows_loss(  # which frees the logits: they have no name here
+            loss, ce, d = rows_loss(  # logits have no name here: they are freed as it returns
                 F.linear(hidden[part], head),
                 teacher_logits(teacher, part, V, softcap) if teacher else None,
                 V, targets[part], scale[part], softcap, weight, temperature)
@@ -1190,7 +1196,7 @@ def true_token_probs(model, sequences, batch, world):
 
 
 # Optimizer --------------------------------------------------------------------------------------
-# Muon for matrices, AdamW for the rest; a group is a bank.
+# Muon for matrices, AdamW for the rest, a bank at a time.
 
 UPDATE_WEIGHTS = 2 ** 28  # of a bank that are updated at a time: bounds the memory of an update
 POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T; arXiv 2505.16932
@@ -1430,10 +1436,11 @@ class Optimizer:
                               self.steps.clamp(min=1), *bank.row.betas)
             return
         parts = math.ceil(bank.own.numel() / UPDATE_WEIGHTS)
-        chunks = [t.chunk(parts) for t in (bank.own, grad, bank.first, bank.second)]
-        for own, own_grad, first, second in zip(*chunks):
-            X = self.muon_momentum(own_grad, first, clip, ok, self.dtype)
-            self.muon_update(own, polar_express(X), second, lr, wd, ok)
+        size = math.ceil(len(bank.own) / parts)
+        for start in range(0, len(bank.own), size):
+            units = slice(start, start + size)
+            X = self.muon_momentum(grad[units], bank.first[units], clip, ok, self.dtype)
+            self.muon_update(bank.own[units], polar_express(X), bank.second[units], lr, wd, ok)
 
     def moments(self):
         """(name in a state, bank, this rank's slice) of every moment."""
@@ -1464,8 +1471,6 @@ class Optimizer:
                 whole[:bank.units] = found[name]
             self.world.broadcast(whole)
             own.copy_(self.world.shard(whole))
-
-
 
 
 # Schedule ---------------------------------------------------------------------------------------
@@ -2535,7 +2540,8 @@ class Log:
         for i, file in enumerate((self.text, self.metrics)):
             known = iter(events)
             for line in parts[i].read_text(encoding="utf-8").splitlines(keepends=True):
-                file.write(next(known)[i] + "\n" if "ensemble" in line else line)
+                of_ensemble = line.startswith(("ensemble ", '{"event": "ensemble"'))
+                file.write(next(known)[i] + "\n" if of_ensemble else line)
 
 
 def event_lines(*flags, **pairs):
@@ -2604,7 +2610,7 @@ def config_parser(extra, preset):
         if f.metadata["choices"]:
             text += f" ({', '.join(f.metadata['choices'])})"
         default = preset.get(f.name, f.default)
-        default = "derived" if default is None else default
+        default = "derived, or none" if default is None else default
         if f.name in GROUPS:
             group = p.add_argument_group(GROUPS[f.name])
         group.add_argument(flag(f.name), help=f"{text} [{default}]", **kinds[f.type.split(" ")[0]])
@@ -2667,7 +2673,7 @@ def find_run(name):
     for folder in (LOGS / name, Path(name)):
         if folder.is_dir():
             return folder
-    runs = sorted(LOGS.glob("*"), key=lambda run: -run.stat().st_mtime)
+    runs = sorted(LOGS.glob("[!.]*"), key=lambda run: -run.stat().st_mtime)
     newest = "".join(f"; there is {run.name}" for run in runs[:3])
     raise UserError(f"no run {name} under {LOGS}{newest}")
 
