@@ -82,9 +82,8 @@ def test_log_begins_with_source_settings_and_data(run, repo, corpus):
     assert about["machine"]["torch"] == torch.__version__
     assert about["config"]["train_tokens"] == 4000
     assert about["config"]["boundary"] == "perturb"
-    for split in read_json(corpus / "manifest.json")["splits"].values():
-        for file in split["files"]:
-            assert about["data"][file["name"]] == file["sha256"]
+    for name, split in read_json(corpus / "manifest.json")["splits"].items():
+        assert about["data"][name] == split["files"]
     assert header[end:].strip() in stdout  # what was derived, and why
 
 
