@@ -1,5 +1,6 @@
 """The mistakes and machines of a first hour: leftovers of a launcher, misspelt words, signals,
 closed outputs, other people's permissions, lost files."""
+import errno
 import json
 import os
 import re
@@ -220,3 +221,16 @@ def test_every_step_drops_other_units(base, tmp_path):
         trainer.forward_backward(plan[0][0])
         trainer.at.step += 1
     assert len(set(seeds)) == len(seeds) == 2 * (256 // 16 // cfg.micro_batch)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.EBADF])
+def test_a_file_system_without_locks(number, base, logs):
+    """Said once a lock; the run is made all the same, and a second launch finds it complete."""
+    def plant():
+        def refuses(*args):
+            raise OSError(number, os.strerror(number))
+        q.fcntl.flock = refuses
+
+    fork = start(base, logs, plant=plant).good()
+    assert re.search("^notice: .*lock cannot be locked .*: start no second launch", fork.err, re.M)
+    assert "x is complete" in start(base, logs, plant=plant).good().out
