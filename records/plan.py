@@ -111,6 +111,24 @@ def speed_of(cfg, gpus, on_gpus, mfu):
     return 2 * 1024 ** 3 / best, mfu or CPU_MFU, "this CPU, measured"
 
 
+def modelled_seconds(cfg, vocab_size, gpus, cycles, eval_tokens):
+    """Seconds of a run on H100s by the model of their kernels (records/cost.py), which takes up to
+    a minute. What GPUs exchange is left out; a --teacher counts as one model like the student."""
+    from records import cost
+    step = cost.step(cfg, vocab_size)
+    launch = 0 if cfg.graphs else cost.LAUNCH
+    micro_batch = step.micro_batch.seconds(launch)
+    taught = step.taught.seconds(launch) if step.taught else micro_batch
+    update = step.update.seconds(launch) / gpus
+    total = 0.0
+    for cycle in cycles:
+        count = cycle.rows / cfg.micro_batch / gpus
+        total += cycle.steps * (count * (taught if cycle.distilled else micro_batch) + update)
+    forward = taught - micro_batch if step.taught else micro_batch / 3
+    evaluated = len(cycles) * eval_tokens / (cfg.micro_batch * cfg.seq_len)
+    return total + evaluated * forward / gpus
+
+
 def text_of(cfg):
     """(tokens of an epoch, vocabulary, tokens to evaluate a member on); a guess without data."""
     data = q.find_data(cfg)
@@ -131,10 +149,17 @@ def plan(argv):
         argv, gpus=dict(type=int, help="estimate for this many H100s [the device at hand]"),
         mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs, as published; "
                                   f"{CPU_MFU} here]"),
+        modelled=dict(action="store_true", help="with --gpus: time by a model of every kernel, "
+                      "which takes up to a minute, in place of an assumed share of the peak"),
         memory=dict(type=float, help="GB per device [80 with --gpus, else this machine's]"))
+    if args.modelled and not args.gpus:
+        raise q.UserError("--modelled is of H100s: give --gpus N")
     on_gpus = bool(args.gpus) or cfg.device == "cuda"
     gpus = args.gpus or 1
-    for name, value in (("precision", "bfloat16"), ("compile", True)):
+    parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
+    on_h100 = (("precision", "bfloat16"), ("compile", True),
+               ("graphs", parameters < q.LAUNCH_BOUND))
+    for name, value in on_h100:
         if args.gpus and name in why:
             cfg = replace(cfg, **{name: value})
             why[name] = "on a GPU"
@@ -152,6 +177,10 @@ def plan(argv):
     flops = sum(q.run_flops(cfg, cycles, vocab_size, population).values())
     flops += q.flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens
     speed, mfu, device = speed_of(cfg, gpus, on_gpus, args.mfu)
+    if args.modelled:
+        seconds = modelled_seconds(cfg, vocab_size, gpus, cycles, eval_tokens)
+        mfu = flops / (seconds * speed)
+        device += ", modelled without what they exchange"
     time = datetime.timedelta(seconds=round(flops / (speed * mfu)))
     lines.append(f"estimated time: {time} for {flops:.3g} FLOPs at {mfu:.0%} of "
                  f"{speed / 1e12:.3g} TFLOP/s ({device})")

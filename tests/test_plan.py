@@ -1,12 +1,13 @@
 """`plan`: its memory formula against tensors that are kept, its time against FLOPs."""
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import FEATURES, resolved, works
+from tiny import FEATURES, fails, resolved, works
 
 import train_q0 as q
-from records import plan
+from records import cost, plan
 
 SMALL = dict(
     layers=4, width=256, mlp_hidden=768, head_dim=64, micro_batch=2, seq_len=128, batch_tokens=1024,
@@ -107,3 +108,21 @@ def test_teacher_flops_are_counted_for_distilled_cycles_only():
     train, teacher = q.flops_per_token(cfg, VOCAB)
     # 2 of 4 members have a teacher
     assert flops["teacher"] / flops["model"] == pytest.approx(2 / 4 * teacher / train)
+
+
+def test_modelled_time(monkeypatch, capsys):
+    """Of all cycles, updates and evaluations; on two GPUs half of it."""
+    def part(seconds):
+        return SimpleNamespace(seconds=lambda launch: seconds)
+
+    step = cost.Step(micro_batch=part(0.25), taught=part(0.5), update=part(0.125))
+    monkeypatch.setattr(cost, "step", lambda cfg, vocab_size: step)
+    cfg = resolved(epochs=16, batch_tokens=16_384)  # 8 micro-batches a step, of 2,048 tokens
+    cycles = sum(q.plan_cycles(cfg, 163_840), [])  # 2 of 4 distilled, 40 steps each
+    wanted = 80 * (8 * 0.25 + 0.125) + 80 * (8 * 0.5 + 0.125) + 4 * 10 * 0.25
+    for gpus in (1, 2):
+        found = plan.modelled_seconds(cfg, VOCAB, gpus, cycles, eval_tokens=20_480)
+        assert found == pytest.approx(wanted / gpus)
+    out = works(capsys, "plan", "--gpus", 1, "--modelled")
+    assert "(1 x H100, modelled without what they exchange)" in out
+    fails(capsys, "--modelled is of H100s: give --gpus N", "plan", "--modelled")
