@@ -1,4 +1,5 @@
 """Shared by all tests: the repository on sys.path, --slow, and a corpus and a run to look at."""
+import faulthandler
 import functools
 import os
 import shutil
@@ -17,6 +18,13 @@ import forks  # noqa: E402
 import records.plot  # noqa: E402
 import tiny  # noqa: E402
 import train_q0 as q  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def no_timer_stays():
+    """A hang timer that a test armed would end pytest, and hang its forks."""
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")
