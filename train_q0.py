@@ -120,8 +120,10 @@ class Config:
         "tiny", "settings and data; on a GPU q0, which needs FineWeb", choices="tiny small q0")
     population: str = knob("q0", "kind of population", choices="q0 snapshots chain ensemble single")
     epochs: int = knob(16, "budget: epochs over the training text, all members together", low=1)
-    trajectories: int | None = knob(None, "independent runs; they differ by seed alone", low=1)
-    cycles: int | None = knob(None, "cycles per trajectory; each ends in one member", low=1)
+    trajectories: int | None = knob(
+        None, "independent runs; they differ by seed alone", low=1, high=10_000)
+    cycles: int | None = knob(
+        None, "cycles per trajectory; each ends in one member", low=1, high=10_000)
     boundary: str | None = knob(
         None, "weights at a cycle's start", choices="perturb continue fresh")
     average: float | None = knob(
@@ -910,7 +912,7 @@ def choose_attention(cfg, device):
                 break
             except Exception as e:  # a kernel that does not fit the machine may fail in any way
                 problem = f"attention kernel {name} does not work: {one_line(e)}"
-                print(f"notice: {problem}; trying the next", file=sys.stderr)
+                say(f"notice: {problem}; trying the next", "stderr")
         else:
             raise UserError(f"{problem}; give another --attention")
     return "+".join(sorted(names)), attends
@@ -1030,8 +1032,8 @@ def use_triton(device_type):
             raise ImportError("triton is not installed (pip install triton)")
         check_kernels(device_type)
     except Exception as e:  # a toolchain that does not fit the machine may fail in any way
-        print(f"notice: loss and Muon go without their Triton kernels and are slower: "
-              f"{one_line(e)}", file=sys.stderr)
+        say(f"notice: loss and Muon go without their Triton kernels and are slower: "
+            f"{one_line(e)}", "stderr")
         return False
     return True
 
@@ -1710,7 +1712,7 @@ class Trainer:
             try:
                 self.warm_up()
             except torch._dynamo.exc.TorchDynamoException as e:  # such as: there is no compiler
-                print(f"notice: nothing is compiled: {one_line(e)}", file=sys.stderr)
+                say(f"notice: nothing is compiled: {one_line(e)}", "stderr")
                 torch.compiler.set_stance("force_eager")
                 self.kernels["compiled"] = False
                 self.warm_up()
@@ -1981,7 +1983,7 @@ def captured(function, what):
         with torch.cuda.graph(graph):
             function()
     except Exception as e:  # a kernel that cannot be captured may fail in any way
-        print(f"notice: {what} is not replayed as a CUDA graph: {one_line(e)}", file=sys.stderr)
+        say(f"notice: {what} is not replayed as a CUDA graph: {one_line(e)}", "stderr")
         return function
     return graph.replay
 
@@ -2208,8 +2210,8 @@ class Lock:
         except BlockingIOError:
             return False
         except OSError as e:  # some shared file systems have no locks
-            print(f"notice: {self.path} cannot be locked ({one_line(e)}): start no second launch "
-                  "of this run on this machine", file=sys.stderr)
+            say(f"notice: {self.path} cannot be locked ({one_line(e)}): start no second launch "
+                  "of this run on this machine", "stderr")
         silent = time.time() - self.path.stat().st_mtime
         holder = self.path.read_text(encoding="utf-8")
         if holder not in ("", platform.node()) and silent < SILENT_SECONDS:
@@ -2323,7 +2325,7 @@ class Run:
                     raise UserError(f"{e}; no other state of trajectory {trajectory} is whole: "
                                     f"start a new run, or delete {self.state}/{trajectory}-* to "
                                     "train it again") from None
-                print(f"notice: {e}: going back to the one before", file=sys.stderr)
+                say(f"notice: {e}: going back to the one before", "stderr")
         return None
 
     def log_files(self, trajectory):
@@ -2432,7 +2434,7 @@ class Stopped(Exception):
     def heard(cls, number, frame):
         cls.signal = number
         signal.signal(number, signal.SIG_DFL)
-        print("stopping after this step; once more to stop at once", file=sys.stderr)
+        say("stopping after this step; once more to stop at once", "stderr")
 
 
 def suspend(number, frame):
@@ -2443,7 +2445,7 @@ def suspend(number, frame):
 
 def reset_watchdog(minutes):
     """Restart the timer that ends a hanging run and shows the stack of every thread; 0: none."""
-    if minutes:
+    if minutes and sys.__stderr__:
         faulthandler.dump_traceback_later(60 * minutes, exit=True, file=sys.__stderr__)
 
 
@@ -2469,6 +2471,9 @@ def set_up_world(cfg):
     """Context of the processes that torchrun started, or of one."""
     rank = set_by_torchrun("RANK", 0)
     size = set_by_torchrun("WORLD_SIZE", 1)
+    if rank >= size:
+        raise UserError(f"environment variable RANK is {rank}, but WORLD_SIZE is {size}: unset "
+                        "both if you meant one process")
     check_divides(cfg, size)
     device = torch.device("cpu")
     if cfg.device == "cuda":
@@ -2485,8 +2490,8 @@ def set_up_world(cfg):
         yield world
         return
     if "TORCHELASTIC_RUN_ID" not in os.environ:
-        print(f"rank {rank} waits for {size - 1} more processes: unset WORLD_SIZE if you meant one",
-              file=sys.stderr)
+        say(f"rank {rank} waits for {size - 1} more processes: unset WORLD_SIZE if you meant one",
+            "stderr")
     try:
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIME))
     except (ValueError, dist.DistError) as e:
@@ -2503,12 +2508,12 @@ def set_up_world(cfg):
 
 # Log --------------------------------------------------------------------------------------------
 
-def say(text):
-    """Print `text`; where the standard output is closed or full, a run goes on without."""
+def say(text, to="stdout"):
+    """Print `text`; where that output is closed or full, a run goes on without it."""
     try:
-        print(text, flush=True)
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
+        print(text, file=getattr(sys, to), flush=True)
+    except (OSError, RuntimeError):  # or a signal came while another line was printed
+        setattr(sys, to, open(os.devnull, "w"))
 
 
 class Log:
@@ -2632,7 +2637,7 @@ def parse_config(argv, **extra):
         raise UserError(f"unknown argument {unknown[0]}: {near}see --help")
     given = {k: v for k, v in vars(known).items() if v is not None and k not in extra}
     reason = "given"
-    if getattr(known, "resume", None):
+    if getattr(known, "resume", None) is not None:
         given = {**saved_config(known.resume, given), **given}
     elif "preset" not in given:
         given["preset"], reason = default_preset(given.get("device"))
@@ -2680,7 +2685,7 @@ def find_run(name):
 
 def check_plain(option, name):
     """Raise UserError where `name` cannot be the name of a new run."""
-    if Path(name).name != name or name in (".", ".."):
+    if Path(name).name != name or name in ("", ".", ".."):
         raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
 
 
@@ -2728,7 +2733,7 @@ def command_train(argv):
 
 def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
-    if args.run:
+    if args.run is not None:
         check_plain("--run", args.run)
     if world.leader:
         prepare_default_data(cfg)
@@ -2847,7 +2852,7 @@ def finish_run(trainer, about):
             from records.plot import draw_curve
             draw_curve(run.folder / "curve.png", curve, cfg.report)
         except ImportError as e:
-            print(f"notice: the table or curve.png is not made: {one_line(e)}", file=sys.stderr)
+            say(f"notice: the table or curve.png is not made: {one_line(e)}", "stderr")
         save_json(run.folder / "result.json", result)  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
@@ -2901,22 +2906,21 @@ def main(argv=None):
         if rank:
             time.sleep(2)  # a mistake that all ranks see is told by rank 0, whose end stops all
         whose = f"rank {rank}: " if rank else ""
-        print(f"train_q0.py: error: {whose}{e}", file=sys.stderr)
+        say(f"train_q0.py: error: {whose}{e}", "stderr")
         return 2
     except Stopped:
-        print("stopped; its state is saved: go on with --resume and the run's name",
-              file=sys.stderr)
+        say("stopped; its state is saved: go on with --resume and the run's name", "stderr")
         return 128 + Stopped.signal
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        say("interrupted", "stderr")
         return 130
     except Exception as e:
         full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not full and "allocate memory" not in str(e):
-            print(f"rank {rank} failed:", file=sys.stderr)  # a bug: let the traceback through
+            say(f"rank {rank} failed:", "stderr")  # a bug: let the traceback through
             raise
-        print(f"train_q0.py: error: rank {rank} is out of memory: halve --micro-batch (plan shows "
-              f"what a run needs): {one_line(e)}", file=sys.stderr)
+        say(f"train_q0.py: error: rank {rank} is out of memory: halve --micro-batch (plan shows "
+              f"what a run needs): {one_line(e)}", "stderr")
         return 2
 
 

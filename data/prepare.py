@@ -882,6 +882,14 @@ def count(value):
     return number
 
 
+def seed_number(value):
+    """A whole number of at most 18 digits, for argparse: the shuffle's key takes 64 bytes."""
+    number = int(value)
+    if abs(number) >= 10 ** 18:
+        raise ValueError
+    return number
+
+
 def add_text_arguments(add):
     add("--input", type=Path, nargs="+", required=True, help=".txt and .jsonl files")
     add("--field", default="text", help="of a .jsonl line, that holds its text (default text)")
@@ -891,7 +899,7 @@ def add_text_arguments(add):
     add("--tokenizer", choices=("wiki", "train", "gpt2"), default="wiki",
         help="the committed one, one trained on this text's train split, or GPT-2's")
     add("--vocab", type=count, default=2048, help="entries of a trained one (default 2048)")
-    add("--seed", type=int, default=0, help="of the shuffle (default 0)")
+    add("--seed", type=seed_number, default=0, help="of the shuffle (default 0)")
     for name, size in SPLIT_BYTES.items():
         add(f"--{name}-bytes", type=count, help=f"UTF-8 bytes, about 3.1 a token (default "
             f"{size:,}, at most {SPLIT_SHARE[name]:.0%}% of the corpus)")

@@ -408,8 +408,9 @@ def versions():
     """{text: commit} of every committed train_q0.py; empty without git or its whole history."""
     if not shutil.which("git") or git("rev-parse", "--is-shallow-repository") != "false\n":
         return {}
-    commits = git("log", "--diff-filter=AM", "--format=%h", "--", "train_q0.py").split()
-    return {git("show", f"{c}:./train_q0.py"): c for c in commits}
+    # -m: a merge may hold a text that no other commit has; it names one for each parent
+    found = git("log", "-m", "--diff-filter=AM", "--format=%h", "--", "train_q0.py").split()
+    return {git("show", f"{c}:./train_q0.py"): c for c in dict.fromkeys(found)}
 
 
 def lines_apart(a, b):
@@ -476,10 +477,17 @@ class Record:
                   "its name is not <YYYY-MM-DD>_<Name>")
         self.need(self.track and path.parent.parent == RECORDS,
                   "it is not in the folder of a track of tracks.json")
+        self.earlier = bool(self.track) and path.name in self.track["without_predictions"]
+        self.readme = ""
+        inside = [path, *path.rglob("*")]
+        odd = [f for f in inside if f.is_symlink() or not (f.is_file() or f.is_dir())]
+        self.need(not odd, "it holds a link, or what is no regular file: "
+                  f"{', '.join(f.name for f in odd[:3])}")
+        if odd:  # to read it may never end, to write it may change what lies elsewhere
+            return
         self.readme = attempt(lambda: (path / "README.md").read_text(encoding="utf-8")) or ""
         self.need(self.readme.strip() and "TODO" not in self.readme,
                   "its README.md is missing or not filled in")
-        self.earlier = bool(self.track) and path.name in self.track["without_predictions"]
         if self.track:
             self.need(self.track["data"] and self.track["tokens"],
                       "tracks.json lacks data and tokens of its track: the first row sets them")
@@ -607,7 +615,8 @@ class Record:
         self.need(source == repeated.source or committed or self.earlier and not versions(),
                   f"its old_seed logs have neither the script of {row} nor, like that row, a "
                   "committed one")
-        screened = re.search(r"^Screened on seeds: *(none|\d+(?:[ ,]+\d+)*)", self.readme, re.M)
+        screened = re.search(r"^Screened on seeds: *(none|\d+(?:[ ,]+\d+)*)[. ]*$",
+                             self.readme, re.M)
         self.need(screened, "its README.md lacks the line `Screened on seeds: 1, 2, 3` (or none)")
         tried = re.findall(r"\d+", screened[1]) if screened else []
         self.need(not any(str(run.seed) in tried for run in new),
@@ -633,7 +642,9 @@ class Record:
         """result.json against the logs."""
         path = self.path / "result.json"
         if write and not self.problems:
-            path.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            new = path.with_name("result.json.tmp")
+            new.write_text(json.dumps(self.result, indent=1) + "\n", encoding="utf-8")
+            new.replace(path)
         stored = attempt(lambda: json.loads(path.read_text(encoding="utf-8")))
         self.need(stored == self.result,
                   "its result.json is not what the logs say: --write-result makes it")

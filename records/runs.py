@@ -25,7 +25,7 @@ MAKING = re.compile(rf"\.q0-{re.escape(platform.node())}-[a-z0-9_]{{8}}\.making"
 def new_run(name, default, command):
     """Yield the folder of a run `name` without a log, or of one named `default` or, where that is
     taken, default2 and so on. It appears under logs/ once all of it is there, else not at all."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if q.set_by_torchrun("WORLD_SIZE", 1) > 1:
         raise q.UserError(f"{command} needs no torchrun: one process does it all")
     if name is not None:
         q.check_plain("--name", name)

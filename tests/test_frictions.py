@@ -37,6 +37,23 @@ def test_a_variable_that_is_no_number(name, value, monkeypatch, capsys):
     fails(capsys, f"environment variable {name} is '{value}', not a number: unset it")
 
 
+@pytest.mark.parametrize("rank, size", [("3", "1"), ("5", "2"), ("0", "0")])
+def test_a_rank_that_is_not_of_the_launch(rank, size, monkeypatch, capsys):
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", size)
+    monkeypatch.setattr(q.time, "sleep", lambda seconds: None)
+    told = f"environment variable RANK is {rank}, but WORLD_SIZE is {size}: unset both"
+    fails(capsys, told, "--device", "cpu")
+
+
+@pytest.mark.parametrize("argv, said", [
+    (["--resume", ""], "run.json is missing or damaged"),
+    (["--run", ""], "--run  must be a plain name"),
+    (["--cycles", "1000000000"], "--cycles 1000000000 is out of range")])
+def test_what_a_script_passes_by_mistake(argv, said, corpus, logs, capsys):
+    fails(capsys, said, "--data", corpus, *argv)
+
+
 def test_no_address_to_meet_at(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -49,8 +66,12 @@ def test_no_address_to_meet_at(monkeypatch, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_who_waits_for_other_processes_hears_a_signal(number):
-    run = process("--device", "cpu", "--batch-tokens", 4096, RANK="0", WORLD_SIZE="2",
-                MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    before = signal.signal(number, signal.SIG_DFL)  # a shell's background jobs ignore SIGINT
+    try:
+        run = process("--device", "cpu", "--batch-tokens", 4096, RANK="0", WORLD_SIZE="2",
+                      MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    finally:
+        signal.signal(number, before)
     assert run.stderr.readline().startswith("rank 0 waits for 1 more processes")
     time.sleep(0.5)
     run.send_signal(number)
@@ -161,7 +182,12 @@ def test_a_changed_configuration_of_a_member_is_seen(finished, tmp_path, capsys)
 def test_a_warning_saves_and_stops(name, base, logs):
     """A closed terminal, and what a cluster sends before it kills."""
     number = getattr(signal, name)
-    fork = start(base, logs, plant=at_step(4, lambda: os.kill(os.getpid(), number)))
+
+    def plant():
+        signal.signal(number, signal.SIG_DFL)  # under nohup it is ignored
+        at_step(4, lambda: os.kill(os.getpid(), number))()
+
+    fork = start(base, logs, plant=plant)
     assert fork.wait() == 128 + number
     assert resume(logs).good().went_on_from == {0: 4}
 
@@ -177,6 +203,23 @@ def test_time_spent_suspended_does_not_count(base, logs):
     time.sleep(2.5)
     os.kill(fork.pid, signal.SIGCONT)
     fork.good()
+
+
+@pytest.mark.parametrize("output", ["closed", "none"])
+def test_a_terminal_that_is_gone_loses_nothing(output, base, logs):
+    """Its hangup saves and stops though nobody can be told."""
+    def plant():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        if output == "none":
+            sys.stderr = sys.__stderr__ = None
+        at_step(4, lambda: os.kill(os.getpid(), signal.SIGHUP))()
+
+    assert start(base, logs, plant=plant).wait() == 128 + signal.SIGHUP
+    assert resume(logs).good().went_on_from == {0: 4}
 
 
 def test_a_closed_standard_output_does_not_end_a_run(base, logs):

@@ -1,6 +1,7 @@
 """The checker of records on real runs of seconds, what it must catch, and how one is submitted."""
 import json
 import lzma
+import os
 import re
 import shutil
 import subprocess
@@ -474,6 +475,7 @@ TAMPERED = {
         write("README.md", (ROOT / "records/template.md").read_text()),
         "not filled in"),
     "not screened": (write("README.md", "Why."), "lacks the line `Screened on seeds"),
+    "a range": (write("README.md", "Why.\nScreened on seeds: 1-9\n"), "lacks the line `Screened on"),
     "screened on these": (
         write("README.md", "Why.\nScreened on seeds: 3, 7"),
         "screened on seeds that confirm it"),
@@ -542,6 +544,9 @@ HOSTILE = {
         r'"cycles": 5000000,\1\2 x 5000000 cycles = 10000000'),
     "layers": in_log(r'"layers": 1,', '"layers": 1000000000,'),
     "not text": lambda folder: (folder / "logs/new_seed7.txt").write_bytes(b"\xff" * 100),
+    "link to zeros": lambda folder: (folder / "logs/new_seed17.txt").symlink_to("/dev/zero"),
+    "link to a result": lambda folder: (folder / "logs/old_seed17.txt").symlink_to("/dev/null"),
+    "pipe": lambda folder: os.mkfifo(folder / "logs/new_seed17.txt"),
     "packed zeros": lambda folder: (folder / "logs/new_seed7.xz").write_bytes(
         lzma.compress(bytes(50_000_000), preset=0)),
 }
