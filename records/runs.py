@@ -145,10 +145,10 @@ def pool_into(folder, runs):
     first = finished[0]
     sources = {}
     for run in finished:
-        if run.shared != first.shared:
-            raise q.UserError(f"{run.folder} differs from {first.folder} in data, seq_len, "
-                              "softcap, --train-tokens or --report: runs that mix must agree in "
-                              "them")
+        differ = [key for key in first.shared if run.shared.get(key) != first.shared[key]]
+        if differ:
+            raise q.UserError(f"{run.folder} differs from {first.folder} in {', '.join(differ)}: "
+                              "runs that mix must agree in it")
         twice = sources.keys() & run.sources.keys()
         if twice:
             raise q.UserError(f"{run.folder} brings the members of {min(twice)} a second time: "

@@ -63,9 +63,9 @@ def select(argv):
     heldout = predictions["heldout"]
     split = report_split(predictions)
     scored = predictions[split]
+    members, weights = best_members(heldout, args.k)
     print("\n".join(format_table(population_table(heldout, scored), split)))
     if args.k is not None:
-        members, weights = best_members(heldout, args.k)
         loss = mixture_loss(scored[members], weights)
         shown = [f"member:{i} weight:{w:.4f}" for i, w in zip(members, weights)]
         print(f"k:{len(members)} {split}_loss:{loss:.5f}", *shown)

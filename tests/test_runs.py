@@ -211,7 +211,7 @@ def of_another_text(run):
 
 
 @pytest.mark.parametrize("damage, argv, message", [
-    (of_another_text, [], "several differs from .*chain in data, seq_len"),
+    (of_another_text, [], "several differs from .*chain in .*data.*: runs that mix"),
     (unfinished, [], "several is not complete: go on with it"),
     (of_an_older_script, [], "several/members/0 .* of format 1, this script reads 3"),
     (None, ["--name", "several"], "several exists: give another --name"),
