@@ -1,5 +1,4 @@
 """Faults and hostile files: one clear line, nothing harmed, and the run goes on. CPU only."""
-import ast
 import contextlib
 import errno
 import json
@@ -147,13 +146,6 @@ def test_a_run_whose_states_are_damaged(base, interrupted, logs, capsys):
     for file in (interrupted / "state").glob("0-*"):
         file.unlink()
     assert goes_on(base, logs).went_on_from == {}
-
-
-def test_the_end_of_a_trajectory_is_damaged(base, logs):
-    """Its member is made again from the state before."""
-    start(base, logs, plant=planted(os, "replace", 1, where=r"result\.json$")).dies()
-    (logs / "x/state/0-000000015-done.json").write_text("{}")
-    goes_on(base, logs)
 
 
 def test_formats_of_an_older_script(interrupted, capsys):
@@ -350,15 +342,10 @@ def test_a_slow_run_does_not_hang(base, logs):
 # Hostile files: nothing is run, nothing is allocated that a header merely claims -----------------
 
 def test_nothing_is_unpickled():
-    nodes = list(ast.walk(ast.parse(q.SOURCE)))
-    names = {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
-    for n in nodes:
-        if isinstance(n, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in n.names}
+    names = set(re.findall(r"^\s*(?:from|import) (\w+)", q.SOURCE, re.M))
     assert "safetensors" in names
     assert not names & {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
-    called = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
-    assert not called & {"eval", "exec", "torch.load", "np.load", "np.fromregex"}
+    assert not re.search(r"(?<![\w.])(eval|exec|torch\.load|np\.load|np\.fromregex)\(", q.SOURCE)
 
 
 def test_sockets_are_not_needed(base, logs):
@@ -466,8 +453,7 @@ def manifest_target(tmp, base, run):
 
 
 CLAIMS = {  # of a member's config.json
-    "width": 2 ** 20, "mlp_hidden": 2 ** 40, "layers": 10 ** 6, "head_dim": 48,
-    "loop_passes": 10 ** 9, "windows": "SQ"}
+    "width": 2 ** 20, "layers": 10 ** 6, "head_dim": 48, "loop_passes": 10 ** 9, "windows": "SQ"}
 
 
 def member_target(tmp, base, run):

@@ -91,15 +91,12 @@ def test_plain_loss_against_numpy(shares, softcap):
 
 # Logits are float32 whatever the dtype of `hidden`; they err by 5 * 6e-8, gradients sum that over
 # rows. bf16 rounds logits, up to 5 by 2^-7, and their gradients once more than the reference.
-@pytest.mark.parametrize("dtype, tolerance", [
-    (torch.float32, 5e-6),
-    (torch.float64, 5e-6),
-    (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 5e-6), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("shares", SHARES)
 @pytest.mark.parametrize("softcap", [0.0, 5.0])
-@pytest.mark.parametrize("rows", [1, 3, 100])
+@pytest.mark.parametrize("rows", [3, 100])
 def test_chunked_loss(dtype, tolerance, shares, softcap, rows, monkeypatch):
-    """Seven rows one by one, in chunks of 3, 3 and 1, and in one chunk."""
+    """Seven rows in chunks of 3, 3 and 1, and in one chunk."""
     monkeypatch.setattr(q, "CHUNK_LOGITS", rows * PADDED)
     given = problem(shares, softcap, dtype)
     hidden, head, *rest = given
@@ -120,9 +117,7 @@ def test_chunked_loss(dtype, tolerance, shares, softcap, rows, monkeypatch):
     assert not head.grad[V:].any()
 
 
-@pytest.mark.parametrize("sizes", [
-    (1, 5, 200),
-    (200, 200, 200)])
+@pytest.mark.parametrize("sizes", [(1, 5, 200), (200, 200, 200)])
 @pytest.mark.parametrize("softcap", [15.0, 1000.0, 0.0])
 def test_logits_of_many_teachers(softcap, sizes):
     """Their capped softmax is the mixture, also where members are certain and disagree. 1e-6
@@ -170,10 +165,7 @@ def training_loss_in_float64(model, teacher, tokens):
     return loss, ce, wide
 
 
-@pytest.mark.parametrize("distilled, mtp", [
-    (False, 0.0),
-    (False, 0.3),
-    (True, 0.3)])
+@pytest.mark.parametrize("distilled, mtp", [(False, 0.0), (True, 0.3)])
 def test_training_loss_is_its_parts(distilled, mtp, monkeypatch):
     """With the gradients of every weight; float32 through ten blocks against float64."""
     monkeypatch.setattr(q, "CHUNK_LOGITS", 7 * 128)  # 64 rows: the last chunk holds one

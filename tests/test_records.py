@@ -276,12 +276,9 @@ IN_A_LOG = [  # (pattern, what replaces its last match, what the checker says)
     (r"^member:2 .*\n", "", "its 3 member lines are not the 4 planned"),
     (r"^ensemble members:2 .*learned.*\n", "", "ensemble lines do not follow"),
     (r"^(member:3 .*)epochs:8", r"\g<1>epochs:9", "do not end at epoch 8"),
-    (r"^step:16/16", "step:15/16", "do not lead to step 16"),
     (r"\d+ tokens in all", "99999 tokens in all", "99999 tokens are more than 8 epochs"),
     (r"^   k [^$]*", "", "is not the whole log.txt"),
-    (r"^def main\(", "def main((", "is not the whole log.txt"),
     (r'("grad_clip": 1.0),', r"\1, \1,", "is not the whole log.txt"),
-    (r"^(final_val_loss:\S+) ", r"\1 final_val_loss:2.0 ", "is not the whole log.txt"),
     # settings
     (r'("train": \[)([^]]*\],[^$]*"val": \[)([^]]*)\]', r"\1\3, \2\3]",
      "data are not the track's: train"),
@@ -289,7 +286,6 @@ IN_A_LOG = [  # (pattern, what replaces its last match, what the checker says)
     (r"1088 an epoch", "4960 an epoch", "4960 tokens an epoch are not the track's 1088"),
     (r'"epochs": 8', '"epochs": 9', "9 epochs is not a budget"),
     (r'"report": "val"', '"report": "dev"', "reports on dev"),
-    (r'"train_tokens": 1024', '"train_tokens": 0', "--train-tokens must be 1024"),
     (r"^parameters: \d+", "parameters: 30001", "30001 parameters are too many"),
     (r"^steps: 16 (.*), 8192", r"steps: 16 \1, 8191", "its settings make 16 steps, 8192 tokens"),
     (r"^(member:3 .*distilled:)1", r"\g<1>0", "and other members"),
@@ -400,12 +396,9 @@ def test_part_of_the_tokens(records, good, runs, monkeypatch, capsys):
 
 HOSTILE = {  # of a log each; the others' problems are told all the same
     "new_seed5": in_log(r"^step:16/16.*", "ab1:" * 12_500 + "x" * 50_000, "new_seed5"),
-    "new_seed7": in_source("new_seed7", "import argparse\n", "(" * 200_000),
-    "new_seed8": in_log(r'"epochs": 8', '"epochs": ' + "[" * 100_000, "new_seed8"),
     "new_seed9": in_log(
         r'"cycles": 2,([^$]*)^(population: 2 traj.*) x 2 cycles = 4',
         r'"cycles": 5000000,\1\2 x 5000000 cycles = 10000000', "new_seed9"),
-    "old_seed5": in_log(r'"layers": 1,', '"layers": 1000000000,', "old_seed5"),
     "old_seed6": write("logs/old_seed6.txt", "=" * 11_000_000),
     "old_seed7": lambda folder: (folder / "logs/old_seed7.txt").write_bytes(b"\xff" * 100),
     "old_seed8": lambda folder: (folder / "logs/old_seed8.xz").write_bytes(
@@ -443,43 +436,27 @@ def test_odd_files(case, records, good, capsys):
     assert checked_in_seconds(capsys)
 
 
-def test_no_log(tmp_path, capsys):
+def test_no_log(tmp_path):
     """--source and plot.py say in one line that a file is no log."""
     log = tmp_path / "log.txt"
-    for text in ("x", "x\n" + ("=" * 100 + "\n{}\n") * 2):
-        log.write_text(text)
-        with pytest.raises(SystemExit, match=r"^plot.py: error: .*log.txt.*$"):
-            plot.main(["out.png", f"a={log}"])
-    log.write_text("x")
+    log.write_text("x\n" + ("=" * 100 + "\n{}\n"))
+    with pytest.raises(SystemExit, match=r"^plot.py: error: .*log.txt.*$"):
+        plot.main(["out.png", f"a={log}"])
     with pytest.raises(SystemExit, match="^check.py: error: .*not the log.txt of a run"):
         check.main(["--source", str(log)])
 
 
 # Edited source ----------------------------------------------------------------------------------
 
-@pytest.fixture
-def history(good, tmp_path, monkeypatch):
-    """A git history of the script, in which `good` has a place: its abbreviated commit."""
-    def git(*argv):
-        argv = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *argv]
-        done = subprocess.run(argv, cwd=tmp_path, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    git("init", "-q")
-    for text in ("print(1)\n", q.SOURCE, q.SOURCE + "# later\n# and more\n", "print(2)\n"):
-        (tmp_path / "train_q0.py").write_text(text)
-        git("add", "train_q0.py")
-        git("commit", "-qm", "x")
-    monkeypatch.undo()
-    monkeypatch.setattr(check, "RECORDS", good.parent.parent)
-    check.versions.cache_clear()
-    yield git("log", "--format=%h", "--skip=2", "-n1")
-    check.versions.cache_clear()
+COMMITTED = {"print(1)\n": "aaa", q.SOURCE: "abc1234", q.SOURCE + "# later\n# and more\n": "bbb"}
 
 
-def test_edited_source(history, good, capsys):
-    """Allowed, and shown against the nearest commit; --source prints it."""
-    of = f"train_q0.py of commit {history}"
+def test_edited_source(good, capsys, monkeypatch):
+    """Allowed, and shown against the nearest commit; --source prints it. Reruns need the script of
+    the row that they repeat, or a committed one; without a history, as of a shallow clone, nothing
+    can be checked."""
+    monkeypatch.setattr(check, "versions", lambda: COMMITTED)
+    of = "train_q0.py of commit abc1234"
     status, out = says(capsys, good)
     assert status == 0 and f"new: {of}\n" in out
     in_source("new*", "# Config:", "# Knobs:")(good)
@@ -487,21 +464,11 @@ def test_edited_source(history, good, capsys):
     assert status == 0
     assert f"new: {of}, 2 lines edited" in out and f"old: {of}\n" in out
     assert "\n+# Knobs:" in out and "\n-# Config:" in out
-    _, out = says(capsys)
-    assert "\n+# Knobs:" not in out  # the diff is for those who name the folder
+    assert "\n+# Knobs:" not in says(capsys)[1]  # the diff is for those who name the folder
     _, out = says(capsys, "--source", good / "logs/new_seed5.txt")
     assert out == q.SOURCE.replace("# Config:", "# Knobs:")
-
-
-def test_reruns_of_another_script(history, good, capsys):
-    """They need the script of the row that they repeat, or a committed one."""
     in_source("old*", "# Config:", "# Weaker:")(good)
-    _, out = says(capsys, good)
-    assert "neither the script of" in out
-
-
-def test_no_history(good, monkeypatch, capsys):
-    """As in a shallow clone."""
+    assert "neither the script of" in says(capsys, good)[1]
     monkeypatch.setattr(check, "versions", lambda: {})
     assert "problem: no git history here" in says(capsys, good)[1]
 
@@ -519,12 +486,10 @@ def test_tracks():
     """The default run is of the default track."""
     track = read_json(ROOT / "records/tracks.json")["wiki_cpu"]
     assert track["train_tokens"] == q.Config.train_tokens
-    manifest = ROOT / "data/wiki/manifest.json"
-    if manifest.exists():
-        found = q.load_corpus(manifest.parent, track["seq_len"], track["train_tokens"])
-        assert track["data"] == found.hashes
-        assert track["tokens"] == tokens_of(found)
-        assert track["vocab_size"] == found.vocab_size
+    if (ROOT / "data/wiki/manifest.json").exists():
+        found = q.load_corpus(ROOT / "data/wiki", track["seq_len"], track["train_tokens"])
+        known = (track["data"], track["tokens"], track["vocab_size"])
+        assert known == (found.hashes, tokens_of(found), found.vocab_size)
 
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
@@ -539,10 +504,10 @@ def test_settings_of_earlier_scripts():
     before = {"weight_decay": 0.077, "wd_floor": 12.5, "layers": 4}
     now = {"weight_decay": 0.8, "wd_start": 1.2, "wd_end": 0.096, "layers": 4, "smear": False,
            "induction": False, "average": 0.0}
+    row = check.settings({**now, "softcap": 15.0})
     assert check.settings(before) == check.settings(now)
     for name, value in (("induction", True), ("average", 0.25), ("layers", 5), ("wd_end", 1.0)):
         assert check.settings(before) != check.settings({**now, name: value})
-    row = check.settings({**now, "softcap": 15.0})
     assert check.is_rerun(row, {**row, "seed": 7})
     assert not check.is_rerun(row, check.settings(now))  # a setting that the row had is not said
 

@@ -119,14 +119,18 @@ def no_weights(run):
     (["--name", "taken"], None, "taken exists: give another --name"),
     ([], other_data, "does not hold the data of .*copied any more: their hashes differ"),
     ([], no_weights, "copied has the weights of 0 members of a trajectory")])
-def test_bad_average(argv, damage, message, copied, logs, monkeypatch, capsys):
+def test_bad_average(argv, damage, message, copied, logs, capsys):
     (logs / "taken").mkdir(parents=True)
     if damage:
         damage(copied)
     fails(capsys, message, "average", copied, *argv)
     assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
+
+
+def test_no_torchrun(finished, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(capsys, "average needs no torchrun", "average", copied)
+    for command in ("average", "pool"):
+        fails(capsys, f"{command} needs no torchrun", command, finished)
 
 
 # pool -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import torch
 from numpy.testing import assert_allclose
 from pytest import approx
 from tiny import (
-    END, VOCABULARY, edit_json, fails, flip, loss_of, predictions_of, read_json, read_shard,
+    END, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, read_shard,
     sequences_of, shard_bytes, with_file, works)
 
 import train_q0 as q
@@ -168,8 +168,8 @@ def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
 
     def one_at_a_time(*args, **kwargs):
         gc.collect()
-        alive = [ref for ref in seen if ref() is not None]
-        assert len(alive) <= 2  # the one that told the shapes, and at most one more
+        # the one that told the shapes, and at most one more
+        assert sum(ref() is not None for ref in seen) <= 2
         model = load(*args, **kwargs)
         seen.append(weakref.ref(model))
         return model
@@ -210,8 +210,8 @@ def test_bad_evaluate(argv, message, finished, tmp_path, monkeypatch, capsys):
 
 # sample -----------------------------------------------------------------------------------------
 
-def test_sample_command(finished, capsys):
-    """The prompt, then what follows; the seed decides."""
+def test_sample_command(finished, monkeypatch, capsys):
+    """The prompt, then what follows, each piece at once; the seed decides."""
     def sampled(*argv):
         asked = ("--prompt", "bale", "--tokens", 20)
         return works(capsys, "sample", finished, *asked, *argv)
@@ -221,21 +221,10 @@ def test_sample_command(finished, capsys):
     assert sampled("--seed", 1) == first != sampled("--seed", 0)
     cold = sampled("--temperature", 0, "--seed", 1)
     assert cold == sampled("--temperature", 0) == sampled("--top-p", 0)
-
-
-def test_sample_shows_each_piece_at_once(finished, monkeypatch):
-    events = []
-
-    def slowly(*args):
-        for piece in "ab":
-            events.append("asked")
-            yield piece
-
-    monkeypatch.setattr(mixture.Mixture, "generate", slowly)
-    monkeypatch.setattr("builtins.print", lambda *args, **how: events.append((*args, how)))
-    q.main(["sample", str(finished), "--prompt", "p"])
-    at_once = {"end": "", "flush": True}
-    assert events[:-1] == [("p", at_once), "asked", ("a", at_once), "asked", ("b", at_once)]
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *args, **how: printed.append((args, how)))
+    q.main(["sample", str(finished), "--tokens", "2"])
+    assert [how for _, how in printed[:-1]] == [{"end": "", "flush": True}] * 4
 
 
 class Fixed(mixture.Mixture):
@@ -252,8 +241,7 @@ def fixed(finished):
 
     def make(p):
         made = Fixed(**{f: getattr(known, f) for f in known.__dataclass_fields__})
-        vars(made)["asked"] = []
-        vars(made)["p"] = torch.zeros(VOCABULARY)
+        vars(made).update(asked=[], p=torch.zeros(VOCABULARY))
         for token, x in p.items():
             made.p[token] = x
         return made
@@ -309,32 +297,24 @@ def test_prior(finished):
     assert loss(first, second) == min(loss(first, i) for i in {0, 1, 2, 3} - {first})
 
 
-def test_curve_of_a_log(finished):
+def test_plot(finished, tmp_path, capsys):
+    """Curves of logs, and where one reaches another's loss."""
     result = read_json(finished / "result.json")
     of_model = result["flops"] - result["teacher_flops"]
-    epochs, spent, losses = plot.curve(finished / "log.txt").T
+    log = finished / "log.txt"
+    epochs, spent, losses = plot.curve(log).T
     assert epochs.tolist() == [6, 12, 18, 24]
     assert spent[0] == approx(of_model / 4, 1e-3)  # the first cycle has no teacher
     assert spent[-1] == approx(result["flops"], 1e-3)
-    learned = [entry["learned"] for entry in result["curve"]]
-    assert_allclose(losses, learned, atol=1e-5)
-
-
-def test_where_a_curve_reaches_a_loss():
+    assert_allclose(losses, [entry["learned"] for entry in result["curve"]], atol=1e-5)
     curve = np.array([[2, 0, 5.0], [4, 0, 4.0], [8, 0, 3.0]])
-    for loss, epochs in ((3.5, 6), (5.5, 2), (2.9, np.nan)):
-        found = plot.reached([curve, curve], loss, plot.EPOCHS)
-        assert_allclose(found, [epochs, epochs])
-
-
-def test_plot(finished, tmp_path, capsys):
-    log = finished / "log.txt"
+    for loss, reached in ((3.5, 6), (5.5, 2), (2.9, np.nan)):
+        assert_allclose(plot.reached([curve, curve], loss, plot.EPOCHS), [reached] * 2)
     png = tmp_path / "x.png"
     plot.main([str(png), f"a={log}", f"b={log}"])
     assert png.stat().st_size > 5000
     out = capsys.readouterr().out
-    assert "b reaches a's" in out
-    assert "| +0.0000 | ? | - |" in out
+    assert "b reaches a's" in out and "| +0.0000 | ? | - |" in out
     worse = plot.curve(log) + [0, 0, 1]
     (tmp_path / "worse.json").write_text(json.dumps([worse.tolist()]))
     plot.main([str(png), f"a={log}", f"b={tmp_path}/worse.json"])
