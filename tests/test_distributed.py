@@ -259,19 +259,15 @@ def test_a_launch_that_starts_while_the_result_is_written(base, logs):
     run = shutil.copytree(reference(base, *TWO), logs / "x")
     result = (run / "result.json").rename(run / "later")
     before = (run / "log.txt").read_bytes()
-
-    def appear():
-        result.rename(run / "result.json")
-    plant = planted(q.Lock, "acquire", 4, act=appear)
-    start(base, logs, *TWO, plant=plant).good()
+    appear = functools.partial(result.rename, run / "result.json")
+    start(base, logs, *TWO, plant=planted(q.Lock, "acquire", 4, act=appear)).good()
     assert (run / "log.txt").read_bytes() == before
 
 
-def test_a_lock_on_one_machine(tmp_path):
+def test_a_lock(tmp_path):
     path = tmp_path / "0.lock"
     one = q.Lock(path)
-    assert one.acquire()
-    assert not q.Lock(path).acquire()
+    assert one.acquire() and not q.Lock(path).acquire()
     one.release()
     assert q.Lock(path).acquire()
 
@@ -281,11 +277,7 @@ def test_a_lock_on_one_machine(tmp_path):
     Fork(tmp_path / "logs", call=hold_and_die).dies()
     assert path.read_text() == q.platform.node()
     assert q.Lock(path).acquire()
-
-
-def test_a_lock_of_another_machine(tmp_path):
-    """Its text and its time tell, where the system's locks do not reach."""
-    path = tmp_path / "0.lock"
+    # of another machine: its text and its time tell, where the system's locks do not reach
     path.write_text("another machine")
     assert not q.Lock(path).acquire()
     silent = time.time() - q.SILENT_SECONDS - 1

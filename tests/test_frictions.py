@@ -105,9 +105,17 @@ def test_files_lost_and_files_of_others(base, logs):
 
 # Signals and outputs ----------------------------------------------------------------------------
 
-def test_time_spent_suspended_does_not_count(base, logs):
-    """Ctrl-Z for longer than a step may hang."""
-    plant = at_step(4, lambda: os.kill(os.getpid(), signal.SIGTSTP))
+def test_neither_slow_nor_suspended_is_hanging(base, logs):
+    """15 steps of 0.1 s, and Ctrl-Z for longer than a step may take."""
+    def plant():
+        real = q.Optimizer.step
+
+        def slow(*args):
+            time.sleep(0.1)
+            real(*args)
+        q.Optimizer.step = slow
+        at_step(4, lambda: os.kill(os.getpid(), signal.SIGTSTP))()
+
     fork = Fork(logs, *command(base, "--hang-minutes", 0.02), plant=plant)
     while not os.waitid(os.P_PID, fork.pid, os.WSTOPPED | os.WNOHANG):
         time.sleep(0.01)

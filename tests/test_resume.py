@@ -21,7 +21,7 @@ from forks import (
     CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_call, at_step, command, die, differences, disturbed,
     log_of, losses_of, planted, reference, result_of, resume, start, states_of,
     steps_of, weights_of)
-from tiny import snapshot
+from tiny import fails, snapshot
 
 
 def half_written(where, n):
@@ -60,11 +60,9 @@ def test_the_reference_is_worth_comparing(base):
     assert curve[-1]["learned"] < curve[0]["loss"] - 0.1
     assert [entry["distilled"] for entry in curve] == [0, 1, 1]
     assert sorted(states_of(run)) == ["0-000000015", "0-000000015-done"]
-    assert differences(run, run) == []
-    changes = {
-        "members/1/model.safetensors": "weights", "predictions/2.safetensors": "weights",
-        "log.txt": "log", "metrics.jsonl": "metrics"}
-    for name, kind in changes.items():
+    for name, kind in (
+            ("predictions/2.safetensors", "weights"), ("log.txt", "log"),
+            ("metrics.jsonl", "metrics")):
         copy = shutil.copytree(run, run.with_name("copy"), dirs_exist_ok=True)
         raw = bytearray((copy / name).read_bytes())
         raw[raw.rfind(b"_loss") + 10] ^= 1  # a digit, or a byte of the head
@@ -130,23 +128,23 @@ def test_killed_at_random(base, tmp_path, request):
 # When a state is saved, and what is in it
 
 def test_saved_at_cycle_ends_and_on_a_timer(base, tmp_path):
-    def saves(name, minutes):
-        def plant():
-            real = q.Run.save_state
+    def plant():
+        real = q.Run.save_state
 
-            def save(run, at, tensors):
-                print(f"\nsaved:{at.step}", flush=True)
-                real(run, at, tensors)
-            q.Run.save_state = save
+        def save(run, at, tensors):
+            print(f"\nsaved:{at.step}", flush=True)
+            real(run, at, tensors)
+        q.Run.save_state = save
+
+    def saves(minutes):
         argv = command(base, "--save-minutes", minutes)
-        fork = Fork(tmp_path / name / "logs", *argv, plant=plant).good()
-        found = re.findall(r"^saved:(\d+)", fork.out, re.M)
-        return [int(step) for step in found]
+        fork = Fork(tmp_path / str(minutes) / "logs", *argv, plant=plant).good()
+        return [int(step) for step in re.findall(r"^saved:(\d+)", fork.out, re.M)]
+
     ends = [5, 10, 15, 15]  # done
-    assert saves("ends", 1000) == ends
-    assert saves("steps", 0) == [*range(1, 16), 15]
-    timed = saves("timed", 0.02 / 60)  # a step takes 10 ms, on a busy machine 50
-    assert set(ends) < set(timed)
+    assert saves(1000) == ends
+    assert saves(0) == [*range(1, 16), 15]
+    assert set(ends) < set(saves(0.02 / 60))  # a step takes 10 ms, on a busy machine 50
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
@@ -176,13 +174,13 @@ def test_a_second_signal_stops_at_once(base, logs):
 
 # Runs that go on elsewhere, or with other settings
 
-def test_resume_by_path_and_of_nothing(base, killed, logs, tmp_path):
+def test_resume_by_path_and_of_nothing(base, killed, logs, tmp_path, capsys):
     moved = shutil.copytree(killed, tmp_path / "moved")
     Fork(logs, "--resume", moved).good()
     assert differences(reference(base), moved) == []
-    resume(logs).fails("no run x under")
+    fails(capsys, "no run x under", "--resume", "x")
     (logs / "y").mkdir()
-    Fork(logs, "--resume", "y").fails(r"y/run\.json is missing or damaged.*start a new run")
+    fails(capsys, r"y/run\.json is missing or damaged.*start a new run", "--resume", "y")
 
 
 def test_changed_settings(base, interrupted, logs):
@@ -201,20 +199,16 @@ def test_changed_settings(base, interrupted, logs):
     assert losses_of(interrupted) == pytest.approx(losses, abs=1e-3)
 
 
-def edit_script():
-    q.SOURCE += "# edited\n"
-
-
-def test_edited_script(base, interrupted, logs):
+def test_edited_script(base, interrupted, logs, monkeypatch, capsys):
     """Refused; where it is allowed the log says so."""
     before = snapshot(interrupted)
-    argv = ("--resume", "x")
-    Fork(logs, *argv, plant=edit_script).fails(
-        r"x exists and differs in the script \(--allow-edited goes on; .*script it began with")
+    monkeypatch.setattr(q, "SOURCE", q.SOURCE + "# edited\n")
+    told = r"x exists and differs in the script \(--allow-edited goes on; .*script it began with"
+    fails(capsys, told, "--resume", "x")
     assert snapshot(interrupted) == before
-    going_on = Fork(logs, *argv, "--allow-edited", plant=edit_script).good()
-    assert going_on.went_on_from == {0: 11}
-    assert "\nnotice: from here on the script is another one (--allow-edited)\n" in log_of(interrupted)
+    assert resume(logs, "--allow-edited").good().went_on_from == {0: 11}
+    monkeypatch.undo()
+    assert "\nnotice: from here on the script is another one (--allow-" in log_of(interrupted)
     assert losses_of(interrupted) == losses_of(reference(base))
     assert "x is complete" in resume(logs).good().out
 
