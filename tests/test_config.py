@@ -49,32 +49,23 @@ PLAIN = (0.03, 0.8, 1.2, 0.096, 0, 0)
 LESS_DECAY = (0.03, 0.53, 1.2, 0.096, 0.1, 0)
 OF_8 = (0.04, 1.2, 1.2, 0.096, 0, 0.25)
 OF_16 = (0.04, 0.8, 0.7, 1.0, 0.1, 0.25)
-TEACHING = {  # weights at a cycle's start, weight of the teacher, members before it teaches
-    "single": ("fresh", 0, None),
-    "ensemble": ("fresh", 0, None),
-    "chain": ("fresh", 0.45, 1),
-    "snapshots": ("continue", 0, None),
-    "q0": ("perturb", 0.45, 2)}
 
 
-@pytest.mark.parametrize("population, epochs, trajectories, cycles, tuned", [
-    ("q0", 4, 1, 1, PLAIN),
-    ("q0", 16, 1, 4, PLAIN),
-    ("q0", 128, 4, 8, LESS_DECAY),
-    ("snapshots", 64, 2, 8, LESS_DECAY),
-    ("ensemble", 8, 2, 1, PLAIN),
-    ("ensemble", 128, 16, 1, OF_8),
-    ("chain", 128, 1, 16, OF_8),
-    ("single", 5, 1, 1, PLAIN),
-    ("single", 8, 1, 1, OF_8),
-    ("single", 128, 1, 1, OF_16)])
-def test_measured_budgets(population, epochs, trajectories, cycles, tuned):
+@pytest.mark.parametrize("population, epochs, counts, tuned, teaching", [
+    ("q0", 16, (1, 4, 4), PLAIN, ("perturb", 0.45, 2)),
+    ("q0", 128, (4, 8, 4), LESS_DECAY, ("perturb", 0.45, 2)),
+    ("snapshots", 64, (2, 8, 4), LESS_DECAY, ("continue", 0, 2)),
+    ("ensemble", 8, (2, 1, 4), PLAIN, ("fresh", 0, 2)),
+    ("ensemble", 128, (16, 1, 8), OF_8, ("fresh", 0, 1)),
+    ("chain", 128, (1, 16, 8), OF_8, ("fresh", 0.45, 1)),
+    ("single", 5, (1, 1, 5), PLAIN, ("fresh", 0, 2)),
+    ("single", 8, (1, 1, 8), OF_8, ("fresh", 0, 1)),
+    ("single", 128, (1, 1, 128), OF_16, ("fresh", 0, 1))])
+def test_measured_budgets(population, epochs, counts, tuned, teaching):
     cfg = resolved(population=population, epochs=epochs)
-    assert (cfg.trajectories, cfg.cycles) == (trajectories, cycles)
-    assert tuned_of(cfg) == tuned
-    boundary, weight, after = TEACHING[population]
-    assert (cfg.boundary, cfg.distill_weight) == (boundary, weight)
-    assert cfg.distill_after == after or not weight
+    assert (counts_of(cfg), tuned_of(cfg)) == (counts, tuned)
+    assert (cfg.boundary, cfg.distill_weight) == teaching[:2]
+    assert cfg.distill_after == teaching[2]
 
 
 @pytest.mark.parametrize("population, from_epochs, shortest, longest", [

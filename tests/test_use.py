@@ -256,9 +256,9 @@ def fixed(finished):
     (dict(temperature=0.0), [100, 0, 0, 0])])
 def test_frequencies_of_what_is_drawn(options, expected, fixed):
     p = dict(zip(b"abcd", (0.5, 0.25, 0.15, 0.1)))
-    pieces = list(fixed(p).generate("", tokens=2000, **options))
-    percent = [pieces.count(c) / 20 for c in "abcd"]
-    assert_allclose(percent, expected, atol=4)  # deviations are 1.1 at most
+    pieces = list(fixed(p).generate("", tokens=1000, **options))
+    percent = [pieces.count(c) / 10 for c in "abcd"]
+    assert_allclose(percent, expected, atol=6)  # deviations are 1.6 at most
 
 
 def test_generated_text(fixed):
