@@ -111,12 +111,6 @@ def close(one, two):
     return found[1] == pytest.approx(found[0], abs=1e-3)
 
 
-def test_two_processes(base):
-    one = reference(base)
-    assert close(one, reference(base, size=2))
-    assert not close(one, reference(base, "--seed", "1"))
-
-
 def test_from_one_process_to_two_and_back(base, logs):
     """Three processes' worth of turns on one run: one, two, one."""
     argv = command(base, *EVERY_STEP)

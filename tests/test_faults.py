@@ -145,6 +145,13 @@ def test_a_run_whose_states_are_damaged(base, interrupted, logs, capsys):
     assert goes_on(base, logs).went_on_from == {}
 
 
+def test_the_end_of_a_trajectory_is_damaged(base, logs):
+    """Its member is made again from the state before."""
+    start(base, logs, plant=planted(os, "replace", 1, where=r"result\.json$")).dies()
+    (logs / "x/state/0-000000015-done.json").write_text("{}")
+    goes_on(base, logs)
+
+
 def test_formats_of_an_older_script(interrupted, capsys):
     """One line says so, of states, of members, and of settings that are no more."""
     state_with(NEWEST, BEFORE, format=1)(interrupted)

@@ -59,15 +59,8 @@ def test_who_waits_for_other_processes_hears_a_signal(logs):
 
 # Names and files --------------------------------------------------------------------------------
 
-def test_a_run_that_is_not_there_names_the_newest(logs, capsys):
-    for age, name in enumerate(["b", "a", "d", "c"]):
-        folder = logs / name
-        folder.mkdir(parents=True)
-        os.utime(folder, (0, 1000 - age))
-    fails(capsys, "no run x under .*; there is b; there is a; there is d$", "select", "x")
-
-
-def test_names_of_one_second_differ(logs, monkeypatch):
+def test_names(logs, monkeypatch, capsys):
+    """Of two runs of one second they differ; a run that is not there is told the newest."""
     class Clock(q.datetime.datetime):
         @classmethod
         def now(cls):
@@ -77,16 +70,20 @@ def test_names_of_one_second_differ(logs, monkeypatch):
     monkeypatch.setattr(q.datetime, "datetime", Clock)
     monkeypatch.setattr(q.time, "sleep", lambda seconds: None)
     assert [q.new_name(), q.new_name()] == ["2026-01-01_00-00-01", "2026-01-01_00-00-02"]
+    for age, name in enumerate(["b", "a", "d", "c"]):
+        (logs / name).mkdir()
+        os.utime(logs / name, (0, 2 ** 32 - age))
+    fails(capsys, "no run x under .*; there is b; there is a; there is d$", "select", "x")
 
 
-@pytest.mark.parametrize("mask, mode", [(0o077, 0o600), (0o002, 0o664)])
-def test_others_can_read_what_the_umask_lets_them(mask, mode, tmp_path):
-    before = os.umask(mask)
-    try:
-        q.write_atomically(tmp_path / "x", lambda tmp: q.save_tensors({}, tmp))
-    finally:
-        os.umask(before)
-    assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == mode
+def test_others_can_read_what_the_umask_lets_them(tmp_path):
+    for mask, mode in ((0o077, 0o600), (0o002, 0o664)):
+        before = os.umask(mask)
+        try:
+            q.write_atomically(tmp_path / "x", lambda tmp: q.save_tensors({}, tmp))
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE((tmp_path / "x").stat().st_mode) == mode
 
 
 def test_files_lost_and_files_of_others(base, logs):

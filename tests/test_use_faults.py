@@ -39,11 +39,6 @@ def test_numbers_that_make_no_sense(option, values, finished, capsys):
         fails(capsys, f"argument {option}: .*{value}", "sample", finished, option, value)
 
 
-def test_more_tokens_than_members_see(finished):
-    with pytest.raises(q.UserError, match="65 tokens are more than the 64 that members of"):
-        load_mixture(finished).log_probs(torch.zeros(1, 65, dtype=torch.long))
-
-
 # Hostile folders, with hashes that match --------------------------------------------------------
 
 def with_tokenizer(raw=None, **entry):
@@ -94,8 +89,10 @@ def test_hostile_tokenizers(damage, message, copied, corpus, capsys):
     fails(capsys, message, "evaluate", copied, "--data", corpus / "val.bin")
 
 
-def test_a_pattern_at_which_tiktoken_panics(copied):
-    with_tokenizer(pattern=r"(?:(?=a)a|a|aa)*b")(copied)
+def test_what_a_mixture_cannot_read(finished, copied):
+    with pytest.raises(q.UserError, match="65 tokens are more than the 64 that members of"):
+        load_mixture(finished).log_probs(torch.zeros(1, 65, dtype=torch.long))
+    with_tokenizer(pattern=r"(?:(?=a)a|a|aa)*b")(copied)  # at which tiktoken panics
     with pytest.raises(q.UserError, match="cannot read that text: .*BacktrackLimitExceeded"):
         load_mixture(copied).encode("a" * 100)
 
