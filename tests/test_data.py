@@ -707,19 +707,19 @@ def reference_split(documents, val, train, dev, heldout):
 def check_fineweb(out, ranks):
     """That the folder holds the reference's tokens; bytes are counted where there are ranks."""
     manifest = check_manifest(out)
+    encoding = prepare.load_bpe(ranks) if ranks else None
     for name, tokens in reference_split(token_documents(300), **SIZES).items():
         assert read_shard(out / f"{name}.bin").tolist() == tokens
         entry = manifest["splits"][name]
         size = None
         if ranks:
-            encoding = prepare.load_bpe(ranks)
             size = len(encoding.decode_bytes([token for token in tokens if token != END]))
         assert (entry["documents"], entry["bytes"]) == (tokens.count(END), size)
     assert (manifest["tokenizer"]["eot"], manifest["vocab_size"]) == (END, END + 1)
     return manifest
 
 
-def test_fineweb(hub, tmp_path, capsys, gpt2_cache, monkeypatch):
+def test_fineweb(hub, tmp_path, capsys, gpt2_cache, no_gpt2, monkeypatch):
     """Through a broken transfer, a busy server and a wrong hash. The hub lacks GPT-2's tokenizer at
     first; a rerun adds it, to the bytes of a folder that had it at once."""
     hub.faults.update({FIRST: ["cut", "busy"], SECOND: ["flip"]})
@@ -751,7 +751,6 @@ def test_fineweb(hub, tmp_path, capsys, gpt2_cache, monkeypatch):
     repaired = snapshot(out)
     run_fineweb(hub, tmp_path, "--force")
     assert snapshot(out) == repaired
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
     monkeypatch.setattr(prepare, "TRACK_SEQ_LEN", 256)
     check_routes(out, tmp_path, capsys)
 
