@@ -72,7 +72,7 @@ HUB_GPT2 = {
     "repo_id": "openai-community/gpt2",
     "revision": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}
 GPT2_VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
-SLOWRUN_SHA256 = {  # as copies of its prepare_data.py state them (README.md)
+SLOWRUN_SHA256 = {  # of its canonical files; sources: README.md
     "fineweb_train.pt": "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
     "fineweb_val.pt": "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1"}
 RUN_WORDS = 5  # documents are compared by their runs of so many words
