@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import train_q0 as q
 
-ORDER = 5  # the longest n-grams of the training text
+ORDER = 4  # the longest n-grams of the training text
 STRENGTHS = (3.0, 0.3, 0.1)  # of the cache after 0, 1 and 2 tokens
 FEW = (0, 0.5, 1.0, 1.5)  # discounts of a text so small that none can be estimated
 
@@ -146,6 +146,10 @@ class KneserNey(Counting):
             P[row, grams.last[gram]] += grams.share[gram]
         return P
 
+    @property
+    def depths(self):
+        return len(self.grams) + 1
+
     def depth(self, tokens):
         """How many tokens of context the text knows at each of tokens [T]."""
         return (self.contexts(tokens) >= 0).sum(axis=0)
@@ -201,6 +205,10 @@ class Cache(Counting):
         full = np.repeat(other.astype(np.float32)[:, None], self.vocab_size, axis=1)
         full[:, seen] = P
         return full
+
+    @property
+    def depths(self):
+        return len(self.tensors["strengths"])
 
     def depth(self, tokens):
         """How many tokens of context were there before in the document, at each of tokens [T]."""

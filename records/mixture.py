@@ -3,10 +3,13 @@ import base64
 import codecs
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import train_q0 as q
+from records.counting import Counting
+from records.gate import buckets_of
 from records.population import Population, load_population
 
 
@@ -32,9 +35,17 @@ class Mixture(Population):
         if tokens.size(1) > seq_len:
             raise q.UserError(f"{tokens.size(1)} tokens are more than the {seq_len} that members "
                               f"of {self.folder} see: give the last of them")
-        logits = (F.linear(model(tokens)[0].float(), model.head[:model.vocab_size].float())
-                  for model in self.models)
-        return q.mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()
+        shares = self.weights
+        if self.gate is not None:
+            by_token = torch.from_numpy(self.gate.weights[self.buckets(tokens.cpu().numpy())])
+            shares = by_token.float().to(tokens.device).unsqueeze(-1).unbind(-2)
+        mixed = sum(share * token_probs(model, tokens)
+                    for share, model in zip(shares, self.models))
+        return mixed.log_()
+
+    def buckets(self, rows):
+        """Bucket of the gate after each token of rows [B, T], numpy [B, T]."""
+        return np.stack([buckets_of(self.counting, row) for row in rows])
 
     def encode(self, text):
         """Tokens of a document that begins with `text`. Raises UserError without a tokenizer."""
@@ -66,6 +77,14 @@ class Mixture(Population):
             ids.append(token)
             yield utf8.decode(self.encoding.decode_single_token_bytes(token))
         yield utf8.decode(b"", final=True)
+
+
+def token_probs(member, tokens):
+    """A member's p(next token) after each of tokens [B, T], float32 [B, T, V]."""
+    if isinstance(member, Counting):
+        return member.token_probs(tokens)
+    logits = F.linear(member(tokens)[0].float(), member.head[:member.vocab_size].float())
+    return torch.softmax(q.soft_capped(logits, member.cfg.softcap), dim=-1)
 
 
 def draw(log_p, temperature, top_p, generator):
