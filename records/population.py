@@ -167,7 +167,7 @@ class Population:
     heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
     kept: list  # numbers of those whose weights can be used: see has_weights
     device: torch.device
-    gate: object = None  # the Gate of `members`, where weights depend on the context
+    gate: object  # the Gate of `members` where weights depend on the context, else None
 
     def member(self, i):
         """Member i of the run, read and checked: a frozen GPT, or one that counts."""
