@@ -10,6 +10,7 @@ far; lines are means over the logs of a row, bands one standard deviation.
 """
 import glob
 import json
+import os
 import re
 import statistics
 import sys
@@ -156,23 +157,59 @@ def draw(path, rows):
     figure.savefig(path, dpi=110)
 
 
-def draw_curve(path, entries, split):
+def entries_of(run):
+    """The curve of a run under way as its result will have it: an entry a member, from the metrics
+    of all its trajectories. Raises ValueError or KeyError for damaged ones."""
+    entries = []
+    for path in sorted(run.glob("metrics*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            loss = next((event[key] for key in event if key.endswith("_loss")), None)
+            if event["event"] == "member":
+                entries.append({**event, "loss": loss})
+            elif event["event"] == "ensemble":
+                entries[-1][event["prior"]] = loss
+    whole = [entry for entry in entries if "learned" in entry]
+    return sorted(whole, key=lambda entry: entry["member"])
+
+
+def draw_losses(axis, rows, x, lines):
+    """A line for each of lines {name: (style, label)} through rows {x: ..., name: loss}."""
+    for name, (style, label) in lines.items():
+        losses = [row[name] for row in rows]
+        axis.plot([row[x] for row in rows], losses, style, markersize=4, label=label)
+
+
+def draw_curve(path, entries, split, table=None):
     """A run's curve.png: loss against epochs of single members, their uniform mixture and the
-    prior. entries: the `curve` of its result. Raises ImportError without matplotlib."""
+    prior; at its end also against the number of members (population_table). entries: the `curve`
+    of its result. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    epochs = [entry["epochs"] for entry in entries]
-    for name, style, label in (("loss", "o:", "newest member alone"),
-                               ("uniform", "s--", "all so far, uniform"),
-                               ("learned", "D-", "all so far, learned prior")):
-        losses = [entry[name] for entry in entries]
-        axis.plot(epochs, losses, style, markersize=4, label=label)
-    axis.set_xlabel("epochs over the training text, all members together")
-    axis.set_ylabel(f"{split} loss (nats per token)")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    panels = 2 if table else 1
+    figure = Figure(figsize=(1 + 5.5 * panels, 4.5), layout="constrained")
+    by_epochs, *by_members = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    draw_losses(by_epochs, entries, "epochs", {
+        "loss": ("o:C0", "newest member alone"),
+        "uniform": ("s--C1", "all so far, uniform"),
+        "learned": ("D-C2", "all so far, learned prior")})
+    by_epochs.set_xlabel("epochs over the training text, all members together")
+    by_epochs.set_ylabel(f"{split} loss (nats per token)")
+    for axis in by_members:
+        draw_losses(axis, table["rows"], "k", {
+            "uniform": ("s--C1", "k of largest weight, uniform"),
+            "learned": ("D-C2", "k of largest weight, learned prior"),
+            "pruned": ("^-C3", "best k, found by pruning")})
+        axis.set_xlabel("members k")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    best = min(entry["loss"] for entry in entries)
+    for axis in (by_epochs, *by_members):
+        axis.axhline(best, color="gray", linewidth=1, label=f"best single member: {best:.4f}")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle(path.parent.name)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several launches may draw at once
+    figure.savefig(tmp, format="png", dpi=120)
+    tmp.replace(path)
 
 
 def main(argv):
