@@ -2251,6 +2251,7 @@ class Run:
         self.cycles = cycles  # of all trajectories
         self.header = header  # of the log
         self.edited = False  # whether it began with another script
+        self.listeners = []  # to the events of its logs
         self.lock = None
 
     def claim(self, trajectory, world):
@@ -2337,7 +2338,7 @@ class Run:
     def open_log(self, trajectory, sizes=()):
         """The log of a trajectory, anew or where log and metrics had `sizes` bytes: what followed
         comes again."""
-        log = Log(*self.log_files(trajectory), sizes or (0, 0))
+        log = Log(*self.log_files(trajectory), sizes or (0, 0), self.listeners)
         if not sizes and trajectory == 0:
             line = "=" * 100
             log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
@@ -2518,8 +2519,9 @@ def say(text, to="stdout"):
 
 class Log:
     """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
-    def __init__(self, path, metrics_path, sizes):
-        """Go on where the files had `sizes` bytes."""
+    def __init__(self, path, metrics_path, sizes, listeners=()):
+        """Go on where the files had `sizes` bytes. `listeners` have methods event and close."""
+        self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
         self.metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
         for file, size in zip((self.text, self.metrics), sizes):
@@ -2539,6 +2541,8 @@ class Log:
         text, data = event_lines(*flags, **pairs)
         self.metrics.write(data + "\n")
         self.line(text)
+        for listener in self.listeners:
+            listener.event(*flags, **pairs)
 
     def append(self, parts, events):
         """Add the files of another trajectory, with these `events` of its ensembles."""
@@ -2714,7 +2718,10 @@ def command_train(argv):
                        "--name"),
         resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"),
         allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
-                          "run cannot be a record"))
+                          "run cannot be a record"),
+        track=dict(choices=["tensorboard", "wandb", "trackio"], help="draw its curves there, too"),
+        profile=dict(action="store_true", help="time every operation of a few steps: a table, and "
+                     "a trace in the run's folder"))
     Stopped.signal = 0
     before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
               for number in SIGNALS
@@ -2757,6 +2764,11 @@ def launch(cfg, why, args, world):
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
     if world.leader:
+        try:
+            from records.live import listeners
+            run.listeners = listeners(run, args)
+        except ImportError as e:
+            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
@@ -2766,11 +2778,15 @@ def launch(cfg, why, args, world):
         say(lines)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
+        for listener in run.listeners:
+            listener.start(trainer)
         train(trainer, cycles)
         if world.leader:
             finish_run(trainer, about)
     finally:
         run.release()
+        for listener in run.listeners:
+            listener.close()
 
 
 def new_name():
@@ -2850,7 +2866,7 @@ def finish_run(trainer, about):
             result["table"], lines = report(trainer.predictions, trainer.corpus.name)
             log.line("\n".join(lines))
             from records.plot import draw_curve
-            draw_curve(run.folder / "curve.png", curve, cfg.report)
+            draw_curve(run.folder / "curve.png", curve, cfg.report, result["table"])
         except ImportError as e:
             say(f"notice: the table or curve.png is not made: {one_line(e)}", "stderr")
         save_json(run.folder / "result.json", result)  # last: the run is complete
