@@ -1007,7 +1007,7 @@ def compare_streams(folders, manifests):
         sizes = " and ".join(f"{len(stream):,}" for stream in streams)
         print(f"{name}: {sizes} tokens, the first {length:,} compared")
         for folder, stream in zip(folders, (first, second)):
-            print(f"  {hashlib.sha256(stream.tobytes()).hexdigest()}  {folder}")
+            print(f"  {hashlib.sha256(stream).hexdigest()}  {folder}")
         if not np.array_equal(first, second):
             differ.append(f"{name} from token {np.argmax(first != second):,} on")
     if differ:
