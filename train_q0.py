@@ -15,6 +15,7 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
     python train_q0.py average RUN                        one model: mean weights of newest members
     python train_q0.py pool RUN RUN                       one population of several runs
+    python train_q0.py push RUN USER/NAME                 to the hub; hf:USER/NAME is a RUN then
 
 Top to bottom: config, data, model, loss, optimizer, schedule, prior, training loop; then members
 and resume state, processes, log, commands.

@@ -26,6 +26,7 @@ import prepare
 import pytest
 import tasks
 import tiktoken
+import train_q0
 from hypothesis import given, settings, strategies
 from tiny import (
     edit_json, flip, random_documents, read_documents, read_json, read_shard, shard_bytes, snapshot,
@@ -130,11 +131,14 @@ def gpt2_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def no_gpt2(monkeypatch):
-    """As where neither cache nor network has GPT-2's tokenizer."""
+def no_gpt2(monkeypatch, tmp_path_factory):
+    """As where no cache, nor tiktoken's server, nor the hub has GPT-2's tokenizer."""
     def get_encoding(name):
         raise ConnectionError(f"no route\nto {name}")
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", tmp_path_factory.mktemp("hub"))
 
 
 # Tokenizer --------------------------------------------------------------------------------------
@@ -566,9 +570,9 @@ def test_gpt2_text(tmp_path, capsys, argv, gpt2_cache, monkeypatch):
 
 class Hub(BaseHTTPRequestHandler):
     """The two requests of the hub's client for a large file: HEAD (commit, SHA-256, size) and GET,
-    with ranges. Of one revision."""
+    with ranges. Of one revision; shards go without their folder."""
     protocol_version = "HTTP/1.1"
-    prefix = f"/datasets/{prepare.HUB_DATASET}/resolve/889765ea1f903759787add96995d81171b632d0c/"
+    prefix = "/datasets/kjj0/fineweb10B-gpt2/resolve/889765ea1f903759787add96995d81171b632d0c/"
 
     def log_message(self, *args):
         pass
@@ -590,7 +594,7 @@ class Hub(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         for key, value in {
                 "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": len(content),
-                "X-Repo-Commit": prepare.HUB_REVISION, "Content-Length": len(content) - begin,
+                "X-Repo-Commit": self.path.split("/")[-2], "Content-Length": len(content) - begin,
                 "Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}.items():
             self.send_header(key, str(value))
         self.end_headers()
@@ -611,6 +615,7 @@ def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {}
     server.faults = {}  # {name: what goes wrong, answer by answer}
+    server.pinned = {}  # in place of HUB_SHA256: these are other shards
     server.log = []
     stream = list(itertools.chain(*token_documents(300)))
     for number, begin in enumerate(range(0, len(stream), 17_000)):
@@ -627,10 +632,11 @@ def hub():
 # waits between attempts are cut, and the 10 MB steps in which the client saves what arrives, or
 # our small shards could not be resumed
 FETCH = """
-import sys, time
+import json, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import prepare
 from huggingface_hub import constants
+prepare.HUB_SHA256 = json.loads(os.environ["PINNED"])
 time.sleep = lambda seconds: None
 constants.DOWNLOAD_CHUNK_SIZE = 1000
 sys.exit(prepare.main(sys.argv[2:]))
@@ -639,9 +645,10 @@ SIZES = {"val": 3000, "train": 30_000, "dev": 2000, "heldout": 1300}
 FIRST = "fineweb_val_000000.bin"
 SECOND = "fineweb_train_000001.bin"
 THIRD = "fineweb_train_000002.bin"
+VOCAB = "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/vocab.json"
 
 
-def run_fineweb(hub, tmp_path, *argv, cache="none"):
+def run_fineweb(hub, tmp_path, *argv):
     """A process of its own: the hub's client reads its settings when it is imported."""
     env = {
         **os.environ,
@@ -649,7 +656,8 @@ def run_fineweb(hub, tmp_path, *argv, cache="none"):
         "HF_HOME": str(tmp_path / "hub"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TIKTOKEN_CACHE_DIR": str(tmp_path / cache),
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"),
+        "PINNED": json.dumps(hub.pinned),
         "NO_PROXY": "*",
         "HTTPS_PROXY": "http://127.0.0.1:9"}
     sizes = [f"--{name}-tokens={size}" for name, size in SIZES.items()]
@@ -680,32 +688,84 @@ def reference_split(documents, val, train, dev, heldout):
     return splits
 
 
-@pytest.mark.parametrize("counts", [False, True])
-def test_fineweb(counts, hub, tmp_path, request):
-    """Through a broken transfer, a busy server and a wrong hash; with GPT-2's tokenizer or not."""
-    cache = request.getfixturevalue("gpt2_cache") if counts else "none"
+def check_fineweb(out, ranks):
+    """That the folder holds the reference's tokens; bytes are counted where there are ranks."""
+    manifest = check_manifest(out)
+    encoding = prepare.load_bpe(ranks) if ranks else None
+    for name, tokens in reference_split(token_documents(300), **SIZES).items():
+        assert read_shard(out / f"{name}.bin").tolist() == tokens
+        entry = manifest["splits"][name]
+        size = None
+        if ranks:
+            size = len(encoding.decode_bytes([token for token in tokens if token != END]))
+        assert (entry["documents"], entry["bytes"]) == (tokens.count(END), size)
+    assert (manifest["tokenizer"]["eot"], manifest["vocab_size"]) == (END, END + 1)
+    return manifest
+
+
+def test_fineweb(hub, tmp_path, capsys, gpt2_cache, no_gpt2, monkeypatch):
+    """Through a broken transfer, a busy server and a wrong hash. The hub lacks GPT-2's tokenizer at
+    first; a rerun adds it, to the bytes of a folder that had it at once."""
     hub.faults.update({FIRST: ["cut", "busy"], SECOND: ["flip"]})
-    run = run_fineweb(hub, tmp_path, cache=cache)
+    hub.pinned[SECOND] = hashlib.sha256(hub.files[SECOND]).hexdigest()
+    run = run_fineweb(hub, tmp_path)
     assert run.returncode == 0, run.stderr
+    assert "not from the hub (can't download vocab.json" in run.stdout
     assert not any(hub.faults.values())
     assert any(name == FIRST and asked for _, name, asked in hub.log)  # it resumed
     fetched = {name for method, name, _ in hub.log if method == "GET"}
     assert fetched == {FIRST, SECOND, THIRD} < set(hub.files)
     out = tmp_path / "out"
-    manifest = check_manifest(out)
-    for name, tokens in reference_split(token_documents(300), **SIZES).items():
-        assert read_shard(out / f"{name}.bin").tolist() == tokens
-        entry = manifest["splits"][name]
-        size = None
-        if counts:
-            encoding = prepare.load_bpe((out / "tokenizer.tiktoken").read_bytes())
-            size = len(encoding.decode_bytes([token for token in tokens if token != END]))
-        assert (entry["documents"], entry["bytes"]) == (tokens.count(END), size)
-    assert (manifest["tokenizer"]["eot"], manifest["vocab_size"]) == (END, END + 1)
-    assert ("file" in manifest["tokenizer"]) == counts != ("not counted" in run.stdout)
+    manifest = check_fineweb(out, None)
+    assert manifest["shards"][1] == {"name": SECOND, "sha256": hub.pinned[SECOND]}
+    assert "file" not in manifest["tokenizer"]
+    shards = {path: path.stat() for path in out.glob("*.bin")}
+    (out / "tokenizer.tiktoken").write_text("of a run that was killed before the manifest")
+    encoder, = gpt2_cache.glob("6c7ea1a7*")
+    hub.files[VOCAB] = encoder.read_bytes()
+    hub.faults[VOCAB] = ["flip"]
     hub.log.clear()
-    assert "left alone" in run_fineweb(hub, tmp_path).stdout
-    assert not hub.log
+    assert "tokenizer added" in run_fineweb(hub, tmp_path).stdout
+    assert {name for _, name, _ in hub.log} == {VOCAB}
+    assert shards == {path: path.stat() for path in out.glob("*.bin")}
+    ranks = (out / "tokenizer.tiktoken").read_bytes()
+    assert hashlib.sha256(ranks).hexdigest() == (  # of tiktoken's r50k_base.tiktoken
+        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930")
+    check_fineweb(out, ranks)
+    repaired = snapshot(out)
+    run_fineweb(hub, tmp_path, "--force")
+    assert snapshot(out) == repaired
+    monkeypatch.setattr(prepare, "TRACK_SEQ_LEN", 256)
+    check_routes(out, tmp_path, capsys)
+
+
+def check_routes(out, tmp_path, capsys):
+    """That `verify` tells Slowrun's files of the same documents from others."""
+    parts = reference_split(token_documents(300), **SIZES)
+    training = parts["heldout"] + parts["train"]
+    other = tmp_path / "slowrun"
+    argv = ["slowrun", "--input", tmp_path / "in", "--out", other, "--force",
+            "--heldout-tokens", SIZES["heldout"], "--dev-tokens", SIZES["dev"]]
+
+    def slowrun(tokens):
+        write_slowrun(tmp_path / "in", tokens, parts["val"])
+        run_ok(capsys, *argv)
+        return "verify", out, other
+
+    said = run_ok(capsys, *slowrun(training))
+    stream = np.array(training, "<u2").tobytes()
+    assert said.count(hashlib.sha256(stream).hexdigest()) == 2
+    lines = said.partition("tracks.json:\n")[2].strip().rstrip(",")
+    track = json.loads("{" + lines + "}")
+    corpus = train_q0.load_corpus(out, prepare.TRACK_SEQ_LEN, 0)
+    assert track["data"] == corpus.hashes
+    assert track["tokens"]["train"] == corpus.train_sequences * corpus.seq_len
+    assert track["tokens"]["val"] == corpus.eval_sequences("val")[:, 1:].size
+    assert "the first 29,900 compared" in run_ok(capsys, *slowrun(training[:29_900]))
+    training[20_000] -= 1
+    run_bad(capsys, "differ: training from token 20,000 on", *slowrun(training))
+    flip(other / "dev.bin")
+    run_bad(capsys, "slowrun is not a whole folder.*dev.bin is damaged", "verify", out, other)
 
 
 def always(fault):
@@ -722,10 +782,11 @@ def change(edit):
     (change(lambda raw: b"\0" * 4 + raw[4:]), [], "arrived damaged twice"),
     (change(lambda raw: raw[:-2]), [], "arrived damaged twice"),
     (change(lambda raw: shard_bytes(np.frombuffer(raw, "<u2")[513:])), [], "do not start with"),
+    (lambda hub: hub.pinned.update({FIRST: "0" * 64}), [], "arrived damaged twice"),
     (lambda hub: hub.files.pop(THIRD), [], f"can't download {THIRD}"),
     (lambda hub: hub.server_close(), [], f"can't download {FIRST}"),
     (lambda hub: None, ["--heldout-tokens", "30000"], "no tokens are left for train")],
-    ids="hash cut magic size middle missing down heldout".split())
+    ids="hash cut magic size middle other missing down heldout".split())
 def test_bad_fineweb(damage, argv, message, hub, tmp_path):
     damage(hub)
     run = run_fineweb(hub, tmp_path, *argv)
