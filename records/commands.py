@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-from records import plan, runs, use
+from records import export, plan, runs, use
 
 SIGPIPE = 128 + 13  # what a shell makes of it
 
@@ -33,4 +33,5 @@ COMMANDS = {
     "sample": for_terminals(use.sample),
     "average": for_terminals(runs.average),
     "pool": for_terminals(runs.pool),
+    "export": for_terminals(export.export),
 }
