@@ -204,13 +204,13 @@ CHARACTERS = byte_characters()
 
 
 def last_merge(token, ranks):
-    """The two tokens of which byte-pair encoding makes `token` in the end; None where it does not,
-    since it merges its bytes in another way."""
+    """The two tokens that byte-pair encoding merges last where it makes `token` of bytes; None
+    where it does not, as it merges them in another way."""
     parts = [token[i:i + 1] for i in range(len(token))]
     while len(parts) > 2:
         pairs = [left + right for left, right in zip(parts, parts[1:])]
         best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
-        if ranks.get(best, len(ranks)) > ranks[token]:
+        if best not in ranks:
             return None
         at = pairs.index(best)
         parts[at:at + 2] = [best]

@@ -147,10 +147,10 @@ def test_generate(mixture, model, folder):
     """Greedy text of several prompts, padded at the left, is the project's own of each; also past
     the end of the context."""
     tokenizer = load_tokens(folder)
-    prompts = ["bale", "dore belo rone ", "mane kese kele " * 8]
+    prompts = ["bale", "dore belo rone ", "mane kese kele " * 7]
     given = tokenizer(prompts, padding=True, return_tensors="pt")
     length = given.input_ids.size(1)
-    assert 52 < length < 64
+    assert 48 < length < 64
     ids = model.generate(**given, max_new_tokens=16, use_cache=True)
     texts = tokenizer.batch_decode(ids[:, length:], skip_special_tokens=True)
     assert texts == ["".join(mixture.generate(p, 16, temperature=0)) for p in prompts]
@@ -158,13 +158,13 @@ def test_generate(mixture, model, folder):
 
 def test_pipeline(mixture, folder):
     write = transformers.pipeline("text-generation", model=folder, trust_remote_code=True)
-    found, = write("dore belo", max_new_tokens=5)
+    found, = write("dore belo", max_new_tokens=5, do_sample=False)
     wanted = "".join(mixture.generate("dore belo", 5, temperature=0))
     assert found["generated_text"] == "dore belo" + wanted
 
 
-# merges make no `abcd` of these, so it stands alone; and no `bcd` after an `a`
-UNLIKE_TRAINED = [bytes([i]) for i in range(256)] + [b"ab", b"abcd", b"cd", b"bcd", b" a"]
+# ranks of no training: merges make no `bde`, so it stands alone; `abcd` comes before its parts
+UNLIKE_TRAINED = [bytes([i]) for i in range(256)] + [b"ab", b"abcd", b"cd", b"bde", b" a", b"a b"]
 
 
 @pytest.fixture(scope="module")
@@ -184,7 +184,7 @@ def tokenizers(corpus, tmp_path_factory):
 
 
 WORDS = ["don't", "'ll", "  ", "\n\n", "\r\n ", "\u00a0", "夜の街", "👩‍👧", "e\u0301", "1234", "١٢",
-         " the", "abcd", "xabcd", "aabcdcd", export.EOT, "\x00", "\u2028"]
+         " the", "abcd", "aabcdcd", "bde", "abde", export.EOT, "\x00", "\u2028"]
 TEXTS = strategies.lists(
     strategies.sampled_from(WORDS) | strategies.text(strategies.characters(exclude_categories=(
         "Cs", "Cn")), max_size=8)).map("".join)
