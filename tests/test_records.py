@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pytest import approx
 from scipy.stats import t as students_t
-from tiny import MINI, ROOT, edit_json, read_json, user
+from tiny import MINI, ROOT, edit_json, fails, read_json, user
 
 import tiny
 import train_q0 as q
@@ -436,12 +436,11 @@ def test_odd_files(case, records, good, capsys):
     assert checked_in_seconds(capsys)
 
 
-def test_no_log(tmp_path):
-    """--source and plot.py say in one line that a file is no log."""
+def test_no_log(tmp_path, capsys):
+    """--source and compare say in one line that a file is no log."""
     log = tmp_path / "log.txt"
     log.write_text("x\n" + ("=" * 100 + "\n{}\n"))
-    with pytest.raises(SystemExit, match=r"^plot.py: error: .*log.txt.*$"):
-        plot.main(["out.png", f"a={log}"])
+    fails(capsys, "log.txt, which should be the log of a run, is .*damaged", "compare", f"a={log}")
     with pytest.raises(SystemExit, match="^check.py: error: .*not the log.txt of a run"):
         check.main(["--source", str(log)])
 

@@ -10,12 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from forks import weights_of
 from pytest import approx
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
-    MINI, SEVERAL, clone, fails, flip, loss_of, predictions_of, read_json,
+    MINI, clone, fails, flip, loss_of, predictions_of, read_json,
     sequences_of, shorten, snapshot, user, works)
 
 import train_q0 as q
@@ -125,13 +124,6 @@ def test_select(run, repo, monkeypatch, capsys):
 
 
 # Seeds and populations --------------------------------------------------------------------------
-
-def test_same_seed_same_bits(finished, corpus, logs):
-    """In another process, which logs less."""
-    argv = [*SEVERAL, "--data", str(corpus), "--run", "again", "--log-every", "1000"]
-    assert q.main(argv) == 0
-    assert weights_of(logs / "again") == weights_of(finished)
-
 
 def test_seed_and_teacher_change_members(trained):
     one = predictions_of(trained("one", "--cycles", 2))["val"]

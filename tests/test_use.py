@@ -311,16 +311,14 @@ def test_plot(finished, tmp_path, capsys):
     for loss, reached in ((3.5, 6), (5.5, 2), (2.9, np.nan)):
         assert_allclose(plot.reached([curve, curve], loss, plot.EPOCHS), [reached] * 2)
     png = tmp_path / "x.png"
-    plot.main([str(png), f"a={log}", f"b={log}"])
+    out = works(capsys, "compare", f"a={log}", f"b={log}", "--out", png)
     assert png.stat().st_size > 5000
-    out = capsys.readouterr().out
-    assert "b reaches a's" in out and "| +0.0000 | ? | - |" in out
+    assert "b reaches a's" in out
     worse = plot.curve(log) + [0, 0, 1]
     (tmp_path / "worse.json").write_text(json.dumps([worse.tolist()]))
-    plot.main([str(png), f"a={log}", f"b={tmp_path}/worse.json"])
-    assert capsys.readouterr().out.count("b does not reach a's") == 2  # epochs, FLOPs
-    with pytest.raises(SystemExit, match="no files match nothing"):
-        plot.main([str(png), "a=nothing"])
+    out = works(capsys, "compare", f"a={log}", f"b={tmp_path}/worse.json", "--out", png)
+    assert out.count("b does not reach a's") == 2  # epochs, FLOPs
+    fails(capsys, "no runs or files match nothing", "compare", "a=nothing")
 
 
 def test_verdict():
