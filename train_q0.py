@@ -1007,8 +1007,8 @@ def rows_loss_in_triton(z, teacher_z, V, target, scale, softcap, weight, tempera
     return *out.mul_(scale[:, None]).sum(0), z
 
 
-def check_kernels(device_type):
-    """Run both Triton kernels once. Raises ArithmeticError where they disagree with torch."""
+def check_kernel(device_type):
+    """Run the Triton kernel once. Raises ArithmeticError where it disagrees with torch."""
     generator = torch.Generator().manual_seed(0)
     z, teacher_z = torch.randn(2, 4, 128, generator=generator).to(device_type)
     target = torch.arange(4, device=device_type)
@@ -1017,23 +1017,21 @@ def check_kernels(device_type):
     found = rows_loss_in_triton(z.clone(), teacher_z.clone(), *arguments)
     for ours, wanted in zip(found, rows_loss_in_torch(z, teacher_z, *arguments)):
         assert_close(ours, wanted, 1e-4)  # rounding of float32
-    X = torch.randn(1, 160, 64, generator=generator).to(device_type, torch.bfloat16)
-    assert_close(symmetric_product(X), X.float() @ X.float().mT, 0.01)  # of bf16
 
 
 @functools.cache
 def use_triton(device_type):
-    """Whether tensors there go through the Triton kernels: on a GPU where they prove themselves in
-    a trial run, or on a CPU under Triton's interpreter (tests). Says where a GPU goes without."""
+    """Whether losses there go through the Triton kernel: on a GPU where it proves itself in a trial
+    run, or on a CPU under Triton's interpreter (tests). Says where a GPU goes without."""
     if device_type != "cuda" and not INTERPRETED:
         return False
     try:
         if triton is None:
             raise ImportError("triton is not installed (pip install triton)")
-        check_kernels(device_type)
+        check_kernel(device_type)
     except Exception as e:  # a toolchain that does not fit the machine may fail in any way
-        say(f"notice: loss and Muon go without their Triton kernels and are slower: "
-            f"{one_line(e)}", "stderr")
+        say(f"notice: the loss goes without its Triton kernel and is slower: {one_line(e)}",
+            "stderr")
         return False
     return True
 
@@ -1207,76 +1205,14 @@ POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T; arXiv 2505.1
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-SYMMETRIC_TILE = dict(BLOCK=128, STEP=64, num_warps=8, num_stages=3)  # two fit a multiprocessor
-
-
-if triton is not None:
-    @triton.jit
-    def symmetric_kernel(X, add, out, r, k, batch_stride, row_stride, col_stride, alpha, beta,
-                         gamma, ADD: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr,
-                         STEP: tl.constexpr):
-        """One block on or below the diagonal and its mirror image; `out`, `add` are contiguous."""
-        t = tl.program_id(0)
-        matrix = tl.program_id(1).to(tl.int64)
-        # t = i (i + 1) / 2 + j; 0.25 more than exact, for rounding
-        i = (tl.sqrt(2.0 * t + 0.5) - 0.5).to(tl.int32)
-        j = t - i * (i + 1) // 2
-        rows = i * BLOCK + tl.arange(0, BLOCK)
-        cols = j * BLOCK + tl.arange(0, BLOCK)
-        X += matrix * batch_stride
-        left = X + rows[:, None] * row_stride
-        right = X + cols[None, :] * row_stride
-        total = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for start in range(0, k, STEP):
-            at = start + tl.arange(0, STEP)
-            left_mask = (rows[:, None] < r) & (at[None, :] < k)
-            right_mask = (cols[None, :] < r) & (at[:, None] < k)
-            a = tl.load(left + at[None, :] * col_stride, mask=left_mask, other=0.0)
-            b = tl.load(right + at[:, None] * col_stride, mask=right_mask, other=0.0)
-            if WIDEN:  # the interpreter multiplies bf16 as if it were integers
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")  # of float32 inputs
-        total *= alpha
-        inside = (rows[:, None] < r) & (cols[None, :] < r)
-        lower = rows[:, None] * r + cols[None, :]
-        if ADD:
-            added = tl.load(add + matrix * r * r + lower, mask=inside, other=0.0)
-            total += beta * added.to(tl.float32)
-            if i == j:
-                total += tl.where(rows[:, None] == cols[None, :], gamma, 0.0)
-        total = total.to(out.dtype.element_ty)
-        out += matrix * r * r
-        tl.store(out + lower, total, mask=inside)
-        if i > j:
-            mirrored = (cols[:, None] < r) & (rows[None, :] < r)
-            tl.store(out + cols[:, None] * r + rows[None, :], tl.trans(total), mask=mirrored)
-
-
-def symmetric_product(X, add=None, alpha=1.0, beta=0.0, gamma=0.0):
-    """alpha X X^T + beta add + gamma I, [n, r, r], of X [n, r, k] and a symmetric `add`; half is
-    computed, half mirrored."""
-    n, r, k = X.shape
-    out = X.new_empty(n, r, r)
-    blocks = triton.cdiv(r, SYMMETRIC_TILE["BLOCK"])
-    symmetric_kernel[blocks * (blocks + 1) // 2, n](
-        X, X if add is None else add.contiguous(), out, r, k, *X.stride(), alpha, beta,
-        gamma, ADD=add is not None, WIDEN=INTERPRETED, **SYMMETRIC_TILE)
-    return out
 
 
 def polar_express(X):
     """The nearest semi-orthogonal matrix to each of X [n, rows <= cols], of norms just below 1."""
-    large = X.size(-2) >= 2 * SYMMETRIC_TILE["BLOCK"]  # one block has nothing to mirror
-    halved = large and X.dtype == torch.bfloat16 and use_triton(X.device.type)
     for a, b, c in POLAR_EXPRESS:
-        if halved:
-            A = symmetric_product(X)
-            X = symmetric_product(A, A, c, b, a) @ X  # to add a X would copy X
-        else:
-            A = X @ X.mT
-            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-            X = torch.baddbmm(X, B, X, beta=a)
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
     return X
 
 
