@@ -204,8 +204,6 @@ class Config:
         None, "newest members of a trajectory whose weights are kept; without it all", low=1)
     hang_minutes: float = knob(
         15, "a step that takes longer ends the run and shows where it hangs; 0: never")
-    skip_nonfinite: bool = knob(
-        False, "go on after a loss or gradient that is not finite; its update is left out")
     log_every: int = knob(10, "steps between logged lines (each one waits for the device)", low=1)
 
     def __post_init__(self):
@@ -218,7 +216,7 @@ GROUPS = {  # of --help: the first field of each
     "device": "machine"}
 # settings that a resumed run may change: they change speed or rounding, not the method
 MACHINE = ("device compile graphs recompute attention save_minutes keep_members hang_minutes "
-           "skip_nonfinite log_every").split()
+           "log_every").split()
 
 def check_value(f, value):
     """Raise UserError where `value` is not of the type, the choices or the range of field `f`."""
@@ -734,7 +732,7 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
         self.windows = layer_windows(cfg)
         self.order = layer_order(cfg)
-        self.attend = attention_by_window(plain_attention, cfg, "cpu")
+        self.attend = attention_by_window(sdpa_attention, cfg, "cpu")  # works everywhere
         self.block = block
         self.blend = blend
 
@@ -1291,7 +1289,7 @@ class Optimizer:
         device = next(model.parameters()).device
         zero = torch.zeros((), device=device)
         self.steps = zero.clone()  # that were not skipped
-        self.skipped = zero.clone()  # since the last check
+        self.skipped = zero.clone()
         self.lr_mult = zero.clone()
         self.wd_mult = zero.clone()
         self.muon_momentum = muon_momentum
@@ -1380,7 +1378,7 @@ class Optimizer:
     def state(self):
         """{name: moments, ...}, the same for any number of ranks, for the leader; {} for the
         others: all ranks' copies might be more than a machine's memory."""
-        found = {"steps": self.steps, "skipped": self.skipped}
+        found = {"steps": self.steps}
         for name, bank, own in self.moments():
             whole = own.new_empty(len(bank.master_units), *own.shape[1:])
             self.world.all_gather(own, whole)
@@ -1392,8 +1390,7 @@ class Optimizer:
         """Take over what `state` gave to the leader; the other ranks pass None."""
         if found is not None:
             self.steps.copy_(found["steps"])
-            self.skipped.copy_(found["skipped"])
-        self.world.broadcast(self.steps, self.skipped)
+        self.world.broadcast(self.steps)
         for name, bank, own in self.moments():
             whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
             if found is not None:
@@ -1801,36 +1798,31 @@ class Trainer:
         at.sequences += cycle.rows
         at.in_cycle = s + 1
         last = s == cycle.steps - 1
-        if last or (cycle.steps_before + s + 1) % self.cfg.log_every == 0:
+        logged = last or (cycle.steps_before + s + 1) % self.cfg.log_every == 0
+        if logged:
             self.world.all_reduce(self.loss)
             line = self.meter.line(cycle, float(self.loss), *schedule(s, cycle.steps, self.cfg))
             if self.world.leader:
                 self.log.event(**line)
-            self.check_finite()
         unsaved = time.perf_counter() - self.meter.last_save
         asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
+        if logged or asked:
+            self.check_finite()
         if asked or last:  # before the evaluation, which may be interrupted
             self.save()
         if asked == 2:
             raise Stopped
 
     def check_finite(self):
-        """Stop, or count with --skip-nonfinite, where updates were left out as not finite."""
-        at = self.at
+        """Raise UserError where an update was left out because it was not finite."""
         lost = int(self.optimizer.skipped)
-        self.optimizer.skipped.zero_()
-        if not lost:
-            return
-        what = (f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
-                f"{at.trajectory}: {lost} updates were left out")
-        if not self.cfg.skip_nonfinite:
-            raise UserError(f"{what}; the last saved state is of step {self.saved_at[0]}: lower "
-                            "--lr-matrix, try --precision float32, or --resume it with "
-                            "--skip-nonfinite")
-        at.skipped += lost
-        if self.world.leader:
-            self.log.event("skipped", updates=at.skipped, reason=what)
+        if lost:
+            at = self.at
+            raise UserError(
+                f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
+                f"{at.trajectory}: {lost} updates were left out; the last saved state is of step "
+                f"{self.saved_at[0]}: lower --lr-matrix, or try --precision float32")
 
     def finish_cycle(self, cycle):
         """The cycle's end becomes a member, saved with its p(true token); it teaches next."""
@@ -2038,7 +2030,6 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
                         f"{unexpected}: {OWN_SCRIPT}")
     model = empty_member(cfg, vocab_size)
     model.load_state_dict(weights)
-    model.attend = attention_by_window(sdpa_attention, cfg, device)  # works everywhere, unchecked
     return model.to(device)
 
 
@@ -2116,7 +2107,6 @@ class Progress:
     eval_seconds: float = 0.0
     log: list = field(default_factory=list)  # bytes of the log and of the metrics
     kernels: dict = field(default_factory=dict)
-    skipped: int = 0  # updates left out because they were not finite
 
 
 SILENT_SECONDS = 900  # after which a holder on another machine counts as gone
@@ -2803,7 +2793,7 @@ def summarize(trainer, states):
             "teacher_flops": flops["teacher"], "tflops": sum(flops.values()) / seconds / 1e12,
             f"uniform_{cfg.report}_loss": curve[-1]["uniform"],
             f"last_member_{cfg.report}_loss": curve[-1]["loss"],
-            "skipped_updates": sum(at.skipped for at in states), "train_seconds": seconds,
+            "train_seconds": seconds,
             "eval_seconds": sum(at.eval_seconds for at in states),
             "peak_memory_mb": peak_memory_mb(trainer.world.device)}, curve
 

@@ -283,41 +283,17 @@ def test_not_finite(kind, base, logs):
     fork.fails("the loss or a gradient is not finite at or before step 10 of trajectory 0: 1 updates "
                "were left out; .* is of step 5: lower --lr-m")
     assert "\nstep:10/15" in fork.out
-    again = resume(logs, "--skip-nonfinite", "--log-every", "1").good()
+    again = resume(logs, "--log-every", "1").good()
     assert again.went_on_from == {0: 5}
     assert weights_of(logs / "x") == weights_of(reference(base))
-    assert result_of(logs / "x")["skipped_updates"] == 0
 
 
-def test_skip_not_finite(base, logs, tmp_path):
-    """Counted and logged once, told in the result, also when the next cycle starts afresh. Killed
-    after it and resumed, the count goes on."""
-    argv = command(base, *EVERY_STEP, "--skip-nonfinite", "--boundary", "fresh")
-    whole = tmp_path / "whole/logs"
-    Fork(whole, *argv, plant=poison(7, "nan loss", 0)).good()
-
-    def plant():
-        poison(7, "nan loss", 0)()
-        at_step(12)()
-
-    Fork(logs, *argv, plant=plant).dies()
-    resume(logs).good()
-    assert differences(whole / "x", logs / "x") == []
-    skipped, = [event for event in metrics_of(logs / "x") if event["event"] == "skipped"]
-    assert skipped["updates"] == result_of(logs / "x")["skipped_updates"] == 1
-    assert skipped["reason"].startswith("the loss or a gradient is not finite at or before step 7 ")
-    for p in predictions_of(logs / "x").values():
-        assert np.isfinite(p).all()
-
-
-def test_saved_before_it_is_noticed(base, logs):
-    """States between the fault and the logged line know of it: the run that goes on counts it."""
+def test_not_finite_is_never_saved(base, logs):
+    """A save between the fault and the logged line notices it."""
     argv = command(base, *EVERY_STEP, "--log-every", "5")
-    told = "1 updates were left out; the last saved state is of step 9"
+    told = "before step 7 .* 1 updates were left out; the last saved state is of step 6"
     Fork(logs, *argv, plant=poison(7, "nan loss")).fails(told)
-    resume(logs).fails(told)
-    assert resume(logs, "--skip-nonfinite").good().went_on_from == {0: 9}
-    assert result_of(logs / "x")["skipped_updates"] == 1
+    assert resume(logs).good().went_on_from == {0: 6}
 
 
 # Memory, bugs, hanging ---------------------------------------------------------------------------
