@@ -1464,36 +1464,34 @@ def plan_cycles(cfg, train_tokens):
     return cycles
 
 
-def flops_per_token(cfg, vocab_size, causal=True):
-    """(training, teacher) FLOPs per token: 3 x and 1 x the forward products, counted from the
-    weights; all passes of a loop and visible keys."""
-    D = cfg.width
+def forward_flops(cfg, vocab_size):
+    """FLOPs per token of a forward pass, counted from the weights; all passes of a loop, and the
+    keys that are seen."""
     T = cfg.seq_len
-    passes = collections.Counter(f"blocks.{i}" for i in layer_order(cfg))
-    table = parameter_table(cfg, vocab_size)
-    weights = 0
-    ahead = 0  # of the multi-token block, which does not run in a teacher
-    for name, row in table.items():
-        if row.product:
-            each = 2 * math.prod(row.shape)
-            uses = sum(passes[block] for block in row.blocks)
-            if name == "value":  # one product for all passes of a loop
-                uses = len(row.blocks)
-            if name == "mtp_proj" or "mtp_block" in row.blocks:
-                ahead += each
-            elif not row.blocks:
-                uses = 1
-            weights += each * uses
-    head = 2 * D * vocab_size
-    windows = layer_windows(cfg)
-    keys = 0
-    for i in layer_order(cfg):
-        window = windows[i]
-        keys += (window * (window + 1) / 2 + (T - window) * window) / T if causal else T
-    forward = weights + head + 4 * D * keys
+    order = layer_order(cfg)
+    passes = collections.Counter(f"blocks.{i}" for i in order)
+    windows = [layer_windows(cfg)[i] for i in order]
+    heads = 1
     if cfg.mtp_weight:
-        ahead += head + 4 * D * ((T + 1) / 2 if causal else T)
-    return 3 * (forward + ahead), forward
+        passes["mtp_block"] = 1
+        windows.append(T)
+        heads = 2
+    products = heads * vocab_size * cfg.width
+    for name, row in parameter_table(cfg, vocab_size).items():
+        uses = sum(passes[block] for block in row.blocks) if row.blocks else 1
+        if name == "value":  # one product for all passes of a loop
+            uses = len(row.blocks)
+        if row.product:
+            products += uses * math.prod(row.shape)
+    keys = sum(w * (2 * T + 1 - w) for w in windows) / (2 * T)
+    return 2 * products + 4 * cfg.width * keys
+
+
+def flops_per_token(cfg, vocab_size):
+    """(training, teacher) FLOPs per token: a backward pass is two forward ones, a teacher has no
+    multi-token block."""
+    teacher = forward_flops(replace(cfg, mtp_weight=0.0), vocab_size)
+    return 3 * forward_flops(cfg, vocab_size), teacher
 
 
 def run_flops(cfg, cycles, vocab_size, population=None):
@@ -2705,13 +2703,10 @@ def prepare_default_data(cfg):
     folder = find_data(cfg)
     if cfg.data != Config.data or (folder / "manifest.json").exists():
         return
-    print(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)",
-          flush=True)
-    done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"],
-                          stderr=subprocess.PIPE, text=True)
+    say(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)")
+    done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"])
     if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["data/prepare.py failed"]
-        raise UserError(lines[-1].removeprefix("prepare.py: error: "))
+        raise UserError("the default corpus is not there: see the line above, or give --data")
 
 
 def open_run(run, about, data, allow_edited=False):
