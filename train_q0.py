@@ -1777,8 +1777,8 @@ class Trainer:
     def set_newest(self, member, sha256=None):
         """Load a member from its folder: it is evaluated, and teaches the next cycle, as saved."""
         if self.world.leader:
-            found = load_member(self.run.folder / f"members/{member}", sha256=sha256)
-            self.newest.load_state_dict(found.state_dict())
+            _, weights = read_member(self.run.folder / f"members/{member}", sha256)
+            self.newest.load_state_dict(weights)
         self.world.broadcast(*self.newest.parameters())
 
     def update_mean(self, cycle, s):
@@ -2005,9 +2005,9 @@ def empty_member(cfg, vocab_size):
     return model.to(model.dtype).eval().requires_grad_(False)
 
 
-def load_member(folder, precision=None, sha256=None, device="cpu"):
-    """The member in `folder`, as a frozen GPT in evaluation mode on `device`. Raises UserError
-    where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
+def read_member(folder, sha256=None):
+    """(config.json, {bank: tensor}) of a member. Raises UserError where a file is damaged, or its
+    config.json not the one of hash `sha256`."""
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
         check_format(about)
@@ -2015,20 +2015,7 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
             raise ValueError("the sha256 of config.json is not the recorded one")
         if sha256_of(folder / "model.safetensors") != about["sha256"]:
             raise ValueError("the sha256 of model.safetensors is not that of config.json")
-        weights = load_tensor_file(folder / "model.safetensors")
-        cfg, _ = resolve(replace(Config(**about["config"]), device="cpu"))
-        vocab_size = int(about["vocab_size"])
-    cfg = replace(cfg, precision=precision or cfg.precision)
-    wanted = {n: row.bank_shape for n, row in parameter_table(cfg, vocab_size).items()}
-    found = {n: tuple(w.shape) for n, w in weights.items()}
-    if found != wanted:  # before anything is allocated
-        missing = sorted(wanted.items() - found.items())
-        unexpected = sorted(found.items() - wanted.items())
-        raise UserError(f"member {folder} was made by another model: missing {missing}, unexpected "
-                        f"{unexpected}: {OWN_SCRIPT}")
-    model = empty_member(cfg, vocab_size)
-    model.load_state_dict(weights)
-    return model.to(device)
+        return about, load_tensor_file(folder / "model.safetensors")
 
 
 def read_predictions(path, sha256=None):

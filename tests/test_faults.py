@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 from tiny import edit_json, fails, flip, predictions_of, read_json, shorten, with_file
 
 import train_q0 as q
-from records.population import load_predictions
+from records.population import load_member, load_predictions
 
 NEWEST = "state/0-000000011"  # of `interrupted`
 BEFORE = "state/0-000000010"
@@ -179,7 +179,7 @@ def test_formats_of_an_older_script(interrupted, logs):
     del about["format"]  # as members had it then
     (interrupted / "members/1/config.json").write_text(json.dumps(about))
     with pytest.raises(q.UserError, match="^member .*/1 .* of format 1, this script reads 3: use"):
-        q.load_member(interrupted / "members/1")
+        load_member(interrupted / "members/1")
     config = read_json(interrupted / "run.json")["config"]
     edit_json(interrupted / "run.json", config={**config, "rotary_base": 10_000})
     resume(logs).fails("run.json is missing or damaged: .*rotary_base")
@@ -197,10 +197,10 @@ def test_a_member_of_another_model(killed, monkeypatch):
     monkeypatch.setattr(q, "parameter_table", edited)
     told = r"missing .*'up', \(1, 2, 64, 32\).*unexpected .*'gate_up', \(1, 2, 64, 32\)"
     with pytest.raises(q.UserError, match=told):
-        q.load_member(killed / "members/1")
+        load_member(killed / "members/1")
 
 
-@pytest.mark.parametrize("place", ["parameter_table", "empty_member", "plain_attention"])
+@pytest.mark.parametrize("place", ["parameter_table", "empty_member", "sdpa_attention"])
 def test_a_bug_is_not_called_damage(place, killed, monkeypatch):
     """A user who edits the model sees where it fails."""
     def broken(*args):
@@ -208,7 +208,7 @@ def test_a_bug_is_not_called_damage(place, killed, monkeypatch):
 
     monkeypatch.setattr(q, place, broken)
     with pytest.raises(TypeError, match="a bug"):
-        q.load_member(killed / "members/1")
+        load_member(killed / "members/1")
 
 
 def swap_member(run):
@@ -526,7 +526,7 @@ def member_target(tmp, base, run):
     bad += [dump(changed(good, ("vocab_size",), n)) for n in (2 ** 31 - 1, float("inf"))]
 
     def read():
-        model = q.load_member(folder)
+        model = load_member(folder)
         saved = q.load_tensor_file(folder / "model.safetensors")
         assert all(torch.equal(p, saved[n].to(p.dtype)) for n, p in model.named_parameters())
     return Target(file, read, made, bad)

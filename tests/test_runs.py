@@ -16,6 +16,7 @@ from tiny import (
 import train_q0 as q
 from records import plot, population
 from records.mixture import load_mixture
+from records.population import load_member
 
 
 def weights_of(run, member):
@@ -55,7 +56,7 @@ def test_average_is_the_mean_of_weights(last, tried, finished, corpus, logs, cap
     best = int(min(shown, key=lambda count: float(shown[count])))
     made = logs / "mean"
     assert_mean(weights_of(made, 0), finished, range(4 - best, 4))
-    model = q.load_member(made / "members/0")
+    model = load_member(made / "members/0")
     cached = predictions_of(made)
     for split, p in cached.items():
         assert np.array_equal(p[0], score(model, corpus, split))
