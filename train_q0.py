@@ -222,12 +222,12 @@ def check_value(f, value):
     """Raise UserError where `value` is not of the type, the choices or the range of field `f`."""
     said = f"{flag(f.name)} {value}"
     rule = f.metadata
-    kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[f.type.split(" ")[0]]
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+    kinds = {"int": [int], "float": [int, float], "str": [str], "bool": [bool]}
+    if type(value) not in kinds[f.type.split(" ")[0]]:
         raise UserError(f"{flag(f.name)} {value!r} is not of type {f.type}")
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{said} is not one of: {', '.join(rule['choices'])}")
-    if kind is not str and not rule["low"] <= value <= rule["high"]:  # NaN is in no range
+    if not isinstance(value, str) and not rule["low"] <= value <= rule["high"]:  # NaN is in no range
         raise UserError(f"{said} is out of range: {rule['low']} to {rule['high']:g}")
 
 def flag(name):
@@ -388,23 +388,18 @@ def seed_of(*key):
 def read_shard(path, vocab_size, sha256=None):
     """Tokens of one shard, uint16 [n]. Raises UserError for a missing, damaged or foreign file."""
     with reading(f"shard {path}", "; prepare the data again (python data/prepare.py)"):
-        with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            header = np.frombuffer(f.read(4 * SHARD_HEADER), dtype="<i4")
-            kind = header[:2].tolist()
-            if kind != [SHARD_MAGIC, SHARD_VERSION] or len(header) < SHARD_HEADER:
-                raise ValueError(f"it is not a token shard: its first numbers are {kind}, "
-                                 f"not {[SHARD_MAGIC, SHARD_VERSION]}")
-            count = int(header[2])
-            if size != 4 * SHARD_HEADER + 2 * count:  # before anything is allocated
-                raise ValueError(f"{size} bytes are too many or too few for {count} tokens")
-            tokens = np.frombuffer(f.read(), dtype="<u2")
-        if sha256 is not None and sha256_of(path) != sha256:
+        words = np.memmap(path, dtype="<u2", mode="r")  # its size is known before it is read
+        tokens = words[2 * SHARD_HEADER:]
+        header = words[:2 * SHARD_HEADER].view("<i4")[:3].tolist()
+        if header != [SHARD_MAGIC, SHARD_VERSION, len(tokens)]:
+            raise ValueError(f"it is not a token shard, or not a whole one: it begins with {header} "
+                             f"and holds {len(tokens)} tokens")
+        if sha256 not in (None, sha256_of(path)):
             raise ValueError("its sha256 is not the manifest's")
         if len(tokens) and tokens.max() >= vocab_size:
             raise ValueError(f"it holds token {tokens.max()}, beyond the vocabulary of "
                              f"{vocab_size}")
-    return tokens
+        return np.array(tokens)
 
 
 def cut(tokens, seq_len):
@@ -449,10 +444,9 @@ class Corpus:
 
 def load_corpus(folder, seq_len, train_tokens):
     """Read and check a corpus. Raises UserError for what is missing, damaged or too small."""
-    manifest_file = folder / "manifest.json"
     advice = "; prepare the data first (python data/prepare.py wiki, or fineweb)"
-    with reading(manifest_file, advice):
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    with reading(folder / "manifest.json", advice):
+        manifest = load_json(folder / "manifest.json")
         vocab_size = int(manifest["vocab_size"])
         eot = int(manifest["eot"])
         name = str(manifest["name"])
@@ -463,7 +457,6 @@ def load_corpus(folder, seq_len, train_tokens):
         if not all(files.values()):
             raise ValueError("every split must list files")
     splits = {}
-    hashes = {"eot": eot, **files}
     for s in SPLITS:
         shards = [read_shard(folder / f["name"], vocab_size, f["sha256"]) for f in files[s]]
         splits[s] = np.concatenate(shards)
@@ -480,6 +473,7 @@ def load_corpus(folder, seq_len, train_tokens):
         if len(text) < seq_len + 1:
             raise UserError(f"split {s} of {folder} has {len(text)} tokens, fewer than "
                             f"{seq_len + 1}: lower --seq-len")
+    hashes = {"eot": eot, **files}
     return Corpus(name, vocab_size, splits, hashes, tuple(documents), seq_len)
 
 
@@ -588,8 +582,8 @@ def parameter_table(cfg, vocab_size):
 
 
 def seeded_tensors(table, weights, *key):
-    """Yield (row, tensor, generator) of the banks `weights` {name: float32 tensor}: what a generator
-    draws is a pure function of `key` and the tensor's name."""
+    """Yield (row, tensor, generator) of the banks `weights`, {name: float32 tensor}; what a
+    generator draws is a pure function of `key` and the tensor's name."""
     for name, row in table.items():
         for tensor_name, tensor in row.tensors(weights[name]):
             yield row, tensor, torch.Generator().manual_seed(seed_of(*key, tensor_name))
@@ -807,8 +801,8 @@ def visible(T, window, device):
 
 
 def plain_attention(cfg, device, window):
-    """Attention as one reads it; the other kernels must agree. In bf16 on a CPU faster than SDPA, up
-    to 1,024 tokens."""
+    """Attention as one reads it; the other kernels must agree. In bf16 on a CPU it is faster than
+    SDPA, up to 1,024 tokens."""
     dtype = getattr(torch, cfg.precision)
     hidden = ~visible(cfg.seq_len, window, device)
     bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)

@@ -292,7 +292,7 @@ SHARD = "val.bin"
 JSON = "manifest.json"
 BAD_DATA = {  # test_faults.py has all that may be wrong in one file
     "no shard": (with_file(SHARD, Path.unlink), "val.bin is missing or.*No such file.*prepare"),
-    "truncated": (with_file(SHARD, shorten, -1), "val.bin is .*bytes are too many or too few"),
+    "truncated": (with_file(SHARD, shorten, -1), "val.bin is .*not a whole one"),
     "no header": (with_file(SHARD, shorten, 500), "val.bin is .*not a token shard"),
     "bit flipped": (with_file(SHARD, flip), "val.bin is .*damaged.*sha256"),
     "version": (with_file(SHARD, overwrite, 4, b"2"), r"numbers are \[20240520, 50\]"),
