@@ -1709,7 +1709,6 @@ class Trainer:
         state = self.run.load_state(j) if self.world.leader else None
         self.at, self.resume_from = self.world.broadcast_object(state) or (Progress(j), None)
         self.saved_at = (self.at.step, self.at.done)
-        self.meter = Meter(self.cfg, self.at, sum(c.steps for c in self.run.cycles))
         if self.world.leader:
             self.log = self.run.open_log(j, self.at.log)
             if not self.resume_from:
@@ -1737,7 +1736,9 @@ class Trainer:
             perturb(self.student.table, masters, scale, *key)
         self.resume_from = None
         self.optimizer.refresh()
-        self.meter.start()
+        self.counted = time.perf_counter()  # up to here time is counted
+        self.counted_step = self.at.step
+        self.last_save = self.counted
 
     def load_tensors(self, cycle):
         """Weights, moments, mean and teacher of the state that the trajectory goes on from."""
@@ -1779,11 +1780,8 @@ class Trainer:
         last = s == cycle.steps - 1
         logged = last or (cycle.steps_before + s + 1) % self.cfg.log_every == 0
         if logged:
-            self.world.all_reduce(self.loss)
-            line = self.meter.line(cycle, float(self.loss), *schedule(s, cycle.steps, self.cfg))
-            if self.world.leader:
-                self.log.event(**line)
-        unsaved = time.perf_counter() - self.meter.last_save
+            self.log_step(cycle)
+        unsaved = time.perf_counter() - self.last_save
         asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
         if logged or asked:
@@ -1792,6 +1790,31 @@ class Trainer:
             self.save()
         if asked == 2:
             raise Stopped
+
+    def log_step(self, cycle):
+        """Log the newest step; the time since the last logged one counts as training."""
+        cfg = self.cfg
+        at = self.at
+        self.world.all_reduce(self.loss)
+        loss = float(self.loss)  # waits for the device
+        now = time.perf_counter()
+        seconds = now - self.counted
+        speed = (at.step - self.counted_step) * cycle.rows * cfg.seq_len / seconds
+        at.train_seconds += seconds
+        self.counted = now
+        self.counted_step = at.step
+        step = cycle.steps_before + at.in_cycle
+        steps = sum(c.steps for c in self.run.cycles)
+        a_step = (at.train_seconds + at.eval_seconds) / at.step
+        eta = datetime.timedelta(seconds=round(a_step * (steps - step)))
+        lr_mult, wd_mult = schedule(at.in_cycle - 1, cycle.steps, cfg)
+        if self.world.leader:
+            self.log.event(**{
+                "step": (step, steps), "traj": at.trajectory,
+                "cycle": (cycle.index + 1, cfg.cycles),
+                "epoch": cycle.epochs_before + cycle.epochs * at.in_cycle / cycle.steps,
+                "loss": loss, "lr": cfg.lr_matrix * lr_mult, "wd": cfg.weight_decay * wd_mult,
+                "tok/s": round(speed), "eta": str(eta)})
 
     def check_finite(self):
         """Raise UserError where an update was left out because it was not finite."""
@@ -1834,8 +1857,7 @@ class Trainer:
         mixed = self.predictions.mixtures(so_far)
         entry = {**cycle.place, **mixed, **hashes_of(self.run.folder, cycle.member)}
         self.log.event(**cycle.place, **{key: mixed["loss"]})
-        for pairs in ensembles(entry, key):
-            self.log.event("ensemble", **pairs)
+        self.log.ensembles(entry, key)
         return entry
 
     def finish_trajectory(self):
@@ -1864,7 +1886,8 @@ class Trainer:
             for old in at.curve[:-keep]:
                 weights = self.run.folder / f"members/{old['member']}/model.safetensors"
                 weights.unlink(missing_ok=True)
-        self.meter.saved(time.perf_counter() - started)
+        self.last_save = time.perf_counter()
+        self.counted += self.last_save - started  # no training time
 
 
 def captured(function, what):
@@ -1884,44 +1907,6 @@ def captured(function, what):
         say(f"notice: {what} is not replayed as a CUDA graph: {one_line(e)}", "stderr")
         return function
     return graph.replay
-
-
-class Meter:
-    """Clock of a trajectory, and the line of a logged step."""
-    def __init__(self, cfg, at, total_steps):
-        self.cfg = cfg
-        self.at = at
-        self.total_steps = total_steps  # of all trajectories
-
-    def start(self):
-        """The clock of a cycle starts."""
-        self.mark = time.perf_counter()
-        self.last_save = self.mark
-        self.marked_step = self.at.step
-
-    def saved(self, seconds):
-        """A save took so long, which is no training time."""
-        self.last_save = time.perf_counter()
-        self.mark += seconds
-
-    def line(self, cycle, loss, lr_mult, wd_mult):
-        """{key: value} of the logged line; counts the time since the last one as training."""
-        at = self.at
-        now = time.perf_counter()
-        step = cycle.steps_before + at.in_cycle
-        tokens = (at.step - self.marked_step) * cycle.rows * self.cfg.seq_len
-        seconds = now - self.mark
-        at.train_seconds += seconds
-        a_step = (at.train_seconds + at.eval_seconds) / at.step
-        eta = datetime.timedelta(seconds=round(a_step * (self.total_steps - step)))
-        self.mark = now
-        self.marked_step = at.step
-        return {"step": (step, self.total_steps), "traj": at.trajectory,
-                "cycle": (cycle.index + 1, self.cfg.cycles),
-                "epoch": cycle.epochs_before + cycle.epochs * at.in_cycle / cycle.steps,
-                "loss": loss, "lr": self.cfg.lr_matrix * lr_mult,
-                "wd": self.cfg.weight_decay * wd_mult, "tok/s": round(tokens / seconds),
-                "eta": str(eta)}
 
 
 # Members, predictions, resume state -------------------------------------------------------------
@@ -2419,31 +2404,26 @@ class Log:
         say(text)
 
     def event(self, *flags, **pairs):
-        text, data = event_lines(*flags, **pairs)
-        self.metrics.write(data + "\n")
-        self.line(text)
+        """Log key:value pairs, where a pair of numbers is shown as a/b; in the metrics as JSON."""
+        kind = flags[0] if flags else next(iter(pairs))
+        self.metrics.write(json.dumps({"event": kind, **pairs}) + "\n")
+        self.line(" ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())]))
 
-    def append(self, parts, events):
-        """Add the files of another trajectory, with these `events` of its ensembles."""
-        for i, file in enumerate((self.text, self.metrics)):
-            known = iter(events)
-            for line in parts[i].read_text(encoding="utf-8").splitlines(keepends=True):
-                of_ensemble = line.startswith(("ensemble ", '{"event": "ensemble"'))
-                file.write(next(known)[i] + "\n" if of_ensemble else line)
+    def ensembles(self, entry, key):
+        """Log the losses of all members up to an entry of the curve."""
+        size = {"members": entry["of"], "k": entry["of"]}
+        self.event("ensemble", **size, prior="uniform", **{key: entry["uniform"]})
+        self.event("ensemble", **size, prior="learned", **{key: entry["learned"]}, gap=entry["gap"])
 
-
-def event_lines(*flags, **pairs):
-    """An event as key:value pairs, where a pair of numbers is shown as a/b, and as JSON."""
-    kind = flags[0] if flags else next(iter(pairs))
-    text = " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
-    return text, json.dumps({"event": kind, **pairs})
-
-
-def ensembles(entry, key):
-    """What the log says of a curve's entry: the losses of all members so far."""
-    n = entry["of"]
-    yield {"members": n, "k": n, "prior": "uniform", key: entry["uniform"]}
-    yield {"members": n, "k": n, "prior": "learned", key: entry["learned"], "gap": entry["gap"]}
+    def append(self, parts, curve, key):
+        """Add the files of another trajectory; its ensembles anew, as by now more members may have
+        come before it."""
+        for file, part in zip((self.text, self.metrics), parts):
+            for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.startswith(("ensemble ", '{"event": "ensemble"')):
+                    file.write(line)
+        for entry in curve:
+            self.ensembles(entry, key)
 
 
 def shown(key, value):
@@ -2720,9 +2700,7 @@ def finish_run(trainer, about):
         log = run.open_log(0, states[0].log)
         numbers, curve = summarize(trainer, states)
         for at in states[1:]:  # as if one launch had trained all in turn
-            events = [event_lines("ensemble", **pairs) for entry in at.curve
-                      for pairs in ensembles(entry, f"{cfg.report}_loss")]
-            log.append(run.log_files(at.trajectory), events)
+            log.append(run.log_files(at.trajectory), at.curve, f"{cfg.report}_loss")
         log.event(**numbers)
         result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
         try:
