@@ -227,7 +227,7 @@ def check_value(f, value):
         raise UserError(f"{flag(f.name)} {value!r} is not of type {f.type}")
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{said} is not one of: {', '.join(rule['choices'])}")
-    if not isinstance(value, str) and not rule["low"] <= value <= rule["high"]:  # NaN is in no range
+    if type(value) in (int, float) and not rule["low"] <= value <= rule["high"]:  # nor is NaN
         raise UserError(f"{said} is out of range: {rule['low']} to {rule['high']:g}")
 
 def flag(name):
@@ -392,8 +392,8 @@ def read_shard(path, vocab_size, sha256=None):
         tokens = words[2 * SHARD_HEADER:]
         header = words[:2 * SHARD_HEADER].view("<i4")[:3].tolist()
         if header != [SHARD_MAGIC, SHARD_VERSION, len(tokens)]:
-            raise ValueError(f"it is not a token shard, or not a whole one: it begins with {header} "
-                             f"and holds {len(tokens)} tokens")
+            raise ValueError(f"it is not a token shard, or not a whole one: it begins {header}, "
+                             f"{len(tokens)} tokens follow")
         if sha256 not in (None, sha256_of(path)):
             raise ValueError("its sha256 is not the manifest's")
         if len(tokens) and tokens.max() >= vocab_size:
@@ -767,7 +767,9 @@ class GPT(nn.Module):
         T = tokens.size(1)
         resid = self.resid_scale.unbind() if cfg.x0_mix else [None] * n
         mixed = self.x0_scale.unbind() if cfg.x0_mix else [None] * n
-        skips = self.skip_scale.unbind() if "skip_scale" in self.table else ()
+        skips = [None] * n
+        if "skip_scale" in self.table:  # the second half of the U-Net
+            skips[n - n // 2:] = self.skip_scale.unbind()
         predicts_two = targets is not None and cfg.mtp_weight > 0
         if predicts_two:
             tokens = torch.cat((tokens, targets[:, -1:]), dim=1)  # looked up once for both
@@ -779,10 +781,9 @@ class GPT(nn.Module):
         layers = self.layers(x0)
         outputs = {}
         for i in self.order:
-            if i >= n - len(skips):  # in the second half of the U-Net
-                x = self.blend(x, x0, outputs[n - 1 - i], skips[i - n], resid[i], mixed[i])
-            elif cfg.x0_mix:
-                x = self.blend(x, x0, None, None, resid[i], mixed[i])
+            skip = outputs[n - 1 - i] if skips[i] is not None else None
+            if skip is not None or cfg.x0_mix:
+                x = self.blend(x, x0, skip, skips[i], resid[i], mixed[i])
             x = self.run_block(i, x, layers[i], T, self.windows[i])
             outputs[i] = x.view_as(x)  # likewise
         x = norm(x)
@@ -2422,8 +2423,9 @@ class Log:
             for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
                 if not line.startswith(("ensemble ", '{"event": "ensemble"')):
                     file.write(line)
-        for entry in curve:
-            self.ensembles(entry, key)
+        with contextlib.redirect_stdout(None):  # which has shown them
+            for entry in curve:
+                self.ensembles(entry, key)
 
 
 def shown(key, value):
