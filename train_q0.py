@@ -2108,9 +2108,6 @@ def locked(path):
         lock.release()
 
 
-STATE_FILE = re.compile(r"(\d+-\d{9}(?:-done)?)\.(?:json|safetensors)(?:\.tmp)?")
-
-
 class Run:
     """The folder of a run, for a launch that trains trajectories of it."""
     def __init__(self, folder, identity, cycles, header):
@@ -2148,11 +2145,10 @@ class Run:
         named_done = bool(newest) and newest[0].stem.endswith("-done")
         return named_done and self.load_state(trajectory)[0].done  # which may be damaged
 
-    def generations(self, trajectory):
-        """States of a trajectory, newest first: JSON files, each beside its tensors."""
-        files = self.state.glob(f"{trajectory}-*.json")
-        ours = [file for file in files if STATE_FILE.fullmatch(file.name)]
-        return sorted(ours, key=lambda file: file.stem, reverse=True)
+    def generations(self, trajectory, kind=".json"):
+        """Files of a trajectory's states, newest first: each JSON file is beside its tensors."""
+        files = self.state.glob(f"{trajectory}-{9 * '[0-9]'}*{kind}")
+        return sorted(files, key=lambda file: file.stem, reverse=True)
 
     def save_state(self, at, tensors):
         """Write a state: the tensors first, then the JSON that makes it valid; only then the last
@@ -2164,10 +2160,9 @@ class Run:
         body = {"format": FORMAT, "at": asdict(at), "identity": self.identity,
                 "tensors": sha256_of(tensor_file)}
         save_json(path, {"body": body, "sha256": digest(body)})
-        keep = {f.stem for f in self.generations(at.trajectory)[:2]}
-        for old in self.state.glob(f"{at.trajectory}-*"):  # half-written ones of a kill, too
-            ours = STATE_FILE.fullmatch(old.name)
-            if ours and ours[1] not in keep:
+        keep = [f.stem for f in self.generations(at.trajectory)[:2]]
+        for old in self.generations(at.trajectory, ""):  # half-written ones of a kill, too
+            if old.name.partition(".")[0] not in keep:
                 old.unlink()
 
     def load_state(self, trajectory):
@@ -2706,13 +2701,11 @@ def finish_run(trainer, about):
         log.event(**numbers)
         result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
         try:
-            from records.population import report
-            result["table"], lines = report(trainer.predictions, trainer.corpus.name)
+            from records.population import finish
+            result["table"], lines = finish(trainer, curve)
             log.line("\n".join(lines))
-            from records.plot import draw_curve
-            draw_curve(run.folder / "curve.png", curve, cfg.report)
         except ImportError as e:
-            say(f"notice: the table or curve.png is not made: {one_line(e)}", "stderr")
+            say(f"notice: there is no table and no curve.png: {one_line(e)}", "stderr")
         save_json(run.folder / "result.json", result)  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
