@@ -1247,6 +1247,7 @@ class Bank:
             moments = (rows, 1) if rows >= cols else (1, cols)
             self.second = torch.zeros(len(self.own), *moments, device=weight.device)
             self.lr *= math.sqrt(max(1, rows / cols))
+        self.slices = {"model": self.own, "first": self.first, "second": self.second}
 
 
 class Optimizer:
@@ -1351,21 +1352,16 @@ class Optimizer:
             X = self.muon_momentum(grad[units], bank.first[units], clip, ok, self.dtype)
             self.muon_update(bank.own[units], polar_express(X), bank.second[units], lr, wd, ok)
 
-    def moments(self):
-        """(name in a state, bank, this rank's slice) of every moment."""
-        for name, bank in self.banks.items():
-            yield f"first.{name}", bank, bank.first
-            yield f"second.{name}", bank, bank.second
-
     def state(self):
-        """{name: moments, ...}, the same for any number of ranks, for the leader; {} for the
-        others: all ranks' copies might be more than a machine's memory."""
+        """{name: masters or moments, ...}, the same for any number of ranks, for the leader; {} for
+        the others: all ranks' copies might be more than a machine's memory."""
         found = {"steps": self.steps}
-        for name, bank, own in self.moments():
-            whole = own.new_empty(len(bank.master_units), *own.shape[1:])
-            self.world.all_gather(own, whole)
-            if self.world.leader:
-                found[name] = whole[:bank.units].cpu()
+        for name, bank in self.banks.items():
+            for kind, own in bank.slices.items():
+                whole = own.new_empty(len(bank.master_units), *own.shape[1:])
+                self.world.all_gather(own, whole)
+                if self.world.leader:
+                    found[f"{kind}.{name}"] = whole[:bank.units].cpu()
         return found if self.world.leader else {}
 
     def load(self, found):
@@ -1373,12 +1369,14 @@ class Optimizer:
         if found is not None:
             self.steps.copy_(found["steps"])
         self.world.broadcast(self.steps)
-        for name, bank, own in self.moments():
-            whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
-            if found is not None:
-                whole[:bank.units] = found[name]
-            self.world.broadcast(whole)
-            own.copy_(self.world.shard(whole))
+        for name, bank in self.banks.items():
+            for kind, own in bank.slices.items():
+                whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
+                if found is not None:
+                    whole[:bank.units] = found[f"{kind}.{name}"]
+                self.world.broadcast(whole)
+                own.copy_(self.world.shard(whole))
+            self.world.all_gather(bank.own, bank.master_units)
 
 
 # Schedule ---------------------------------------------------------------------------------------
@@ -1747,10 +1745,6 @@ class Trainer:
         if self.world.leader:
             with reading(f"state {self.resume_from}"):
                 tensors = load_tensor_file(self.resume_from)
-        for name, master in self.optimizer.masters.items():
-            if self.world.leader:
-                master.copy_(tensors[f"model.{name}"])
-            self.world.broadcast(master)
         for name, mean in self.mean.items():
             mean.copy_(tensors[f"mean.{name}"])
         self.optimizer.load(tensors)
@@ -1878,7 +1872,6 @@ class Trainer:
         if self.world.leader:
             at.log = self.log.position()
             if not at.done:
-                tensors |= {f"model.{n}": p.cpu() for n, p in self.optimizer.masters.items()}
                 tensors |= {f"mean.{n}": p.cpu() for n, p in self.mean.items()}
             self.run.save_state(at, tensors)
             # a state inside a cycle needs the newest member, its teacher; the state kept before
