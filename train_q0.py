@@ -1707,7 +1707,7 @@ class Trainer:
         j = cycles[0].trajectory
         state = self.run.load_state(j) if self.world.leader else None
         self.at, self.resume_from = self.world.broadcast_object(state) or (Progress(j), None)
-        self.saved_at = (self.at.step, self.at.done)
+        self.saved_step = self.at.step
         if self.world.leader:
             self.log = self.run.open_log(j, self.at.log)
             if not self.resume_from:
@@ -1819,7 +1819,7 @@ class Trainer:
             raise UserError(
                 f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
                 f"{at.trajectory}: {lost} updates were left out; the last saved state is of step "
-                f"{self.saved_at[0]}: lower --lr-matrix, or try --precision float32")
+                f"{self.saved_step}: lower --lr-matrix, or try --precision float32")
 
     def finish_cycle(self, cycle):
         """The cycle's end becomes a member, saved with its p(true token); it teaches next."""
@@ -1861,12 +1861,10 @@ class Trainer:
         faulthandler.cancel_dump_traceback_later()
 
     def save(self):
-        """Write the state that --resume goes on from, unless it is written."""
+        """Write the state that --resume goes on from."""
         at = self.at
-        if (at.step, at.done) == self.saved_at:
-            return
         started = time.perf_counter()
-        self.saved_at = (at.step, at.done)
+        self.saved_step = at.step
         tensors = {} if at.done else self.optimizer.state()
         at.kernels = self.kernels
         if self.world.leader:
@@ -1987,8 +1985,8 @@ def read_predictions(path, sha256=None):
         if len(found) != 2 or "heldout" not in found:
             raise ValueError("it must hold heldout and one more split")
         for split, p in found.items():
-            positive = p.dtype == np.float32 and p.ndim == 1 and len(p) > 0 and (p > 0).all()
-            if not positive or not (p <= 1).all():
+            one_each = p.dtype == np.float32 and p.ndim == 1 and p.size > 0
+            if not one_each or not 0 < p.min() <= p.max() <= 1:
                 raise ValueError(f"{split} does not hold one probability per token")
     return found
 
@@ -2171,11 +2169,9 @@ class Run:
                     if digest(body) != saved["sha256"] or sha256_of(tensors) != body["tensors"]:
                         raise ValueError("a sha256 does not match")
                     check_format(body)
-                    if body["identity"] != self.identity:
-                        raise ValueError("it is of another run")
                     at = Progress(**body["at"])
-                    if at.trajectory != trajectory:
-                        raise ValueError("it is of another trajectory")
+                    if (body["identity"], at.trajectory) != (self.identity, trajectory):
+                        raise ValueError("it is of another run or trajectory")
                 return at, tensors
             except UserError as e:
                 if path == files[-1]:
