@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import FEATURES, fails, resolved, works
+from tiny import FEATURES, fails, initialised, resolved, works
 
 import train_q0 as q
 from records import cost, plan
@@ -19,7 +19,7 @@ VOCAB = 2048
 def build(**changes):
     """(settings, model, optimizer) of a step."""
     cfg = resolved(**{**SMALL, **changes})
-    model = q.GPT(cfg, VOCAB).init_weights(0).train()
+    model = initialised(cfg, VOCAB, 0).train()
     return cfg, model, q.Optimizer(model, cfg, q.World())
 
 
