@@ -338,7 +338,8 @@ def test_figures(monkeypatch, capsys):
     figures.main()
     assert sorted(drawn) == ["loss.png", "method.png", "ratio.png"]
     out = capsys.readouterr().out
-    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65", "seed 202, 208 epochs: 3.34"):
+    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65",
+                 "q0, seed 202, 208 epochs: 3.34", "chain, seed 201, 208 epochs: 3.44"):
         assert line in out
 
 
