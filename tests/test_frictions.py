@@ -115,6 +115,9 @@ def test_help_shows_the_defaults_of_the_preset(capsys):
             q.main(["--population", "q0", "--preset", preset, "--help"])
         shown[preset] = " ".join(capsys.readouterr().out.split())
     assert "transformer blocks [4]" in shown["tiny"] and "transformer blocks [30]" in shown["q0"]
+    for preset, derived in (("tiny", 4), ("q0", 32)):
+        assert f"ends in one member [derived: {derived}]" in shown[preset]
+        assert "whose weights are kept; without it all [None]" in shown[preset]
 
 
 # Names and files --------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pytest import approx
 from scipy.stats import t as students_t
-from tiny import MINI, ROOT, clone, read_json, user
+from tiny import MINI, ROOT, clone, fails, read_json, user
 
 import train_q0 as q
 from records import check, plot, recompute
@@ -568,14 +568,13 @@ def test_hostile_folder(case, records, good, capsys):
 
 
 def test_no_log(tmp_path, capsys):
-    """--source and plot.py say in one line that a file is no log."""
+    """--source and `compare` say in one line that a file is no log."""
     for text in ("x", "=" * 100 + "\n", "x\n" + ("=" * 100 + "\n{}\n") * 2):
         (tmp_path / "log.txt").write_text(text)
-        for main, argv in ((plot.main, ["out.png", f"a={tmp_path}/log.txt"]),
-                           (check.main, ["--source", f"{tmp_path}/no.txt"])):
-            with pytest.raises(SystemExit) as e:
-                main(argv)
-            assert re.fullmatch(r"(plot|check).py: error: .*(log|no).txt.*", str(e.value))
+        fails(capsys, "/log.txt, which should be the log of a run, is", "compare",
+              f"a={tmp_path}/log.txt")
+        with pytest.raises(SystemExit, match="check.py: error: .*no.txt.*"):
+            check.main(["--source", f"{tmp_path}/no.txt"])
     with pytest.raises(SystemExit, match="not the log.txt of a run"):
         (tmp_path / "log.txt").write_text("x")
         check.main(["--source", f"{tmp_path}/log.txt"])
