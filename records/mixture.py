@@ -78,8 +78,9 @@ def draw(log_p, temperature, top_p, generator):
 
 
 def load_mixture(run, k=None, device=None):
-    """The Mixture of `run` (a name under logs/, or a folder): all members that the learned prior
-    gives weight, or the best `k`. Raises UserError for what is missing or damaged."""
+    """The Mixture of `run` (a name under logs/, a folder, or hf:USER/NAME): all members that the
+    learned prior gives weight, or the best `k`. Raises UserError for what is missing or damaged.
+    """
     population = load_population(run, k, device)
     known = {f.name: getattr(population, f.name) for f in fields(population)}
     return Mixture(**known, **load_tokenizer(population.folder / "data"))

@@ -53,23 +53,24 @@ def test_status_line(wide, narrow, tmp_path, monkeypatch):
     listeners[0].start(None)
     log = q.Log(tmp_path / "log.txt", tmp_path / "metrics.jsonl", (0, 0), listeners)
     step = dict(traj=0, cycle=(1, 2), loss=3.25, eta="0:01:00")
-    seen = []
     for i in range(1, 5):
         log.event(step=(i, 4), **step, **{"tok/s": 48_000})
         if i == 2:
             q.say("notice: it is late", "stderr")
             log.event(member=0, val_loss=3.5)
             resize(terminal, narrow)
-        seen.append(screen(os.read(terminal, 10_000).decode()))
     listeners[0].close()
-    q.say("the end")
     assert sys.stdout is stream
-    assert screen(os.read(terminal, 10_000).decode())[-2:] == ["the end", ""]
+    q.say("the end")
+    text = ""
+    while not text.endswith("the end\r\n"):
+        text += os.read(terminal, 10_000).decode()
+    assert screen(text) == ["notice: it is late", "member:0 val_loss:3.50000", "the end", ""]
     if wide == 100:
-        line = r"step:\d/4 loss:3.25000 eta:0:01:00 traj:0 cycle:1/2 tok/s:48000 +"
-        assert all(re.fullmatch(line + r"\d+%\|.*\|", lines[-1]) for lines in seen[:2])
-        assert seen[1][:2] == ["notice: it is late", "member:0 val_loss:3.50000"]
-        assert "step:4/4 loss:3.25000 eta:0:01:00"[:narrow - 1] == seen[3][-1]
+        frames = [frame.rstrip() for frame in re.findall("\r(step[^\r\n]*)", text)]
+        line = r"step:\d/4 loss:3.25000 eta:0:01:00 traj:0 cycle:1/2 tok/s:48000 +\d+%\|.*\|"
+        assert re.fullmatch(line, frames[0]) and len(frames[0]) == 99
+        assert frames[-1] == "step:4/4 loss:3.25000 eta:0:01:00"[:29]
     texts = (tmp_path / "log.txt").read_text().splitlines()
     assert [text.split(":")[0] for text in texts] == ["step", "step", "member", "step", "step"]
     os.close(terminal)
