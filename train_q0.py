@@ -2395,7 +2395,7 @@ def say(text, to="stdout"):
 class Log:
     """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
     def __init__(self, path, metrics_path, sizes, listeners=()):
-        """Go on where the files had `sizes` bytes. `listeners` have methods event and close."""
+        """Go on where the files had `sizes` bytes. `listeners`: see records/live.py."""
         self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
         self.metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
@@ -2627,7 +2627,13 @@ def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     if args.run is not None:
         check_plain("--run", args.run)
+    heard_by = []
     if world.leader:
+        try:
+            from records.live import listeners
+            heard_by = listeners(args)
+        except ImportError as e:
+            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
@@ -2648,12 +2654,8 @@ def launch(cfg, why, args, world):
     run = Run(find_run(name) if args.resume else LOGS / name,
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
+    run.listeners = heard_by
     if world.leader:
-        try:
-            from records.live import listeners
-            run.listeners = listeners(run, args)
-        except ImportError as e:
-            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:

@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from pytest import approx
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
-    MINI, clone, fails, flip, loss_of, predictions_of, read_json,
+    MINI, ROOT, clone, fails, flip, loss_of, predictions_of, read_json,
     sequences_of, shorten, snapshot, user, works)
 
 import train_q0 as q
@@ -307,7 +309,9 @@ def test_preset_by_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg, why, _ = q.parse_config([])
     assert (cfg.preset, cfg.device, why["preset"]) == ("tiny", "cpu", "no GPU in use")
+    gpu = SimpleNamespace(total_memory=85e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     with pytest.raises(q.UserError, match="python data/prepare.py fineweb.*--preset tiny"):
         q.parse_config([])
     for argv in (["--preset", "tiny"], ["--device", "cpu"]):
@@ -317,6 +321,19 @@ def test_preset_by_machine(tmp_path, monkeypatch):
     (tmp_path / "data/fineweb/manifest.json").touch()
     cfg, *_ = q.parse_config([])
     assert (cfg.preset, cfg.device, cfg.data) == ("q0", "cuda", "data/fineweb")
+    for room, preset in ((48e9, "small"), (25.4e9, "small"), (8.5e9, "tiny")):
+        gpu.total_memory = room
+        cfg, why, _ = q.parse_config([])
+        assert cfg.preset == preset
+        assert why["preset"] == f"the largest that fits the GPU's {room / 1e9:.0f} GB"
+
+
+def test_the_head_of_the_script_lists_the_requirements():
+    """For `uv run train_q0.py`."""
+    head = re.match(r"# /// script\n((?:#.*\n)*?)# ///\n", q.SOURCE)[1]
+    listed = tomllib.loads(re.sub("^# ?", "", head, flags=re.M))
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert listed["dependencies"] == [line.split("#")[0].strip() for line in lines]
 
 
 def test_commands_of_a_process(tmp_path, monkeypatch, capsys):
