@@ -28,6 +28,7 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py average RUN                        one model: mean weights of newest members
     python train_q0.py pool RUN RUN                       one population of several runs
     python train_q0.py push RUN USER/NAME                 to the hub; hf:USER/NAME is a RUN then
+    python train_q0.py export RUN --k 4 --out FOLDER      one Hugging Face model: the mixture
     python train_q0.py compare RUN RUN                    settings, losses and curves side by side
 
 Top to bottom: config, data, model, loss, optimizer, schedule, prior, training loop; then members
@@ -687,7 +688,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def attention(x, w, cos, sin, attend, cfg):
+def attention(x, w, cos, sin, attend, cfg, shift):
     """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]."""
     B, T, D = x.shape
     heads = (B, T, D // cfg.head_dim, cfg.head_dim)
@@ -702,16 +703,16 @@ def attention(x, w, cos, sin, attend, cfg):
     turned_k = rotate(k[:, :, :local], cos, sin)
     if cfg.induction:  # these keys are the token before's and do not rotate: found by content
         turned_q = torch.cat((turned_q, q[:, :, local:]), dim=2)
-        turned_k = torch.cat((turned_k, shifted(k[:, :, local:])), dim=2)
+        turned_k = torch.cat((turned_k, shift(k[:, :, local:])), dim=2)
     y = attend(norm(turned_q), norm(turned_k), v)  # turned first: only normed ones are kept
     if "attn_gate" in w:
         y = y * torch.sigmoid(F.linear(x[..., :ATTN_GATE_CHANNELS], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, D), w["out"])
 
 
-def block(x, w, cos, sin, attend, cfg, training):
+def block(x, w, cos, sin, attend, cfg, training, shift=shifted):
     """One transformer block on x [B, T, D]; this is what torch.compile sees, whatever the depth."""
-    y = attention(norm(x), w, cos, sin, attend, cfg)
+    y = attention(norm(x), w, cos, sin, attend, cfg, shift)
     x = x + F.dropout(y, cfg.dropout, training)
     gate, up = F.linear(norm(x), w["gate_up"].flatten(0, 1)).chunk(2, dim=-1)
     y = F.linear(F.silu(gate) * up, w["down"])
@@ -754,6 +755,7 @@ class GPT(nn.Module):
         self.attend = attention_by_window(plain_attention, cfg, "cpu")
         self.block = block
         self.blend = blend
+        self.shifted = shifted
 
     def init_weights(self, *key):
         init_weights(self.table, dict(self.named_parameters()), *key)
@@ -799,7 +801,7 @@ class GPT(nn.Module):
         embedded = norm(F.embedding(tokens, self.embed).to(self.dtype))
         x = embedded[:, :T]
         if cfg.smear:
-            x = norm(x + self.smear.to(x.dtype) * shifted(x))
+            x = norm(x + self.smear.to(x.dtype) * self.shifted(x))
         x0 = x.view_as(x)  # a view: torch.compile compiles anew where two arguments are one tensor
         layers = self.layers(x0)
         outputs = {}
