@@ -142,11 +142,16 @@ class Population:
     @functools.cached_property
     def models(self):
         found = [self.member(i) for i in self.members]
-        kinds = {(m.vocab_size, m.cfg.softcap, m.cfg.seq_len) for m in found}
-        if len(kinds) > 1:
-            raise q.UserError(f"members of {self.folder} do not mix: their (vocabulary, softcap, "
-                              f"seq_len) are {sorted(kinds)}")
+        check_kinds(self.folder, [(m.vocab_size, m.cfg) for m in found])
         return found
+
+
+def check_kinds(folder, members):
+    """Raise UserError where members [(vocab_size, Config), ...] do not mix."""
+    kinds = {(vocab_size, cfg.softcap, cfg.seq_len) for vocab_size, cfg in members}
+    if len(kinds) > 1:
+        raise q.UserError(f"members of {folder} do not mix: their (vocabulary, softcap, seq_len) "
+                          f"are {sorted(kinds)}")
 
 
 def kept_members(folder, M):
