@@ -1,3 +1,14 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "numpy>=2.0,<3",
+#     "tiktoken>=0.9",
+#     "huggingface-hub>=0.30",
+#     "safetensors>=0.5",
+#     "matplotlib>=3.9",
+# ]
+# ///
 """q0: hyper-epoch pretraining in one file.
 
 Text runs out before compute does, and one model stops gaining after about 16 epochs over it. q0
@@ -9,12 +20,16 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py --preset small                     one GPU; before: data/prepare.py fineweb
     torchrun --nproc_per_node=8 train_q0.py --preset q0   one node, 8 GPUs
     python train_q0.py --resume RUN                       go on with a run that was stopped
+    python train_q0.py runs                               what there is under logs/, and its state
     python train_q0.py plan --preset q0 --epochs 256      what a run would do, without running it
     python train_q0.py select RUN --k 4                   fit the prior again, from predictions
     python train_q0.py evaluate RUN --data SHARD          score members and mixtures, or --tasks
     python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
     python train_q0.py average RUN                        one model: mean weights of newest members
     python train_q0.py pool RUN RUN                       one population of several runs
+    python train_q0.py push RUN USER/NAME                 to the hub; hf:USER/NAME is a RUN then
+    python train_q0.py export RUN --k 4 --out FOLDER      one Hugging Face model: the mixture
+    python train_q0.py compare RUN RUN                    settings, losses and curves side by side
 
 Top to bottom: config, data, model, loss, optimizer, schedule, prior, training loop; then members
 and resume state, processes, log, commands.
@@ -117,7 +132,7 @@ class Config:
     """Every setting of a run, by default of the preset `tiny`. None and "auto": as `resolve`
     derives them, or none."""
     preset: str = knob(
-        "tiny", "settings and data; on a GPU q0, which needs FineWeb", choices="tiny small q0")
+        "tiny", "settings and data; on a GPU the largest that fits", choices="tiny small q0")
     population: str = knob("q0", "kind of population", choices="q0 snapshots chain ensemble single")
     epochs: int = knob(16, "budget: epochs over the training text, all members together", low=1)
     trajectories: int | None = knob(
@@ -189,7 +204,7 @@ class Config:
     wd_end: float | None = knob(None, "decay multiplier at a cycle's end")
     grad_clip: float = knob(1.0, "largest global gradient norm; 0: no clipping")
     # machine
-    device: str = knob("auto", "auto takes the GPU where there is one", choices="auto cpu cuda")
+    device: str = knob("auto", "auto takes the GPU where there is one", choices="auto cpu cuda mps")
     precision: str = knob(
         "auto", "of matrix products; weights are float32", choices="auto bfloat16 float32")
     compile: bool | None = knob(None, "torch.compile: on a GPU")
@@ -257,6 +272,7 @@ PRESETS = {
         micro_batch=2, layers=30, width=2048, head_dim=128, windows="SSSL", short_window=1025,
         unet=True, x0_mix=True, attn_gates=True, head_mixing=True, loop_first=15, loop_last=24,
         loop_passes=5, mtp_weight=0.3)}
+NEEDS = {"q0": 56, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
 
 # Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
 LENGTHS = {  # in epochs: a trajectory, a cycle, a member that starts afresh; before distillation
@@ -329,6 +345,8 @@ def derive_sizes(cfg):
     elif cfg.device == "cuda":
         raise UserError("--device cuda, but torch sees no GPU: install a CUDA build of torch or "
                         "use --device cpu")
+    elif cfg.device == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps, but torch sees no GPU of Apple's: use --device cpu")
     yield "device", "cpu", "no GPU"
 
 def derive_machine(cfg):
@@ -336,7 +354,7 @@ def derive_machine(cfg):
     gpu = cfg.device == "cuda"
     if gpu or torch.cpu._is_avx512_bf16_supported():
         yield "precision", "bfloat16", "supported here"
-    yield "precision", "float32", "this CPU lacks bfloat16 instructions: slower"
+    yield "precision", "float32", "no bfloat16 instructions here: slower"
     yield "compile", gpu, "a GPU is in use" if gpu else "gained 2 to 6% on a CPU"
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
     small = gpu and parameters < LAUNCH_BOUND
@@ -893,7 +911,7 @@ def attention_names(cfg, device_type, window):
     """Kernels to try, the fastest first, as measured (records/tuning)."""
     if cfg.attention != "auto":
         return [cfg.attention]
-    if device_type == "cpu":
+    if device_type != "cuda":
         short = cfg.precision == "bfloat16" and cfg.seq_len <= 1024
         return ["matmul", "sdpa"] if short else ["sdpa"]
     return ["sdpa"] if window >= cfg.seq_len else ["flex", "sdpa"]
@@ -1752,6 +1770,8 @@ class Trainer:
         if self.world.device.type == "cuda":  # a copy for which the host does not wait
             batch = batch.pin_memory().to(self.world.device, non_blocking=True)
             set_seed = torch.cuda.manual_seed
+        elif self.world.device.type == "mps":
+            set_seed = torch.mps.manual_seed
         count = cycle.rows // cfg.micro_batch
         self.loss.zero_()
         self.share.fill_(1 / count)
@@ -2252,6 +2272,7 @@ class Run:
         self.cycles = cycles  # of all trajectories
         self.header = header  # of the log
         self.edited = False  # whether it began with another script
+        self.listeners = []  # to the events of its logs
         self.lock = None
 
     def claim(self, trajectory, world):
@@ -2338,7 +2359,7 @@ class Run:
     def open_log(self, trajectory, sizes=()):
         """The log of a trajectory, anew or where log and metrics had `sizes` bytes: what followed
         comes again."""
-        log = Log(*self.log_files(trajectory), sizes or (0, 0))
+        log = Log(*self.log_files(trajectory), sizes or (0, 0), self.listeners)
         if not sizes and trajectory == 0:
             line = "=" * 100
             log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
@@ -2476,7 +2497,7 @@ def set_up_world(cfg):
         raise UserError(f"environment variable RANK is {rank}, but WORLD_SIZE is {size}: unset "
                         "both if you meant one process")
     check_divides(cfg, size)
-    device = torch.device("cpu")
+    device = torch.device(cfg.device)
     if cfg.device == "cuda":
         device = torch.device("cuda", set_by_torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
@@ -2519,8 +2540,9 @@ def say(text, to="stdout"):
 
 class Log:
     """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
-    def __init__(self, path, metrics_path, sizes):
-        """Go on where the files had `sizes` bytes."""
+    def __init__(self, path, metrics_path, sizes, listeners=()):
+        """Go on where the files had `sizes` bytes. `listeners` have methods event and close."""
+        self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
         self.metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
         for file, size in zip((self.text, self.metrics), sizes):
@@ -2540,6 +2562,8 @@ class Log:
         text, data = event_lines(*flags, **pairs)
         self.metrics.write(data + "\n")
         self.line(text)
+        for listener in self.listeners:
+            listener.event(*flags, **pairs)
 
     def append(self, parts, events):
         """Add the files of another trajectory, with these `events` of its ensembles."""
@@ -2608,6 +2632,8 @@ def config_parser(extra, preset):
     for name, options in extra.items():
         names = [flag(name), "--name"] if name == "run" else [flag(name)]
         p.add_argument(*names, **options)
+    base = Config(**{**PRESETS.get(preset, {}), "preset": preset})
+    derived, _ = resolve(base)
     kinds = {"bool": dict(action=argparse.BooleanOptionalAction)}
     for of in (int, float, str):
         kinds[of.__name__] = dict(type=of, metavar=of.__name__.upper())
@@ -2615,8 +2641,10 @@ def config_parser(extra, preset):
         text = f.metadata["why"]
         if f.metadata["choices"]:
             text += f" ({', '.join(f.metadata['choices'])})"
-        default = preset.get(f.name, f.default)
-        default = "derived, or none" if default is None else default
+        default = getattr(base, f.name)
+        value = getattr(derived, f.name)
+        if value != default:
+            default = f"derived: {value}"
         if f.name in GROUPS:
             group = p.add_argument_group(GROUPS[f.name])
         group.add_argument(flag(f.name), help=f"{text} [{default}]", **kinds[f.type.split(" ")[0]])
@@ -2631,8 +2659,8 @@ def suggestion(word, known):
 
 def parse_config(argv, **extra):
     """Config from flags, defaults from the preset. Returns (cfg, reasons, namespace)."""
-    preset = dict(zip(argv, argv[1:])).get("--preset")
-    known, unknown = config_parser(extra, PRESETS.get(preset, {})).parse_known_args(argv)
+    preset = dict(zip(argv, argv[1:])).get("--preset", "tiny")
+    known, unknown = config_parser(extra, preset).parse_known_args(argv)
     if unknown:
         near = suggestion(unknown[0].split("=")[0], map(flag, vars(known)))
         raise UserError(f"unknown argument {unknown[0]}: {near}see --help")
@@ -2648,12 +2676,14 @@ def parse_config(argv, **extra):
 
 def default_preset(device):
     """(preset, reason) of a run that names none. Raises UserError where its data are missing."""
-    if not torch.cuda.is_available() or device == "cpu":
+    if not torch.cuda.is_available() or device in ("cpu", "mps"):
         return "tiny", "no GPU in use"
-    if (ROOT / PRESETS["q0"]["data"] / "manifest.json").exists():
-        return "q0", "a GPU and FineWeb shards are present"
-    raise UserError("a GPU but no FineWeb shards: run python data/prepare.py fineweb, or give "
-                    "--preset tiny")
+    room = torch.cuda.get_device_properties(0).total_memory / 1e9
+    preset = next(name for name, needed in NEEDS.items() if needed <= room)
+    if preset != "tiny" and not (ROOT / PUBLISHED["data"] / "manifest.json").exists():
+        raise UserError("a GPU but no FineWeb shards: run python data/prepare.py fineweb, or give "
+                        "--preset tiny")
+    return preset, f"the largest that fits the GPU's {room:.0f} GB"
 
 
 def saved_config(run, given):
@@ -2715,7 +2745,10 @@ def command_train(argv):
                        "--name"),
         resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"),
         allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
-                          "run cannot be a record"))
+                          "run cannot be a record"),
+        track=dict(choices=["tensorboard", "wandb", "trackio"], help="draw its curves there, too"),
+        profile=dict(action="store_true", help="time every operation of a few steps: a table, and "
+                     "a trace in the run's folder"))
     Stopped.signal = 0
     before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
               for number in SIGNALS
@@ -2758,6 +2791,11 @@ def launch(cfg, why, args, world):
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
     if world.leader:
+        try:
+            from records.live import listeners
+            run.listeners = listeners(run, args)
+        except ImportError as e:
+            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
@@ -2767,11 +2805,15 @@ def launch(cfg, why, args, world):
         say(lines)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
+        for listener in run.listeners:
+            listener.start(trainer)
         train(trainer, cycles)
         if world.leader:
             finish_run(trainer, about)
     finally:
         run.release()
+        for listener in run.listeners:
+            listener.close()
 
 
 def new_name():
@@ -2851,7 +2893,7 @@ def finish_run(trainer, about):
             result["table"], lines = report(trainer.predictions, trainer.corpus.name)
             log.line("\n".join(lines))
             from records.plot import draw_curve
-            draw_curve(run.folder / "curve.png", curve, cfg.report)
+            draw_curve(run.folder / "curve.png", curve, cfg.report, result["table"])
         except ImportError as e:
             say(f"notice: the table or curve.png is not made: {one_line(e)}", "stderr")
         save_json(run.folder / "result.json", result)  # last: the run is complete

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 import train_q0 as q
-from records.population import check_kinds
+from records.population import fetch
 
 READ_ROWS = 8192  # tokens of all rows that go through a stack at once
 
@@ -298,14 +298,14 @@ def planned(mixture):
     """The Plan of each member. Raises UserError where they do not mix or are damaged."""
     found = []
     for i, share in zip(mixture.members, mixture.weights):
-        folder = mixture.folder / f"members/{i}"
+        folder = fetch(mixture.folder, i)
         with q.reading(f"member {folder}"):
             about = q.load_json(folder / "config.json")
             q.check_format(about)
             file = folder / "model.safetensors"
             found.append(Plan(i, share, q.Config(**about["config"]), int(about["vocab_size"]),
                               file, file.stat().st_size))
-    check_kinds(mixture.folder, [(one.vocab_size, one.cfg) for one in found])
+    mixture.check_mix(found)
     return found
 
 

@@ -109,8 +109,9 @@ class Text:
 
 
 def load_mixture(run, k=None, device=None, samples=1, stream=False):
-    """The Mixture of `run` (a name under logs/, or a folder): all members that the learned prior
-    gives weight, or the best `k`. Raises UserError for what is missing or damaged."""
+    """The Mixture of `run` (a name under logs/, a folder, or hf:USER/NAME): all members that the
+    learned prior gives weight, or the best `k`. Raises UserError for what is missing or damaged.
+    """
     population = load_population(run, k, device)
     known = {f.name: getattr(population, f.name) for f in fields(population)}
     return Mixture(**known, **load_tokenizer(population.folder / "data"), samples=samples,

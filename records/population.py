@@ -13,6 +13,43 @@ import torch
 import train_q0 as q
 
 
+# A run's folder ---------------------------------------------------------------------------------
+
+REMOTE = {}  # {folder in the hub's cache: hub.Snapshot}: runs that come from there, of this process
+
+
+def find_run(name):
+    """Folder of a run: a name under logs/, a folder, or hf:USER/NAME on the hub. Raises UserError.
+    """
+    if not name.startswith("hf:"):
+        return q.find_run(name)
+    from records.hub import snapshot
+    return snapshot(name)
+
+
+def title(run):
+    """What the run in a folder is called, wherever one looks for it."""
+    return REMOTE[run].name if run in REMOTE else str(run)
+
+
+def plain_name(run):
+    """What a run that is made of it can be named after."""
+    return REMOTE[run].plain_name if run in REMOTE else run.resolve().name
+
+
+def has_weights(run, member):
+    """Whether a member can be used: --keep-members drops the oldest, the hub has all."""
+    return run in REMOTE or (run / f"members/{member}/model.safetensors").exists()
+
+
+def fetch(run, member):
+    """Folder of a member, whose files are there by now where the run is on the hub. Raises
+    UserError."""
+    if run in REMOTE:
+        REMOTE[run].fetch_member(member)
+    return run / f"members/{member}"
+
+
 # Predictions ------------------------------------------------------------------------------------
 
 RESULT_BYTES = 20_000  # of result.json, for each member and once more; a member takes about 1,000
@@ -126,13 +163,13 @@ class Population:
     members: list  # numbers of those that take part, the largest weight first
     weights: list  # theirs; they sum to 1
     heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
-    kept: list  # numbers of those whose weights are there: --keep-members drops the oldest
+    kept: list  # numbers of those whose weights can be used: see has_weights
     device: torch.device
 
     def member(self, i):
         """Member i of the run, read and checked, as a frozen GPT."""
         sha256 = recorded_hashes(self.folder, "config", len(self.heldout))[i]
-        return q.load_member(self.folder / f"members/{i}", sha256=sha256, device=self.device)
+        return q.load_member(fetch(self.folder, i), sha256=sha256, device=self.device)
 
     @property
     def digest(self):
@@ -142,22 +179,21 @@ class Population:
     @functools.cached_property
     def models(self):
         found = [self.member(i) for i in self.members]
-        check_kinds(self.folder, [(m.vocab_size, m.cfg) for m in found])
+        self.check_mix(found)
         return found
 
-
-def check_kinds(folder, members):
-    """Raise UserError where members [(vocab_size, Config), ...] do not mix."""
-    kinds = {(vocab_size, cfg.softcap, cfg.seq_len) for vocab_size, cfg in members}
-    if len(kinds) > 1:
-        raise q.UserError(f"members of {folder} do not mix: their (vocabulary, softcap, seq_len) "
-                          f"are {sorted(kinds)}")
+    def check_mix(self, models):
+        """Raise UserError where members differ in what a mixture needs to be one."""
+        kinds = {(m.vocab_size, m.cfg.softcap, m.cfg.seq_len) for m in models}
+        if len(kinds) > 1:
+            raise q.UserError(f"members of {self.folder} do not mix: their (vocabulary, softcap, "
+                              f"seq_len) are {sorted(kinds)}")
 
 
 def kept_members(folder, M):
     """Numbers of the members among M that can be run; says which cannot. Where no weights are left
     it is all of them, and the first to be read is what ends in an error."""
-    kept = [i for i in range(M) if (folder / f"members/{i}/model.safetensors").exists()]
+    kept = [i for i in range(M) if has_weights(folder, i)]
     if not 0 < len(kept) < M:
         return list(range(M))
     if q.set_by_torchrun("RANK", 0) == 0:
@@ -168,14 +204,16 @@ def kept_members(folder, M):
 
 
 def load_population(run, k=None, device=None):
-    """The members of `run` (a name under logs/, or a folder) that the learned prior gives weight,
-    or the best `k`, on `device` (default: the GPU where there is one); of those alone whose weights
-    are there. Raises UserError for what is missing or damaged."""
-    folder = q.find_run(str(run))
+    """The members of `run` (as find_run takes it) that the learned prior gives weight, or the best
+    `k`, on `device` (default: the GPU where there is one); of those alone whose weights are there.
+    Raises UserError for what is missing or damaged."""
+    folder = find_run(str(run))
     heldout = load_predictions(folder)["heldout"]
     kept = kept_members(folder, len(heldout))
     best, weights = best_members(heldout[kept], k)
     members = [kept[i] for i in best]
+    if k is not None and folder in REMOTE:
+        kept = sorted(members)  # to compare them with all others would download those
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Population(folder, members, weights, heldout, kept, torch.device(device))
 

@@ -17,7 +17,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_q0 as q
 from records.mixture import load_mixture
-from records.population import best_members, load_predictions, mixture_loss
+from records.population import best_members, find_run, load_predictions, mixture_loss
 from records.use import predictions_on
 
 
@@ -53,7 +53,7 @@ def dev_predictions(run):
 
 def rows_of(run):
     """{row: validation loss} of one run."""
-    found = load_predictions(q.find_run(run))
+    found = load_predictions(find_run(run))
     heldout = found["heldout"]
     scored = found["val"]
     M, N = heldout.shape

@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 import train_q0 as q
-from records.population import load_population, load_predictions, mixture_loss, report
+from records.population import (
+    fetch, find_run, has_weights, load_population, load_predictions, mixture_loss, plain_name,
+    report, title)
 from records.use import DEVICE, parser_of, report_split
 
 # Folders of `own_folder` on this machine: locks need not reach others that share the disk
@@ -31,7 +33,7 @@ def new_run(name, default, command):
         q.check_plain("--name", name)
         if os.path.lexists(q.LOGS / name):
             raise q.UserError(f"{q.LOGS / name} exists: give another --name")
-    with own_folder() as folder:
+    with own_folder(q.LOGS) as folder:
         (folder / "predictions").mkdir()
         yield folder
         final = publish(folder, [name] if name else free_names(default))
@@ -60,16 +62,16 @@ def publish(folder, names):
 
 
 @contextlib.contextmanager
-def own_folder():
-    """A folder of this process alone under logs/, gone at the end of the block; those that killed
-    processes left go first."""
-    q.LOGS.mkdir(parents=True, exist_ok=True)
-    for path in q.LOGS.iterdir():
+def own_folder(parent):
+    """A folder of this process alone under `parent`, gone at the end of the block; those that
+    killed processes left go first."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for path in parent.iterdir():
         held = hold(path) if MAKING.fullmatch(path.name) else None
         if held is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(held)
-    scratch = Path(tempfile.mkdtemp(prefix=f".q0-{platform.node()}-", dir=q.LOGS))
+    scratch = Path(tempfile.mkdtemp(prefix=f".q0-{platform.node()}-", dir=parent))
     held = hold(scratch)
     try:
         scratch = scratch.rename(f"{scratch}.making")  # held before others may take it for a rest
@@ -128,13 +130,14 @@ def pool(argv):
     trained. It becomes a run of its own: their members, and a prior over all of them."""
     parser = q.Parser(prog="train_q0.py pool", description=pool.__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN",
-                        help="name of a run under logs/, or its folder")
+                        help="name of a run under logs/, its folder, or hf:USER/NAME[@REVISION] on "
+                        "the hub")
     parser.add_argument("--name",
                         help="name of the new run under logs/ [the first RUN's, with _pool, or "
                         "_pool2 and so on]")
     args = parser.parse_args(argv)
-    runs = [q.find_run(run).resolve() for run in args.runs]
-    with new_run(args.name, f"{runs[0].name}_pool", "pool") as folder:
+    runs = [find_run(run).resolve() for run in args.runs]
+    with new_run(args.name, f"{plain_name(runs[0])}_pool", "pool") as folder:
         pool_into(folder, runs)
 
 
@@ -147,12 +150,12 @@ def pool_into(folder, runs):
     for run in finished:
         differ = [key for key in first.shared if run.shared.get(key) != first.shared[key]]
         if differ:
-            raise q.UserError(f"{run.folder} differs from {first.folder} in {', '.join(differ)}: "
-                              "runs that mix must agree in it")
+            raise q.UserError(f"{title(run.folder)} differs from {title(first.folder)} in "
+                              f"{', '.join(differ)}: runs that mix must agree in it")
         twice = sources.keys() & run.sources.keys()
         if twice:
-            raise q.UserError(f"{run.folder} brings the members of {min(twice)} a second time: "
-                              "give each run once")
+            raise q.UserError(f"{title(run.folder)} brings the members of {min(twice)} a second "
+                              "time: give each run once")
         sources |= run.sources
     copy_data(first.folder, folder)
     split = first.shared["split"]
@@ -163,8 +166,8 @@ def pool_into(folder, runs):
             n = len(curve)
             copy_member(run.folder, i, folder, n)
             mixed = predictions.mixtures(range(n + 1))
-            curve.append({**entry, "member": n, "run": str(run.folder), **mixed})
-        q.say(f"run:{run.folder.name} members:{len(run.curve)} "
+            curve.append({**entry, "member": n, "run": title(run.folder), **mixed})
+        q.say(f"run:{plain_name(run.folder)} members:{len(run.curve)} "
               f"learned_{split}_loss:{run.loss:.5f} "
               f"pooled_{split}_loss:{curve[-1]['learned']:.5f}")
     about = {"config": first.config, "data": first.shared["data"], "pool_of": sources,
@@ -199,11 +202,8 @@ def read_finished(folder):
         loss = float(about[f"final_{split}_loss"])
         if not math.isfinite(loss):
             raise ValueError(f"final_{split}_loss is {loss}")
-        sources = dict(about.get("pool_of", {str(folder): config}))
+        sources = dict(about.get("pool_of", {title(folder): config}))
         run = Finished(folder, about["curve"], loss, config, shared, sources)
-    for member in (folder / "members").glob("*"):
-        with q.reading(f"member {member}"):
-            q.check_format(q.load_json(member / "config.json"))
     return run
 
 
@@ -212,14 +212,16 @@ def copy_member(source, i, folder, n):
     member is ever written again."""
     shutil.copyfile(source / f"predictions/{i}.safetensors",
                     folder / f"predictions/{n}.safetensors")
-    weights = source / f"members/{i}"
+    weights = fetch(source, i)
     if weights.exists():
+        with q.reading(f"member {weights}"):
+            q.check_format(q.load_json(weights / "config.json"))
         shutil.copytree(weights, folder / f"members/{n}", copy_function=link)
 
 
 def link(source, target):
     try:
-        os.link(source, target)
+        os.link(os.path.realpath(source), target)  # the hub's cache is made of links
     except OSError:  # on another disk
         shutil.copyfile(source, target)
 
@@ -243,24 +245,24 @@ def average(argv):
         cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
         recorded = about["data"].items()
     if "average_of" in about:
-        raise q.UserError(f"{source} holds averages already: average {about['average_of']}, which "
-                          "they were made of")
+        raise q.UserError(f"{title(source)} holds averages already: average "
+                          f"{about['average_of']}, which they were made of")
     if "pool_of" in about:
-        raise q.UserError(f"{source} is a pool: average the runs it was made of: "
+        raise q.UserError(f"{title(source)} is a pool: average the runs it was made of: "
                           f"{', '.join(about['pool_of'])}")
     trajectories = members_with_weights(population, cfg.cycles)
     check_last(args.last, trajectories, source)
     corpus = q.load_corpus(q.find_data(cfg), cfg.seq_len, cfg.train_tokens)
     if not corpus.hashes.items() <= recorded:
-        raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {source} any more: their "
-                          "hashes differ")
-    with new_run(args.name, f"{source.resolve().name}_mean", "average") as folder:
+        raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {title(source)} any "
+                          "more: their hashes differ")
+    with new_run(args.name, f"{plain_name(source)}_mean", "average") as folder:
         averages = Averages(folder, population, corpus, cfg)
         copy_data(source, folder)
         for j, members in enumerate(trajectories):
             averages.add(j, members, args.last)
         finish(folder, averages.curve, averages.predictions, {
-            **about, "average_of": str(source)})
+            **about, "average_of": title(source)})
 
 
 def members_with_weights(population, cycles):
@@ -269,15 +271,14 @@ def members_with_weights(population, cycles):
     trajectories = []
     for first in range(0, M, cycles):
         members = range(first, min(first + cycles, M))
-        weights = [population.folder / f"members/{i}/model.safetensors" for i in members]
-        trajectories.append([i for i, file in zip(members, weights) if file.exists()][::-1])
+        trajectories.append([i for i in members if has_weights(population.folder, i)][::-1])
     return trajectories
 
 
 def check_last(last, trajectories, source):
     """Raise UserError where a trajectory has no `last` members, or none at all."""
     fewest = min(len(members) for members in trajectories)
-    has = f"{source} has the weights of {fewest} members of a trajectory"
+    has = f"{title(source)} has the weights of {fewest} members of a trajectory"
     if not fewest:
         raise q.UserError(has)
     if last is not None and not 1 <= last <= fewest:

@@ -11,14 +11,15 @@ import torch
 import train_q0 as q
 from records.mixture import load_mixture
 from records.population import (
-    FINEWEB, best_members, check_tokenizer, data_efficiency, format_table, load_predictions,
-    mixture_loss, population_table)
+    FINEWEB, best_members, check_tokenizer, data_efficiency, find_run, format_table,
+    load_predictions, mixture_loss, population_table)
 
 
 def parser_of(command):
     """Parser of a command that takes a run."""
     parser = q.Parser(prog=f"train_q0.py {command.__name__}", description=command.__doc__)
-    parser.add_argument("run", help="name of a run under logs/, or its folder")
+    parser.add_argument("run", help="name of a run under logs/, its folder, or "
+                        "hf:USER/NAME[@REVISION] on the hub")
     return parser
 
 
@@ -59,7 +60,7 @@ def select(argv):
     parser.add_argument(
         "--k", type=int, help="show the members and weights of this inference budget")
     args = parser.parse_args(argv)
-    predictions = load_predictions(q.find_run(args.run))
+    predictions = load_predictions(find_run(args.run))
     heldout = predictions["heldout"]
     split = report_split(predictions)
     scored = predictions[split]
