@@ -3,11 +3,11 @@
 They cost no epoch. As every member, each gives a distribution over the vocabulary after every
 token, so a prior mixes them with the trained ones. `train_q0.py count RUN` adds both to a run.
 """
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import train_q0 as q
 
@@ -28,6 +28,10 @@ class Counting:
         place = np.arange(sequences.shape[1] - 1)
         found = [self.probs(row[:-1])[place, row[1:]] for row in sequences.astype(np.int64)]
         return np.concatenate(found)
+
+    def next_probs(self, tokens):
+        """p(next token) after all of tokens [T], float32 [V]."""
+        return self.probs(tokens)[-1]
 
     def token_probs(self, tokens):
         """p(next token) after each of tokens [B, T], float32 [B, T, V] on their device."""
@@ -146,6 +150,9 @@ class KneserNey(Counting):
             P[row, grams.last[gram]] += grams.share[gram]
         return P
 
+    def next_probs(self, tokens):
+        return self.probs(tokens[-len(self.grams):])[-1]
+
     @property
     def depths(self):
         return len(self.grams) + 1
@@ -231,23 +238,12 @@ def save(folder, member, place):
         "config": q.method_settings(member.cfg)})
 
 
-def load(folder, sha256=None):
-    """The member that counts in `folder`; None where the member there was trained. Raises UserError
-    where a file is damaged, or its config.json not the one of hash `sha256`."""
-    with q.reading(f"member {folder}"):
-        about = q.load_json(folder / "config.json")
-        if "kind" not in about:
-            return None
-        q.check_format(about)
-        if sha256 not in (None, q.sha256_of(folder / "config.json")):
-            raise ValueError("the sha256 of config.json is not the recorded one")
-        if q.sha256_of(folder / "model.safetensors") != about["sha256"]:
-            raise ValueError("the sha256 of model.safetensors is not that of config.json")
-        tensors = load_file(folder / "model.safetensors")
-        cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
-        shared = {"vocab_size": int(about["vocab_size"]), "eot": int(about["eot"]), "cfg": cfg}
-        if about["kind"] == Cache.kind:
-            return Cache(tensors["strengths"], **shared)
-        if about["kind"] == KneserNey.kind:
-            return KneserNey(tensors["text"], order=int(tensors["order"][0]), **shared)
-        raise ValueError(f"this script knows no member of kind {about['kind']}")
+def build(about, tensors, cfg):
+    """The member of a config.json and its tensors {name: torch tensor}. Raises KeyError or
+    ValueError for others."""
+    shared = {"vocab_size": int(about["vocab_size"]), "eot": int(about["eot"]), "cfg": cfg}
+    if about["kind"] == Cache.kind:
+        return Cache(tensors["strengths"].numpy(), **shared)
+    if about["kind"] == KneserNey.kind:
+        return KneserNey(tensors["text"].numpy(), order=int(tensors["order"]), **shared)
+    raise ValueError(f"this script knows no member of kind {about['kind']}")

@@ -1,6 +1,7 @@
 """A population as a model of text: its members mix their probabilities token by token."""
 import base64
 import codecs
+import functools
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 import train_q0 as q
 from records.counting import Counting
 from records.gate import buckets_of
+from records.generate import Reader, parts_of
 from records.population import Population, load_population
 
 
@@ -18,6 +20,8 @@ class Mixture(Population):
     """Members of a run, their weights, and what turns tokens into text."""
     manifest: dict  # of the data they were trained on
     encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
+    samples: int = 1  # texts that `generate` writes at once
+    stream: bool = False  # it reads members from the disk for every token, which takes least memory
 
     def member(self, i):
         model = super().member(i)
@@ -35,13 +39,18 @@ class Mixture(Population):
         if tokens.size(1) > seq_len:
             raise q.UserError(f"{tokens.size(1)} tokens are more than the {seq_len} that members "
                               f"of {self.folder} see: give the last of them")
-        shares = self.weights
-        if self.gate is not None:
-            by_token = torch.from_numpy(self.gate.weights[self.buckets(tokens.cpu().numpy())])
-            shares = by_token.float().to(tokens.device).unsqueeze(-1).unbind(-2)
-        mixed = sum(share * token_probs(model, tokens)
+        shares = self.shares(tokens.cpu()).to(tokens.device)
+        mixed = sum(share[..., None] * token_probs(model, tokens)
                     for share, model in zip(shares, self.models))
         return mixed.log_()
+
+    def shares(self, tokens):
+        """Weight of each of the M members after each of tokens [B, T], float32 [M, B, T]."""
+        if self.gate is None:
+            weights = torch.tensor(self.weights)
+            return weights[:, None, None].expand(-1, *tokens.shape)
+        weights = self.gate.weights[self.buckets(tokens.numpy())]
+        return torch.from_numpy(weights).float().movedim(-1, 0)
 
     def buckets(self, rows):
         """Bucket of the gate after each token of rows [B, T], numpy [B, T]."""
@@ -59,24 +68,32 @@ class Mixture(Population):
             raise q.UserError(f"the tokenizer of {self.folder} cannot read that text: "
                               f"{q.one_line(e)}") from None
 
+    @functools.cached_property
+    def parts(self):
+        """Members as they write text."""
+        return parts_of(self, self.samples, self.stream)
+
+    def reader(self):
+        return Reader(self.parts, self.shares)
+
     def generate(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
-        """Yield the pieces of text that follow `prompt`, up to the end of the document or `tokens`
-        of them. Temperature 0 takes the likeliest token; top_p draws from the fewest tokens that
-        have this probability together. Keys and values are not cached: a token costs a forward
-        pass of every member."""
+        """Yield pieces of the texts that follow `prompt`, [one of each sample], up to the end of
+        their documents or `tokens` of them. Temperature 0 takes the likeliest token; top_p draws
+        from the fewest tokens that have this probability together. Sample i depends on `seed` and
+        i alone, but for rounding: bf16's on a GPU may change it."""
         ids = self.encode(prompt)
-        seq_len = self.models[0].cfg.seq_len
-        generator = torch.Generator().manual_seed(seed)
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
-        for _ in range(tokens):
-            context = torch.tensor([ids[-seq_len:]], device=self.device)
-            log_p = self.log_probs(context)[0, -1].cpu()
-            token = draw(log_p, temperature, top_p, generator)
-            if token == self.encoding.eot_token:
+        reader = self.reader()
+        log_p = reader.read(torch.tensor([ids[-reader.seq_len:]]))
+        log_p = log_p.expand(self.samples, -1)
+        reader.repeat(self.samples)
+        texts = [Text(self.encoding, q.seed_of("sample", seed, i)) for i in range(self.samples)]
+        for left in reversed(range(tokens)):
+            drawn = [text.draw(row, temperature, top_p) for text, row in zip(texts, log_p)]
+            yield [text.piece(token) for text, token in zip(texts, drawn)]
+            if not left or all(text.ended for text in texts):
                 break
-            ids.append(token)
-            yield utf8.decode(self.encoding.decode_single_token_bytes(token))
-        yield utf8.decode(b"", final=True)
+            log_p = reader.read(torch.tensor(drawn)[:, None])
+        yield [text.piece(None) for text in texts]
 
 
 def token_probs(member, tokens):
@@ -87,22 +104,42 @@ def token_probs(member, tokens):
     return torch.softmax(q.soft_capped(logits, member.cfg.softcap), dim=-1)
 
 
-def draw(log_p, temperature, top_p, generator):
-    """A token from log_p [V]."""
-    p = torch.softmax(log_p / max(temperature, 1e-6), dim=-1)
-    p, order = p.sort(descending=True, stable=True)
-    enough = p.cumsum(0)[:-1] >= top_p  # of the likelier tokens together
-    p[1:][enough] = 0
-    return int(order[p.multinomial(1, generator=generator)])
+class Text:
+    """A text that is drawn token by token."""
+    def __init__(self, encoding, seed):
+        self.encoding = encoding
+        self.generator = torch.Generator().manual_seed(seed)
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+        self.ended = False
+
+    def draw(self, log_p, temperature, top_p):
+        """A token from log_p [V]: of random times in proportion to 1 / p the first, which rounding
+        does not change as it would where p is summed up."""
+        p = torch.softmax(log_p / max(temperature, 1e-6), dim=-1)
+        if top_p < 1:
+            likeliest, order = p.sort(descending=True, stable=True)
+            enough = likeliest.cumsum(0)[:-1] >= top_p  # of the likelier tokens together
+            p[order[1:][enough]] = 0
+        return int(p.multinomial(1, generator=self.generator))
+
+    def piece(self, token):
+        """What `token` adds; None: the text ends here. An ended one gets no longer."""
+        if self.ended:
+            return ""
+        self.ended = token in (None, self.encoding.eot_token)
+        if self.ended:
+            return self.utf8.decode(b"", final=True)
+        return self.utf8.decode(self.encoding.decode_single_token_bytes(token))
 
 
-def load_mixture(run, k=None, device=None):
+def load_mixture(run, k=None, device=None, samples=1, stream=False):
     """The Mixture of `run` (a name under logs/, a folder, or hf:USER/NAME): all members that the
     learned prior gives weight, or the best `k`. Raises UserError for what is missing or damaged.
     """
     population = load_population(run, k, device)
     known = {f.name: getattr(population, f.name) for f in fields(population)}
-    return Mixture(**known, **load_tokenizer(population.folder / "data"))
+    return Mixture(**known, **load_tokenizer(population.folder / "data"), samples=samples,
+                   stream=stream)
 
 
 def load_tokenizer(folder):
