@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_q0 as q
+from records import gate
 from records.mixture import load_tokenizer
 from records.population import (
     REMOTE, RESULT_BYTES, has_weights, load_predictions, recorded_hashes)
@@ -117,11 +118,14 @@ def snapshot(name):
     with q.reading(f"the result of {run.name}"):
         if (folder / "result.json").stat().st_size > 1000 * RESULT_BYTES:  # before it is read
             raise ValueError("so many bytes are no result")
-        members = [entry["member"] for entry in q.load_json(folder / "result.json")["curve"]]
+        result = q.load_json(folder / "result.json")
+        members = [entry["member"] for entry in result["curve"]]
         tokenizer = q.load_json(folder / "data/manifest.json")["tokenizer"] or {}
     files = [f"predictions/{i}.safetensors" for i in range(len(members))]
     if "file" in tokenizer:
         files.append("data/tokenizer.tiktoken")
+    if "gate" in result:
+        files.append(gate.FILE)
     run.fetch(*files)
     REMOTE[folder] = run
     if revision != run.commit and q.set_by_torchrun("RANK", 0) == 0:
@@ -191,7 +195,7 @@ def files_of(run):
         check_member(run / f"members/{i}", sha256)
         names += [f"members/{i}/config.json", f"members/{i}/model.safetensors",
                   f"predictions/{i}.safetensors"]
-    for name in ("data/tokenizer.tiktoken", "log.txt", "curve.png"):
+    for name in (gate.FILE, "data/tokenizer.tiktoken", "log.txt", "curve.png"):
         if (run / name).exists():
             names.append(name)
     for name in names:
@@ -227,7 +231,8 @@ def upload(repo, private, files, card):
         raise q.UserError(f"hf:{repo} is no run, it has {min(others)}: give another name")
     operations = [CommitOperationAdd("README.md", card.encode())]
     operations += [CommitOperationAdd(name, path) for name, path in files.items()]
-    left = re.compile(r"log\.txt|curve\.png|data/tokenizer\.tiktoken|(members|predictions)/\d+\D.*")
+    left = re.compile(r"log\.txt|curve\.png|gate\.safetensors|data/tokenizer\.tiktoken|"
+                      r"(members|predictions)/\d+\D.*")
     operations += [CommitOperationDelete(name) for name in sorted(there - files.keys())
                    if left.fullmatch(name)]  # of a run that was there before
     with asking(f"hf:{repo}"):
@@ -281,6 +286,8 @@ theirs, `data/manifest.json` the hashes of the text.
 
 
 def origin_of(result):
+    if "counted_of" in result:
+        return "of which the last two count n-grams"
     if "pool_of" in result:
         return f"pooled from {len(result['pool_of'])} runs"
     if "average_of" in result:

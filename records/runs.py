@@ -204,7 +204,6 @@ def read_finished(folder, command):
     split = report_split(load_predictions(folder))
     with q.reading(path):
         about = q.load_json(path)
-        check_not_counted(about, folder, command)
         config = about["config"]
         shared = {k: config[k] for k in ("seq_len", "softcap", "train_tokens")}
         shared["data"] = {k: v for k, v in about["data"].items() if k != "teacher"}
@@ -215,6 +214,7 @@ def read_finished(folder, command):
             raise ValueError(f"final_{split}_loss is {loss}")
         sources = dict(about.get("pool_of", {title(folder): config}))
         run = Finished(folder, about["curve"], loss, config, shared, sources)
+    check_not_counted(about, folder, command)
     return run
 
 
