@@ -1168,7 +1168,6 @@ def true_token_probs(model, sequences, batch, world):
 # Optimizer --------------------------------------------------------------------------------------
 # Muon for matrices, AdamW for the rest, a bank at a time.
 
-UPDATE_WEIGHTS = 2 ** 28  # of a bank that are updated at a time: bounds the memory of an update
 POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1325,9 +1324,8 @@ class Optimizer:
         square = sum(torch.linalg.vector_norm(grad) ** 2 for grad in grads)
         self.world.all_reduce(square)
         ok = square.isfinite()
-        clip = torch.ones_like(square)
-        if self.cfg.grad_clip:
-            clip = (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        largest = self.cfg.grad_clip or math.inf
+        clip = (largest / (square.sqrt() + 1e-6)).clamp(max=1.0)
         self.steps += ok
         self.skipped += ~ok
         for bank, grad in zip(banks, grads):
@@ -1343,13 +1341,9 @@ class Optimizer:
         if bank.row.rule == "adamw":
             self.adamw_update(bank.own, grad, bank.first, bank.second, lr, wd, clip, ok,
                               self.steps.clamp(min=1), *bank.row.betas)
-            return
-        parts = math.ceil(bank.own.numel() / UPDATE_WEIGHTS)
-        size = math.ceil(len(bank.own) / parts)
-        for start in range(0, len(bank.own), size):
-            units = slice(start, start + size)
-            X = self.muon_momentum(grad[units], bank.first[units], clip, ok, self.dtype)
-            self.muon_update(bank.own[units], polar_express(X), bank.second[units], lr, wd, ok)
+        else:
+            X = self.muon_momentum(grad, bank.first, clip, ok, self.dtype)
+            self.muon_update(bank.own, polar_express(X), bank.second, lr, wd, ok)
 
     def state(self):
         """{name: masters or moments, ...}, the same for any number of ranks, for the leader; {} for
@@ -2531,8 +2525,7 @@ def saved_config(run, given):
         saved = load_json(path)["config"]
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
-    differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items()
-              if k not in MACHINE and v != base[k]]
+    differ = [flag(k) for k, v in given.items() if k not in MACHINE and v != base[k]]
     if differ:
         raise UserError(f"--resume {run} has settings of its own: leave out {', '.join(differ)}")
     return base
