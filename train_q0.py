@@ -821,14 +821,10 @@ def visible(T, window, device):
 def plain_attention(cfg, device, window):
     """Attention as one reads it; the other kernels must agree. In bf16 on a CPU it is faster than
     SDPA, up to 1,024 tokens."""
-    dtype = getattr(torch, cfg.precision)
-    hidden = ~visible(cfg.seq_len, window, device)
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-
     def attend(q, k, v):
-        T = q.size(1)
+        hidden = ~visible(q.size(1), window, q.device)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        scores = q * q.size(-1) ** -0.5 @ k.mT + bias[:T, :T]
+        scores = (q * q.size(-1) ** -0.5 @ k.mT).masked_fill(hidden, -math.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2)
     return attend
 
