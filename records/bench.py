@@ -209,6 +209,15 @@ def settings(preset="tiny", **changes):
 
 # Loss, optimizer, attention ---------------------------------------------------------------------
 
+def plain_loss(hidden, head, targets, softcap, teacher, weight, temperature):
+    """The loss of whole logits, by autograd."""
+    teacher_z = None
+    for _, states, of in teacher:  # one or none
+        teacher_z = states @ of.T
+    scale = torch.full(targets.shape, 1 / len(targets), device=targets.device)
+    return q.mean_loss(hidden @ head.T, teacher_z, targets, scale, softcap, weight, temperature)
+
+
 @dataclass(frozen=True)
 class LossCase:
     """Sizes of a loss; `dtype` is that of hidden states, the head's is float32, as in training."""
@@ -218,7 +227,7 @@ class LossCase:
     dtype: torch.dtype
     taught: bool
 
-    def versions(self, plain_loss=q.plain_loss):
+    def versions(self, plain_loss=plain_loss):
         """{name: function that returns the gradients by hidden states and head}."""
         torch.manual_seed(0)
 
@@ -929,7 +938,7 @@ def gpu_loss():
     for tokens, width, taught in pick(LOSS_SIZES, [(32, 16, True)]):
         torch._dynamo.reset()
         case = LossCase(tokens, vocab, width, dtype, taught)
-        found = case.versions(torch.compile(q.plain_loss, dynamic=False))
+        found = case.versions(torch.compile(plain_loss, dynamic=False))
         versions = {
             "compiled plain": found["plain"],
             "torch": without_kernels(found["chunked"]),
