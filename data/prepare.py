@@ -4,6 +4,7 @@
     python data/prepare.py text --input FILE...   yours: .txt (a document a file), .jsonl (a line)
     python data/prepare.py fineweb                100M FineWeb tokens, GPT-2 BPE, downloads 400 MB
     python data/prepare.py slowrun --input DIR    from Slowrun's fineweb_train.pt, fineweb_val.pt
+    python data/prepare.py verify A [B]           are fineweb's streams Slowrun's, those of B?
     python data/prepare.py bpe                    retrain data/wiki.tiktoken: the same bytes again
 
 An output folder holds train.bin, heldout.bin (fits the prior), dev.bin (tuning), val.bin (the
@@ -58,10 +59,20 @@ SPLITS = ("train", "heldout", "dev", "val")
 SPLIT_BYTES = {"heldout": 96_000, "dev": 320_000, "val": 320_000}
 SPLIT_SHARE = {"heldout": 0.03, "dev": 0.1, "val": 0.1}  # at most this part of a small corpus
 SPLIT_TOKENS = {"train": 100_000_000, "heldout": 132_000, "dev": 1_000_000, "val": 10_000_000}
-HUB_DATASET = "kjj0/fineweb10B-gpt2"
-HUB_REVISION = "889765ea1f903759787add96995d81171b632d0c"
+HUB_DATASET = {
+    "repo_type": "dataset",
+    "repo_id": "kjj0/fineweb10B-gpt2",
+    "revision": "889765ea1f903759787add96995d81171b632d0c"}
 HUB_SHARDS = 104
-SLOWRUN_SHA256 = {  # as Slowrun's prepare_data.py states them
+HUB_SHA256 = {  # of the two that 100M tokens need, at that revision
+    "fineweb_val_000000.bin": "5b95c8e0966f0861685b307b23dc5ae42b228ef74b28cb499784ae021f201640",
+    "fineweb_train_000001.bin": "771fa4a99b9fe0946ffb6e848b4ba5c6a9b0fe87860ebf03bc2c1c7e45f8178e"}
+HUB_GPT2 = {
+    "repo_type": "model",
+    "repo_id": "openai-community/gpt2",
+    "revision": "607a30d783dfa663caf39e06633721c8d4cfcd7e"}
+GPT2_VOCAB_SHA256 = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+SLOWRUN_SHA256 = {  # of its canonical files; sources: README.md
     "fineweb_train.pt": "36e7c95c1e7f6ed952fb002d76a03044e8617fea7e696a68d7dc1ce78465dcaf",
     "fineweb_val.pt": "6868ed375b289a89c72c2f9df1ecbdcff700c4b9478ca806435d2dbfad8573b1"}
 RUN_WORDS = 5  # documents are compared by their runs of so many words
@@ -72,6 +83,7 @@ SKETCH = 32  # smallest hashes of a document's runs, by which it finds what to c
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 EOT = "<|endoftext|>"
 GPT2_EOT = 50256
+TRACK_SEQ_LEN = 2048  # of track fineweb_100m
 LONG_SPACE = re.compile(r"\s{10000}")  # tiktoken overflows its stack on far longer runs
 
 
@@ -173,13 +185,37 @@ def load_bpe(ranks, name="bpe"):
 
 
 def gpt2_ranks():
-    """GPT-2's ranks file, from tiktoken's cache or the network. Fail: neither has it."""
-    try:
-        encoding = tiktoken.get_encoding("gpt2")
-    except (OSError, ValueError) as error:
-        raise Fail(f"GPT-2's tokenizer can't be loaded ({brief(error)}): connect once, or set "
-                   "TIKTOKEN_CACHE_DIR to a folder that has it") from error
+    """GPT-2's ranks file, from tiktoken (its cache, its server) or the hub. Fail: none has it."""
+    tried = []
+    for load in (tiktoken_ranks, hub_ranks):
+        try:
+            return load()
+        except (OSError, ValueError, ImportError, Fail) as error:
+            tried.append(brief(error)[:99])
+    raise Fail(f"GPT-2's tokenizer can't be loaded, not from tiktoken ({tried[0]}), not from the "
+               f"hub ({tried[1]}): connect once, or set TIKTOKEN_CACHE_DIR to a folder that has it")
+
+
+def tiktoken_ranks():
+    encoding = tiktoken.get_encoding("gpt2")
     return format_ranks(encoding.decode_single_token_bytes(i) for i in range(GPT2_EOT))
+
+
+def hub_ranks():
+    """From the hub's vocab.json, which is tiktoken's encoder.json byte for byte: {token, its bytes
+    spelled in printable letters: id}; ids are in the order of the merges."""
+    path = fetch(HUB_GPT2, "vocab.json", is_gpt2_vocab, waits=())
+    plain = [byte for byte in range(256) if chr(byte).isprintable() and chr(byte) != " "]
+    other = [byte for byte in range(256) if byte not in plain]
+    spelled = {chr(byte): byte for byte in plain}
+    spelled.update({chr(256 + i): byte for i, byte in enumerate(other)})
+    ids = json.loads(path.read_bytes())
+    del ids[EOT]
+    return format_ranks(bytes(spelled[x] for x in token) for token in sorted(ids, key=ids.get))
+
+
+def is_gpt2_vocab(path):
+    return file_sha256(path) == GPT2_VOCAB_SHA256
 
 
 def describe_bpe(kind, ranks):
@@ -408,7 +444,8 @@ def is_done(out, wanted, force):
     except (Fail, OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         raise Fail(f"{out} exists and was not written by this script ({brief(error)}): choose "
                    "another --out") from error
-    foreign = {path.name for path in out.iterdir()} - {"manifest.json", *hashes}
+    ours = {"manifest.json", "tokenizer.tiktoken", *hashes}
+    foreign = {path.name for path in out.iterdir()} - ours
     if foreign:
         raise Fail(f"{out} also holds {min(foreign)}, which is not ours: move it, or choose "
                    "another --out")
@@ -417,6 +454,8 @@ def is_done(out, wanted, force):
     same = all(manifest.get(key) == value for key, value in wanted.items())
     present = all((out / name).is_file() for name in hashes)  # no pipe, no device
     if same and present and all(file_sha256(out / name) == hashes[name] for name in hashes):
+        if "file" not in manifest["tokenizer"]:
+            add_tokenizer(out, manifest)
         print(f"{out}: complete and identical, left alone (--force rebuilds it)")
         return True
     raise Fail(f"{out} is damaged or was made with other settings: --force replaces it, --out "
@@ -562,9 +601,36 @@ def write_dataset(args, manifest, splits, ranks=None):
                 "bytes": text_bytes,
                 "documents": documents,
                 "files": [file]}
-        text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
-        (new / "manifest.json").write_text(text, encoding="utf-8")
+        write_manifest(new, manifest)
     report(args.out, manifest)
+
+
+def write_manifest(folder, manifest):
+    text = json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    (folder / "manifest.json").write_text(text, encoding="utf-8")
+
+
+def add_tokenizer(out, manifest):
+    """To a folder that was prepared where GPT-2's could not be had, if it can be now: its ranks,
+    then a manifest that lists them and counts bytes of text. Shards are only read."""
+    manifest["tokenizer"], ranks, lengths = gpt2_tokenizer()
+    if ranks is None:
+        return
+    for name, split in manifest["splits"].items():
+        split["bytes"] = text_bytes(read_split(out, manifest, name), lengths)
+    with scratch(real(out)) as folder:
+        (folder / "tokenizer.tiktoken").write_bytes(ranks)
+        write_manifest(folder, manifest)
+        for name in ("tokenizer.tiktoken", "manifest.json"):
+            (folder / name).replace(out / name)
+    print(f"{out}: GPT-2's tokenizer added, bytes of text counted")
+
+
+def read_split(folder, manifest, name):
+    """Tokens of a split, uint16."""
+    files = manifest["splits"][name]["files"]
+    shards = [np.fromfile(folder / file["name"], dtype="<u2") for file in files]
+    return np.concatenate([shard[HEADER_BYTES // 2:] for shard in shards])
 
 
 def report(out, manifest):
@@ -691,38 +757,47 @@ def text(args):
     prepare_text(args, args.out.name, source, documents, **recipe)
 
 
-def fetch_hub(filename):
-    """Path of a shard of HUB_DATASET in the hub's cache. What arrives damaged is deleted and
-    fetched once more. Fail: no such file, no network, damaged twice."""
+def fetch(source, filename, is_right, waits=(1, 2, 4, 8)):
+    """Path of a file in the hub's cache. What has not the SHA-256 that the hub states, or is not
+    `is_right(path)`, is deleted and fetched once more. Fail: no such file, no network, wrong
+    twice."""
     for _ in range(2):
-        path = download(filename)
+        path = download(source, filename, waits)
         blob = path.resolve()  # the cache names a large file by its SHA-256 as the hub states it
-        header = np.fromfile(path, dtype="<i4", count=3).tolist()
-        whole = header[:2] == [MAGIC, VERSION]
-        whole = whole and path.stat().st_size == HEADER_BYTES + 2 * header[2]
-        if whole and (len(blob.name) != 64 or file_sha256(blob) == blob.name):
+        whole = len(blob.name) != 64 or file_sha256(blob) == blob.name
+        if whole and is_right(path):
             return path
         blob.unlink()
         path.unlink(missing_ok=True)  # the link to it
-    raise Fail(f"{filename} of {HUB_DATASET} arrived damaged twice (shard header, size or SHA-256 "
-               "is wrong): try again later")
+    raise Fail(f"{filename} of {source['repo_id']} arrived damaged twice (its format, size or "
+               "SHA-256 is wrong): try again later")
 
 
-def download(filename):
-    """The hub's client resumes a broken transfer; what it gives up is tried five times."""
+def is_shard(path):
+    """Whether it is whole, and that of the pinned revision where that is known."""
+    header = np.fromfile(path, dtype="<i4", count=3).tolist()
+    if header[:2] != [MAGIC, VERSION]:
+        return False
+    if path.stat().st_size != HEADER_BYTES + 2 * header[2]:
+        return False
+    return path.name not in HUB_SHA256 or file_sha256(path) == HUB_SHA256[path.name]
+
+
+def download(source, filename, waits):
+    """Path in the hub's cache. Its client resumes a broken transfer; what it gives up is tried
+    again after so many seconds each. Fail: no such file, no network."""
     from huggingface_hub import errors, hf_hub_download
     final = (errors.EntryNotFoundError, errors.RepositoryNotFoundError,
              errors.RevisionNotFoundError)
-    for wait in (1, 2, 4, 8, None):
+    for wait in (*waits, None):
         try:
-            return Path(hf_hub_download(
-                HUB_DATASET, filename, repo_type="dataset", revision=HUB_REVISION))
+            return Path(hf_hub_download(filename=filename, **source))
         except Exception as error:  # network errors share no class across the client's versions
             no_network = isinstance(error, errors.LocalEntryNotFoundError)
             missing = isinstance(error, final) and not no_network
             if missing or wait is None:
-                raise Fail(f"can't download {filename} of {HUB_DATASET} ({brief(error)}): try "
-                           "again, shards that arrived whole are kept") from error
+                raise Fail(f"can't download {filename} of {source['repo_id']} ({brief(error)}): "
+                           "try again, what arrived whole is kept") from error
             time.sleep(wait)
 
 
@@ -735,18 +810,20 @@ def fineweb(args):
     want = {name: getattr(args, f"{name}_tokens") for name in SPLITS}
     source = {
         "description": "FineWeb 10B sample, GPT-2 BPE",
-        "dataset": HUB_DATASET,
-        "revision": HUB_REVISION,
+        "dataset": HUB_DATASET["repo_id"],
+        "revision": HUB_DATASET["revision"],
         "licence": "ODC-By 1.0"}
     head = {"format": FORMAT, "name": "fineweb", "seed": 0, "source": source, "recipe": want}
     if is_done(args.out, head, args.force):
         return
     shards = []
+    fetched = []
     starts = np.empty(0, dtype=np.int64)
     total = 0
     for number in range(HUB_SHARDS):
         kind = "train" if number else "val"
-        path = fetch_hub(f"fineweb_{kind}_{number:06d}.bin")
+        path = fetch(HUB_DATASET, f"fineweb_{kind}_{number:06d}.bin", is_shard)
+        fetched.append({"name": path.name, "sha256": file_sha256(path)})
         shards.append(np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES))
         starts = np.append(starts, total + np.flatnonzero(shards[-1] == GPT2_EOT))
         total += len(shards[-1])
@@ -754,10 +831,11 @@ def fineweb(args):
         if cuts:
             break
     if not cuts or starts[0]:
-        raise Fail(f"{HUB_DATASET}: {total:,} tokens are not enough, or do not start with a "
-                   "document: ask for fewer")
+        raise Fail(f"{HUB_DATASET['repo_id']}: {total:,} tokens are not enough, or do not start "
+                   "with a document: ask for fewer")
     tokens = np.concatenate(shards)
-    write_tokens(args, head, {name: (tokens, starts, cut) for name, cut in cuts.items()})
+    pieces = {name: (tokens, starts, cut) for name, cut in cuts.items()}
+    write_tokens(args, {**head, "shards": fetched}, pieces)
 
 
 def cut_stream(starts, want):
@@ -839,23 +917,14 @@ def document_from(starts, position):
 def write_tokens(args, head, pieces):
     """Write a dataset of GPT-2 tokens: {split: (tokens, document starts, (first, last + 1))}.
     Bytes of text are counted, and the tokenizer is written, where GPT-2's can be loaded. Fail."""
-    entry = {"kind": "gpt2", "eot": GPT2_EOT}
-    ranks = None
-    lengths = None
-    try:
-        ranks = gpt2_ranks()
-        entry = describe_bpe("gpt2", ranks)
-        encoding = load_bpe(ranks)
-        lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(GPT2_EOT)]
-        lengths = np.array([*lengths, 0], dtype=np.uint8)
-    except Fail as error:
-        print(f"bytes of text are not counted: {error}")
+    empty = [name for name, (*_, (first, last)) in pieces.items() if first >= last]
+    if empty:
+        raise Fail(f"no tokens are left for {empty[0]}: ask for fewer heldout or dev tokens")
+    entry, ranks, lengths = gpt2_tokenizer()
     splits = {}
     for name, (tokens, starts, (first, last)) in pieces.items():
-        if first >= last:
-            raise Fail(f"no tokens are left for {name}: ask for fewer heldout or dev tokens")
         part = tokens[first:last]
-        size = None if lengths is None else int(lengths[part].sum(dtype=np.int64))
+        size = None if lengths is None else text_bytes(part, lengths)
         begin, end = np.searchsorted(starts, (first, last)).tolist()
         splits[name] = (part, size, end - begin)
     manifest = {
@@ -865,6 +934,118 @@ def write_tokens(args, head, pieces):
         "eot": GPT2_EOT,
         "near_duplicates_removed": None}
     write_dataset(args, manifest, splits, ranks)
+
+
+def gpt2_tokenizer():
+    """(entry of the manifest, ranks file, bytes of each token); the last two are None, and it is
+    said, where GPT-2's tokenizer can't be loaded."""
+    try:
+        ranks = gpt2_ranks()
+    except Fail as error:
+        print(f"bytes of text are not counted: {error}, and run this again")
+        return {"kind": "gpt2", "eot": GPT2_EOT}, None, None
+    encoding = load_bpe(ranks)
+    lengths = [len(encoding.decode_single_token_bytes(i)) for i in range(GPT2_EOT)]
+    return describe_bpe("gpt2", ranks), ranks, np.array([*lengths, 0], dtype=np.uint8)
+
+
+def text_bytes(tokens, lengths):
+    return int(lengths[tokens].sum(dtype=np.int64))
+
+
+STREAMS = {  # what of a folder is its route's 100M training tokens, in order
+    "fineweb": ("heldout", "train"),
+    "slowrun": ("heldout", "train", "dev")}
+
+
+def verify(args):
+    """Whether the validation and training text of a folder of fineweb is Slowrun's: that of a
+    folder of slowrun beside it, token by token up to the end of the shorter; or, of one folder
+    alone, what gives the files that Slowrun published. Then print what records/tracks.json takes
+    from the first. Exit status 2: it is not."""
+    manifest = read_manifest(args.folder)
+    if args.other is None:
+        compare_published(args.folder, manifest)
+    else:
+        compare_streams([args.folder, args.other], [manifest, read_manifest(args.other)])
+    print("the same; for records/tracks.json:")
+    print(track_lines(manifest))
+
+
+def compare_published(folder, manifest):
+    """Write the streams as Slowrun's prepare_data.py does. Fail: other bytes."""
+    import torch
+    differ = []
+    seeds = {"train": 43, "val": 42}
+    for (name, published), (split, seed) in zip(SLOWRUN_SHA256.items(), seeds.items()):
+        tokens = read_stream(folder, manifest, split)
+        content = {
+            "tokens": torch.from_numpy(tokens),
+            "doc_starts": torch.from_numpy(np.flatnonzero(tokens == GPT2_EOT)),
+            "bos_id": GPT2_EOT,
+            "seq_shuffle_seed": seed,
+            "seq_size": TRACK_SEQ_LEN + 1}
+        with tempfile.TemporaryDirectory() as scratch_folder:
+            path = Path(scratch_folder) / name  # the name is in the file
+            torch.save(content, path)
+            sha256 = file_sha256(path)
+        print(f"{name}: {sha256}, published: {published}")
+        if sha256 != published:
+            differ.append(name)
+    if differ:
+        raise Fail(f"{' and '.join(differ)} of {folder} would not be the published bytes: other "
+                   "text, or another torch; a folder of slowrun tells (verify FINEWEB SLOWRUN)")
+
+
+def compare_streams(folders, manifests):
+    """Fail: they differ."""
+    differ = []
+    for name in ("val", "train"):
+        streams = [read_stream(*both, name) for both in zip(folders, manifests)]
+        length = min(map(len, streams))
+        first, second = [stream[:length] for stream in streams]
+        sizes = " and ".join(f"{len(stream):,}" for stream in streams)
+        print(f"{name}: {sizes} tokens, the first {length:,} compared")
+        for folder, stream in zip(folders, (first, second)):
+            print(f"  {hashlib.sha256(stream).hexdigest()}  {folder}")
+        if not np.array_equal(first, second):
+            differ.append(f"{name} from token {np.argmax(first != second):,} on")
+    if differ:
+        raise Fail(f"{folders[0]} and {folders[1]} differ: {', '.join(differ)}")
+
+
+def read_manifest(folder):
+    """Of a folder of one of STREAMS, every hash true. Fail: it is not."""
+    try:
+        check_file(folder / "manifest.json")
+        manifest = json.loads((folder / "manifest.json").read_bytes())
+        for name, sha256 in listed_files(manifest).items():
+            check_file(folder / name)
+            if file_sha256(folder / name) != sha256:
+                raise ValueError(f"{name} is damaged")
+        if manifest["name"] not in STREAMS:
+            raise ValueError(f"it holds {manifest['name']}")
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise Fail(f"{folder} is not a whole folder of fineweb or slowrun ({brief(error)}): "
+                   "prepare it first") from error
+    return manifest
+
+
+def read_stream(folder, manifest, name):
+    """Tokens of Slowrun's "train" (our splits of it joined again) or "val"."""
+    splits = STREAMS[manifest["name"]] if name == "train" else ("val",)
+    return np.concatenate([read_split(folder, manifest, split) for split in splits])
+
+
+def track_lines(manifest):
+    """The lines "data" and "tokens" of a track with this text."""
+    splits = manifest["splits"]
+    data = {"eot": manifest["eot"], **{name: splits[name]["files"] for name in SPLITS}}
+    tokens = {}
+    for name in ("train", "heldout", "val"):
+        sequences = splits[name]["tokens"] // (TRACK_SEQ_LEN + 1)
+        tokens[name] = sequences * TRACK_SEQ_LEN
+    return f'"data": {json.dumps(data)},\n"tokens": {json.dumps(tokens)},'
 
 
 class Parser(argparse.ArgumentParser):
@@ -911,11 +1092,15 @@ def parse(argv):
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     adders = {}
-    for function in (wiki, text, fineweb, slowrun, bpe):
+    for function in (wiki, text, fineweb, slowrun, verify, bpe):
         name = function.__name__
         about = function.__doc__
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(function=function)
+        if function is verify:
+            command.add_argument("folder", type=Path, help="of fineweb")
+            command.add_argument("other", type=Path, nargs="?", help="of slowrun")
+            continue
         default = WIKI_RANKS if function is bpe else HERE / name
         add = command.add_argument
         add("--out", type=Path, default=default, help=f"default data/{default.name}")

@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-from records import hub, plan, runs, use
+from records import export, hub, overview, plan, plot, runs, use
 
 SIGPIPE = 128 + 13  # what a shell makes of it
 
@@ -34,4 +34,7 @@ COMMANDS = {
     "average": for_terminals(runs.average),
     "pool": for_terminals(runs.pool),
     "push": for_terminals(hub.push),
+    "runs": for_terminals(overview.runs),
+    "compare": for_terminals(plot.compare),
+    "export": for_terminals(export.export),
 }

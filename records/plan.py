@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 import train_q0 as q
+from records import recipes
 from records.population import load_teacher
 
 H100_FLOPS = 989e12  # a second, dense bf16
@@ -151,6 +152,7 @@ def plan(argv):
                                   f"{CPU_MFU} here]"),
         modelled=dict(action="store_true", help="with --gpus: time by a model of every kernel, "
                       "which takes up to a minute, in place of an assumed share of the peak"),
+        k=dict(type=int, metavar="K", help="models at inference: names the population to train"),
         memory=dict(type=float, help="GB per device [80 with --gpus, else this machine's]"))
     if args.modelled and not args.gpus:
         raise q.UserError("--modelled is of H100s: give --gpus N")
@@ -184,4 +186,8 @@ def plan(argv):
     time = datetime.timedelta(seconds=round(flops / (speed * mfu)))
     lines.append(f"estimated time: {time} for {flops:.3g} FLOPs at {mfu:.0%} of "
                  f"{speed / 1e12:.3g} TFLOP/s ({device})")
+    if args.k is not None:
+        if args.k < 1:
+            raise q.UserError(f"--k {args.k} is fewer than one model")
+        lines += recipes.advice(cfg, args.k)
     print("\n".join(lines))

@@ -1,25 +1,23 @@
-"""Loss against epochs and against FLOPs from the logs of runs: a figure, a table of differences
-with the verdict of the rule (records/README.md), and how many epochs a row needs for what another
-one reaches.
+"""`train_q0.py compare` and what it draws; curve.png.
 
-    python records/plot.py OUT.png "ensemble=records/wiki_cpu/FOLDER/logs/new_*.txt" "q0=..."
-
-Pooled runs (pool.py) come as "LABEL=FILE.json". The first row is the one to match and to compare
-with. A row's curve is the learned prior over the members so far, at the epochs and FLOPs spent so
-far; lines are means over the logs of a row, bands one standard deviation.
+A row of a comparison is a run, or several, such as seeds: LABEL=PATTERN of runs under logs/, of
+folders, of logs, or of what pool.py wrote. The first row is the one to match and to compare with. A
+row's curve is the learned prior over the members so far, at the epochs and FLOPs spent so far;
+lines are means over the runs of a row, bands one standard deviation.
 """
 import glob
 import json
+import os
 import re
 import statistics
-import sys
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
-if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records.check import FAULTS, one_line, read_log, rule
+import train_q0 as q
+from records.check import read_log, read_table, rule
+from records.population import find_run, plain_name
 
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
@@ -28,22 +26,26 @@ LOSS = 2
 
 # Curves -----------------------------------------------------------------------------------------
 
-def curve(path):
+def curve(path, whole=True):
     """[members, 3] of a log: epochs, FLOPs and loss under the learned prior after each member.
-    FLOPs of training and of teaching are shared out by epochs. Raises ValueError where the run is
-    not complete."""
+    FLOPs of training and of teaching are shared out by epochs; NaN before the run is complete.
+    Raises ValueError where it is not, unless it need not be `whole`."""
     text = "\n".join(read_log(Path(path)).lines)
     members = re.findall(r"^member:\d+ .*epochs:(\d+) distilled:(\d)", text, re.M)
     losses = re.findall(r"^ensemble .*prior:learned \w+_loss:(\S+)", text, re.M)
     final = re.search(r"^final_\w+_loss:.* flops:(\S+) teacher_flops:(\S+)", text, re.M)
-    if final is None or len(members) != len(losses):
+    if whole and (final is None or len(members) != len(losses)):
         raise ValueError(f"{path}: the run is not complete")
-    epochs, distilled = np.array(members, dtype=float).T
+    if not losses:
+        raise ValueError(f"{path}: the run has no member yet")
+    epochs, distilled = np.array(members[:len(losses)], dtype=float).T
     spent = np.diff(epochs, prepend=0)
-    total = float(final[1])
-    teacher = float(final[2])
-    taught = np.cumsum(spent * distilled)
-    flops = (total - teacher) * epochs / epochs[-1] + teacher * taught / max(taught[-1], 1)
+    flops = np.full(len(losses), np.nan)
+    if final:
+        total = float(final[1])
+        teacher = float(final[2])
+        taught = np.cumsum(spent * distilled)
+        flops = (total - teacher) * epochs / epochs[-1] + teacher * taught / max(taught[-1], 1)
     return np.stack([epochs, flops, np.array(losses, dtype=float)], axis=1)
 
 
@@ -83,8 +85,10 @@ def compared(first, curves):
     calls equal or not."""
     old = [float(c[-1, LOSS]) for c in first]
     new = [float(c[-1, LOSS]) for c in curves]
-    deviation = f"{statistics.stdev(new):.4f}" if len(new) > 1 else "?"
-    cells = f"{len(new)} | {statistics.mean(new):.4f} ± {deviation} | "
+    cells = f"{len(new)} | {statistics.mean(new):.4f}"
+    if len(new) > 1:
+        cells += f" ± {statistics.stdev(new):.4f}"
+    cells += " | "
     if curves is first:
         return cells + "- | - | -"
     found = rule(old, new)
@@ -101,15 +105,12 @@ def compared(first, curves):
     return cells + f"{above:+.4f} | {required:.4f} | {verdict}"
 
 
-def print_table(rows):
-    first = next(iter(rows.values()))
-    print("| row | epochs | FLOPs | n | loss, mean ± standard deviation | difference | required "
-          "| verdict |")
-    print("|---|---|---|---|---|---|---|---|")
-    for label, curves in rows.items():
-        end = curves[0][-1]
-        cells = compared(first, curves)
-        print(f"| {label} | {end[EPOCHS]:.0f} | {end[FLOPS]:.3g} | {cells} |")
+def print_columns(rows):
+    """Rows of texts below one another; the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for first, *others in rows:
+        cells = [text.rjust(width) for text, width in zip(others, widths[1:])]
+        print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
 
 
 def print_reached(rows):
@@ -118,6 +119,8 @@ def print_reached(rows):
     target = np.mean([c[-1, LOSS] for c in first])
     for label, curves in others:
         for column, unit in ((EPOCHS, "epochs"), (FLOPS, "FLOPs")):
+            if np.isnan([c[-1, column] for c in (*first, *curves)]).any():
+                continue  # of a run under way
             at = reached(curves, target, column)
             missing = np.isnan(at).sum()
             if missing:
@@ -125,8 +128,9 @@ def print_reached(rows):
                       f"(in {missing} runs)")
                 continue
             ratio = first[0][-1, column] / at
-            print(f"{label} reaches {name}'s {target:.4f} after {at.mean():.4g} {unit} (standard "
-                  f"deviation {spread(at):.2g}): {ratio.mean():.2f} times fewer")
+            deviation = f" (standard deviation {spread(at):.2g})" if len(at) > 1 else ""
+            print(f"{label} reaches {name}'s {target:.4f} after {at.mean():.4g} {unit}{deviation}: "
+                  f"{ratio.mean():.2f} times fewer")
 
 
 # Figures ----------------------------------------------------------------------------------------
@@ -143,7 +147,8 @@ def draw(path, rows):
             x = mean[:, column]
             loss = mean[:, LOSS]
             band = spread([c[:, LOSS] for c in curves])
-            label = f"{label} (n={len(curves)})"
+            if len(curves) > 1:
+                label = f"{label} (n={len(curves)})"
             line, = axis.plot(x, loss, "o-", markersize=3, label=label)
             axis.fill_between(x, loss - band, loss + band, alpha=0.25, color=line.get_color())
         axis.set_xlabel(name)
@@ -156,42 +161,184 @@ def draw(path, rows):
     figure.savefig(path, dpi=110)
 
 
-def draw_curve(path, entries, split):
+def entries_of(run):
+    """The curve of a run under way as its result will have it: an entry a member, from the metrics
+    of all its trajectories. Raises ValueError or KeyError for damaged ones."""
+    entries = []
+    for path in sorted(run.glob("metrics*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            event = json.loads(line)
+            loss = next((event[key] for key in event if key.endswith("_loss")), None)
+            if event["event"] == "member":
+                entries.append({**event, "loss": loss})
+            elif event["event"] == "ensemble":
+                entries[-1][event["prior"]] = loss
+    whole = [entry for entry in entries if "learned" in entry]
+    return sorted(whole, key=lambda entry: entry["member"])
+
+
+def draw_losses(axis, rows, x, lines):
+    """A line for each of lines {name: (style, label)} through rows {x: ..., name: loss}."""
+    for name, (style, label) in lines.items():
+        losses = [row[name] for row in rows]
+        axis.plot([row[x] for row in rows], losses, style, markersize=4, label=label)
+
+
+def draw_curve(path, entries, split, table=None):
     """A run's curve.png: loss against epochs of single members, their uniform mixture and the
-    prior. entries: the `curve` of its result. Raises ImportError without matplotlib."""
+    prior; at its end also against the number of members (population_table). entries: the `curve`
+    of its result. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    epochs = [entry["epochs"] for entry in entries]
-    for name, style, label in (("loss", "o:", "newest member alone"),
-                               ("uniform", "s--", "all so far, uniform"),
-                               ("learned", "D-", "all so far, learned prior")):
-        losses = [entry[name] for entry in entries]
-        axis.plot(epochs, losses, style, markersize=4, label=label)
-    axis.set_xlabel("epochs over the training text, all members together")
-    axis.set_ylabel(f"{split} loss (nats per token)")
-    axis.legend()
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    panels = 2 if table else 1
+    figure = Figure(figsize=(1 + 5.5 * panels, 4.5), layout="constrained")
+    by_epochs, *by_members = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    draw_losses(by_epochs, entries, "epochs", {
+        "loss": ("o:C0", "newest member alone"),
+        "uniform": ("s--C1", "all so far, uniform"),
+        "learned": ("D-C2", "all so far, learned prior")})
+    by_epochs.set_xlabel("epochs over the training text, all members together")
+    by_epochs.set_ylabel(f"{split} loss (nats per token)")
+    for axis in by_members:
+        draw_losses(axis, table["rows"], "k", {
+            "uniform": ("s--C1", "k of largest weight, uniform"),
+            "learned": ("D-C2", "k of largest weight, learned prior"),
+            "pruned": ("^-C3", "best k, found by pruning")})
+        axis.set_xlabel("members k")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    best = min(entry["loss"] for entry in entries)
+    for axis in (by_epochs, *by_members):
+        axis.axhline(best, color="gray", linewidth=1, label=f"best single member: {best:.4f}")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    figure.suptitle(path.parent.name)
+    tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several launches may draw at once
+    figure.savefig(tmp, format="png", dpi=120)
+    tmp.replace(path)
 
 
-def main(argv):
-    out, *pairs = argv
+# compare ----------------------------------------------------------------------------------------
+
+@dataclass
+class Row:
+    """Runs that a comparison takes as one."""
+    curves: list  # of arrays [members, 3]
+    configs: list = field(default_factory=list)  # of what has a log
+    texts: list = field(default_factory=list)  # what their losses are of: a split and its hashes
+    singles: list = field(default_factory=list)  # losses of their best members
+    tables: list = field(default_factory=list)  # {k: loss of the best k}
+
+
+def compare(argv):
+    """Put runs side by side, finished or under way: settings that differ, losses, what k members
+    are worth, the verdict of the rule (records/README.md), how many epochs a row needs for what the
+    first one reaches; and draw their curves in one picture."""
+    parser = q.Parser(prog="train_q0.py compare", description=compare.__doc__)
+    parser.add_argument("rows", nargs="+", metavar="ROW", help="a run, or LABEL=PATTERN of several, "
+                        "such as seeds: of runs, folders, logs, or curves that pool.py wrote")
+    parser.add_argument("--out", type=Path, metavar="FILE.png",
+                        help="the picture [compare.png under logs/]")
+    args = parser.parse_args(argv)
     rows = {}
-    for row in pairs:
-        label, pattern = row.split("=", 1)
-        paths = sorted(glob.glob(pattern))
-        if not paths:
-            sys.exit(f"plot.py: error: no files match {pattern}")
-        for path in paths:
-            try:
-                rows.setdefault(label, []).extend(curves_in(path))
-            except FAULTS as e:
-                sys.exit(f"plot.py: error: {path} is no finished log: {one_line(e)}")
-    draw(Path(out), rows)
-    print_table(rows)
-    print_reached(rows)
+    for name in args.rows:
+        label, paths = paths_of(name)
+        if label in rows:
+            raise q.UserError(f"{name}: there is a row {label} already")
+        rows[label] = read_row(paths)
+    check_texts(rows)
+    print_columns(list(side_by_side(rows)))
+    curves = {label: row.curves for label, row in rows.items()}
+    print_reached(curves)
+    out = args.out or q.LOGS / "compare.png"
+    try:
+        draw(out, curves)
+    except (ImportError, ValueError) as e:  # there is no matplotlib, or no such kind of picture
+        raise q.UserError(f"{out} is not drawn: {q.one_line(e)}") from None
+    print(f"curves: {out}")
 
 
-if __name__ == "__main__":
-    main(sys.argv[1:])
+def paths_of(name):
+    """(label, files) of an argument. Raises UserError where there are none."""
+    if "=" in name and not (q.LOGS / name).is_dir():
+        label, pattern = name.split("=", 1)
+        found = sorted(glob.glob(str(q.LOGS / pattern)) or glob.glob(pattern))
+        if not found:
+            raise q.UserError(f"no runs or files match {pattern}")
+    else:
+        found = [find_run(name)]
+        label = plain_name(found[0])
+    paths = map(Path, found)
+    return label, [path / "log.txt" if path.is_dir() else path for path in paths]
+
+
+def read_row(paths):
+    """A Row of logs and pools' curves. Raises UserError for what is neither."""
+    row = Row([])
+    for path in paths:
+        with q.reading(f"{path}, which should be the log of a run,"):
+            if not path.is_file():
+                raise ValueError("there is no such file")
+            if path.suffix == ".json":
+                row.curves.extend(curves_in(str(path)))
+                continue
+            log = read_log(path)
+            row.curves.append(curve(path, whole=False))
+            config = log.about["config"]
+            split = config.get("report", "val")
+            text = "\n".join(log.lines)
+            losses = re.findall(rf"^member:\d+ .*{split}_loss:(\S+)", text, re.M)
+            row.configs.append({**config, "data": log.about["data"]["name"]})
+            row.texts.append((split, log.about["data"][split]))
+            row.singles.append(min(map(float, losses)))
+            row.tables.append({k: losses[-1] for k, losses in read_table(log.lines).items()})
+    if len({len(c) for c in row.curves}) > 1:
+        raise q.UserError(f"{paths[0]} and the others of its row have other numbers of members")
+    return row
+
+
+def check_texts(rows):
+    """Raise UserError where losses are of different text."""
+    texts = [text for row in rows.values() for text in row.texts]
+    for split, files in texts:
+        if (split, files) != texts[0]:
+            raise q.UserError(f"losses on {split} and on {texts[0][0]} text, or on other files, do "
+                              "not compare")
+
+
+def side_by_side(rows):
+    """Lines of cells: a column for each Row."""
+    first = next(iter(rows.values()))
+    yield ["", *rows]
+    yield from differing(rows.values())
+    cells = [compared(first.curves, row.curves).split(" | ") for row in rows.values()]
+    n, loss, *verdict = [list(column) for column in zip(*cells)]
+    yield ["runs", *n]
+    yield ["epochs so far", *(f"{row.curves[0][-1, EPOCHS]:.0f}" for row in rows.values())]
+    flops = [f"{row.curves[0][-1, FLOPS]:.3g}" for row in rows.values()]
+    yield ["FLOPs", *("-" if cell == "nan" else cell for cell in flops)]
+    yield ["best member", *(mean_of(row.singles) for row in rows.values())]
+    for k in sorted({k for row in rows.values() for table in row.tables for k in table}):
+        found = [[table[k] for table in row.tables if k in table] for row in rows.values()]
+        yield [f"best {k}", *map(mean_of, found)]
+    yield ["all members", *loss]
+    for name, column in zip(("difference", "required", "verdict"), verdict):
+        if set(column) - {"-", "?"}:
+            yield [name, *column]
+
+
+def mean_of(losses):
+    return f"{statistics.mean(losses):.4f}" if losses else "-"
+
+
+def differing(rows):
+    """Lines of the settings that are not the same in all rows; those of the machine are left out,
+    and seeds within a row."""
+    names = dict.fromkeys(name for row in rows for config in row.configs for name in config)
+    for name in names:
+        if name in q.MACHINE:
+            continue
+        cells = []
+        for row in rows:
+            values = dict.fromkeys(str(config.get(name, "-")) for config in row.configs)
+            cells.append(" ".join(values) or "-")
+        if len(set(cells)) > 1:
+            yield [name, *cells]

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies
 from tiny import resolved
 
+import tiny
 import train_q0 as q
 
 POPULATIONS = sorted(q.POPULATIONS)
@@ -49,47 +50,23 @@ PLAIN = (0.03, 0.8, 1.2, 0.096, 0, 0)
 LESS_DECAY = (0.03, 0.53, 1.2, 0.096, 0.1, 0)
 OF_8 = (0.04, 1.2, 1.2, 0.096, 0, 0.25)
 OF_16 = (0.04, 0.8, 0.7, 1.0, 0.1, 0.25)
-TEACHING = {  # weights at a cycle's start, weight of the teacher, members before it teaches
-    "single": ("fresh", 0, None),
-    "ensemble": ("fresh", 0, None),
-    "chain": ("fresh", 0.45, 1),
-    "snapshots": ("continue", 0, None),
-    "q0": ("perturb", 0.45, 2)}
 
 
-@pytest.mark.parametrize("population, epochs, trajectories, cycles, tuned", [
-    ("q0", 4, 1, 1, PLAIN),
-    ("q0", 16, 1, 4, PLAIN),
-    ("q0", 32, 1, 8, LESS_DECAY),
-    ("q0", 128, 4, 8, LESS_DECAY),
-    ("snapshots", 64, 2, 8, LESS_DECAY),
-    ("ensemble", 8, 2, 1, PLAIN),
-    ("ensemble", 16, 2, 1, OF_8),
-    ("ensemble", 128, 16, 1, OF_8),
-    ("chain", 8, 1, 2, PLAIN),
-    ("chain", 128, 1, 16, OF_8),
-    ("single", 5, 1, 1, PLAIN),
-    ("single", 8, 1, 1, OF_8),
-    ("single", 128, 1, 1, OF_16)])
-def test_measured_budgets(population, epochs, trajectories, cycles, tuned):
+@pytest.mark.parametrize("population, epochs, counts, tuned, teaching", [
+    ("q0", 16, (1, 4, 4), PLAIN, ("perturb", 0.45, 2)),
+    ("q0", 128, (4, 8, 4), LESS_DECAY, ("perturb", 0.45, 2)),
+    ("snapshots", 64, (2, 8, 4), LESS_DECAY, ("continue", 0, 2)),
+    ("ensemble", 8, (2, 1, 4), PLAIN, ("fresh", 0, 2)),
+    ("ensemble", 128, (16, 1, 8), OF_8, ("fresh", 0, 1)),
+    ("chain", 128, (1, 16, 8), OF_8, ("fresh", 0.45, 1)),
+    ("single", 5, (1, 1, 5), PLAIN, ("fresh", 0, 2)),
+    ("single", 8, (1, 1, 8), OF_8, ("fresh", 0, 1)),
+    ("single", 128, (1, 1, 128), OF_16, ("fresh", 0, 1))])
+def test_measured_budgets(population, epochs, counts, tuned, teaching):
     cfg = resolved(population=population, epochs=epochs)
-    assert (cfg.trajectories, cfg.cycles) == (trajectories, cycles)
-    assert tuned_of(cfg) == tuned
-    boundary, weight, after = TEACHING[population]
-    assert cfg.boundary == boundary
-    assert cfg.distill_weight == weight
-    assert cfg.distill_after == after or not weight
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("population", POPULATIONS)
-def test_every_budget_is_spent_and_evenly(preset, population):
-    for epochs in range(1, 131):
-        cfg = resolved(preset, population=population, epochs=epochs)
-        lengths = lengths_of(cfg)
-        assert sum(lengths) == epochs
-        assert lengths == sorted(lengths, reverse=True)  # a rest goes to the first
-        assert lengths[0] - lengths[-1] <= 1
+    assert (counts_of(cfg), tuned_of(cfg)) == (counts, tuned)
+    assert (cfg.boundary, cfg.distill_weight) == teaching[:2]
+    assert cfg.distill_after == teaching[2]
 
 
 @pytest.mark.parametrize("population, from_epochs, shortest, longest", [
@@ -100,7 +77,9 @@ def test_no_budget_leaves_the_members_that_were_tuned(population, from_epochs, s
     for epochs in range(from_epochs, 131):
         cfg = resolved(population=population, epochs=epochs)
         lengths = lengths_of(cfg)
-        assert shortest <= min(lengths) and max(lengths) <= longest
+        assert sum(lengths) == epochs
+        assert lengths == sorted(lengths, reverse=True)  # a rest goes to the first
+        assert shortest <= lengths[-1] and lengths[0] <= min(longest, lengths[-1] + 1)
         if longest == 10:
             assert tuned_of(cfg) == OF_8
         else:
@@ -196,7 +175,7 @@ OTHER = dict(  # a value that is neither the default nor what is derived
     width=256)
 ALLOCATION = {"preset", "population", "epochs", "trajectories", "cycles"}
 SETTINGS = [f for f in dataclasses.fields(q.Config) if f.name not in ALLOCATION]
-NAMES = [f.name for f in SETTINGS]
+ZERO = ("softcap", "grad_clip", "dropout", "average", "distill_weight")
 
 
 def another(f, value):
@@ -211,16 +190,16 @@ def another(f, value):
 
 
 @pytest.mark.parametrize("population", POPULATIONS)
-@pytest.mark.parametrize("f", SETTINGS, ids=NAMES)
-def test_a_flag_changes_no_other_setting(f, population, gpu):
-    for epochs in (8, 32):
-        base = dict(population=population, epochs=epochs)
-        plain = dataclasses.asdict(resolved(**base))
-        value = another(f, plain[f.name])
-        mine = dataclasses.asdict(resolved(**{**base, f.name: value}))
-        changed = {name for name in plain if plain[name] != mine[name]}
-        assert mine[f.name] == value
-        assert changed - {f.name} <= FOLLOW.get(f.name, set())
+def test_a_flag_changes_no_other_setting(population, gpu):
+    """Its value may be 0, which is not the default."""
+    plain = dataclasses.asdict(resolved(population=population, epochs=32))
+    for f in SETTINGS:
+        for value in {another(f, plain[f.name]), 0.0 if f.name in ZERO else None} - {None}:
+            given_ = {"population": population, "epochs": 32, f.name: value}
+            mine = dataclasses.asdict(resolved(**given_))
+            changed = {name for name in plain if plain[name] != mine[name]}
+            assert mine[f.name] == value
+            assert changed - {f.name} <= FOLLOW.get(f.name, set())
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -242,8 +221,8 @@ def test_what_is_derived_has_a_reason(preset, population):
 
 
 def test_on_a_gpu(gpu):
-    tiny = resolved()
-    assert (tiny.device, tiny.precision, tiny.compile, tiny.graphs) == (
+    cfg = resolved()
+    assert (cfg.device, cfg.precision, cfg.compile, cfg.graphs) == (
         "cuda", "bfloat16", True, True)
     assert not resolved("q0").graphs  # it is not bound by launches
     assert resolved("q0").compile
@@ -251,6 +230,29 @@ def test_on_a_gpu(gpu):
     assert (mine.compile, mine.graphs, mine.precision) == (False, True, "float32")
     cpu = resolved(device="cpu")
     assert (cpu.device, cpu.compile, cpu.graphs) == ("cpu", False, False)
+
+
+def test_on_a_mac(no_gpu, monkeypatch, tmp_path):
+    """What can be said of --device mps without one: no CUDA, no compiler, float32, sdpa."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(q.UserError, match="--device mps, but torch sees no GPU of Apple's"):
+        resolved(device="mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolved().device == "cpu"  # it has to be asked for
+    cfg, why, _ = q.parse_config(["--device", "mps"])
+    assert (cfg.preset, cfg.precision, cfg.compile, cfg.graphs) == ("tiny", "float32", False, False)
+    assert q.attention_names(cfg, "mps", cfg.seq_len) == ["sdpa"]
+    assert not q.use_triton("mps")
+    with q.set_up_world(cfg) as world:
+        assert world.device == torch.device("mps")
+    seeds = []
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    trainer, plan = tiny.trainer(tmp_path / "run", tiny.small(dropout=0.5))
+    trainer.start_trajectory(plan[0])
+    trainer.start_cycle(plan[0][0])
+    trainer.world = dataclasses.replace(trainer.world, device=torch.device("mps"))
+    trainer.forward_backward(plan[0][0])
+    assert len(set(seeds)) == len(seeds) > 1
 
 
 # Mistakes and help -------------------------------------------------------------------------------
@@ -261,15 +263,14 @@ def test_on_a_gpu(gpu):
     (dict(width=96), "multiple of --head-dim"),
     (dict(head_dim=128), "--induction needs a second head"),
     (dict(batch_tokens=5000), "--batch-tokens 5000 is not a multiple"),
-    (dict(edge_batch_tokens=5000), "--edge-batch-tokens 5000 is not a multiple"),
     (dict(windows="SX"), "--windows"),
-    (dict(windows=""), "--windows"),
     (dict(loop_passes=2, loop_first=2, loop_last=4), "--loop-last 4 is not a range"),
     (dict(device="cuda"), "no GPU"),
     (dict(epochs=0), "--epochs 0 is out of range: 1 to"),
     (dict(lr_matrix=math.nan), "--lr-matrix nan is out of range"),
     (dict(softcap=1001.0), "--softcap 1001.0 is out of range: 0 to 1000"),
     (dict(epochs=True), "--epochs True is not of type int"),
+    (dict(windows=None), "None is not of type"),
     (dict(unet=1), "--unet 1 is not of type bool"),
     (dict(population="q1"), "--population q1 is not one of: q0, snapshots")])
 def test_refusals(changes, message, no_gpu):
@@ -278,18 +279,12 @@ def test_refusals(changes, message, no_gpu):
     assert "\n" not in str(refusal.value)
 
 
-def test_zero_means_off():
-    off = dict.fromkeys(("softcap", "grad_clip", "dropout", "average", "distill_weight"), 0.0)
-    cfg = resolved(**off)
-    for name in off:
-        assert getattr(cfg, name) == 0
-    assert resolved(softcap=1000.0).softcap == 1000
-
-
-def test_help_shows_every_flag_in_its_group(capsys):
+def test_help(capsys):
+    """Every flag in its group, with the default of the preset."""
     with pytest.raises(SystemExit):
-        q.main(["--help"])
+        q.main(["--preset", "q0", "--help"])
     text = capsys.readouterr().out.split("\noptions:\n")[1]
+    assert "transformer blocks [30]" in " ".join(text.split())
     at = 0
     names = [f.name for f in dataclasses.fields(q.Config)]
     for name in names:  # in their order, each first one under its title

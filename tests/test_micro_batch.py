@@ -1,5 +1,5 @@
-"""A micro-batch as the trainer runs it: recomputed, compiled, replayed as a graph; in which
-precision, and how often each gradient is added."""
+"""A micro-batch as the trainer runs it: recomputed, compiled, replayed as a graph. test_cost.py has
+its precision, and how often each gradient is added."""
 import contextlib
 from collections import Counter
 from types import SimpleNamespace
@@ -41,22 +41,21 @@ def saved_bytes():
         yield found
 
 
-@pytest.mark.parametrize("loops", [3, 1])
-def test_recompute_saves_memory_and_changes_nothing(loops):
+def test_recompute_saves_memory_and_changes_nothing():
     """Dropout included. Without loops it recomputes every block, with loops the looped ones."""
-    passes = []
-    sizes = []
-    for recompute in (False, True):
-        model = build(loop_passes=loops, dropout=0.3, recompute=recompute)
-        torch.manual_seed(5)
-        with saved_bytes() as saved:
-            loss, _ = q.training_loss(model, [], model.cfg, random_tokens(4, 17))
-        loss.backward()
-        passes.append([loss, *[weight.grad for weight in model.parameters()]])
-        sizes.append(sum(saved.values()))
-    for found, wanted in zip(*passes):
-        assert torch.equal(found, wanted)
-    assert sizes[1] < 0.7 * sizes[0]
+    for loops in (3, 1):
+        passes = []
+        sizes = []
+        for recompute in (False, True):
+            model = build(loop_passes=loops, dropout=0.3, recompute=recompute)
+            torch.manual_seed(5)
+            with saved_bytes() as saved:
+                loss, _ = q.training_loss(model, [], model.cfg, random_tokens(4, 17))
+            loss.backward()
+            passes.append([loss, *[weight.grad for weight in model.parameters()]])
+            sizes.append(sum(saved.values()))
+        assert all(torch.equal(found, wanted) for found, wanted in zip(*passes))
+        assert sizes[1] < 0.7 * sizes[0]
 
 
 # torch.compile: counted with a backend that runs what was traced, which is quick -----------------
@@ -209,47 +208,3 @@ def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch,
         assert line.startswith(f"notice: {part} is not replayed as a CUDA graph")
         assert "operation not permitted" in line
     same_weights(plain, tried)
-
-
-# Precision ---------------------------------------------------------------------------------------
-
-class Recorder(TorchDispatchMode):
-    """Every operation: (name, tensors given, tensors made)."""
-    def __init__(self):
-        super().__init__()
-        self.calls = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        out = function(*args, **(kwargs or {}))
-        name = function.overloadpacket.__name__
-        given = tensors_in((args, kwargs))
-        self.calls.append((name, given, tensors_in(out)))
-        return out
-
-
-@pytest.mark.parametrize("taught", [False, True])
-def test_a_micro_batch_in_bf16(taught, tmp_path):
-    """All products are of bf16, no weight is cast, and each gradient is added once in float32
-    however often a layer runs."""
-    cfg = small(precision="bfloat16", distill_weight=0.45)
-    trainer, _ = tiny.trainer(tmp_path, cfg)
-    banks = trainer.optimizer.banks
-    weights = {}  # vectors are cast, and of the embedding the rows of a batch
-    for name, bank in banks.items():
-        if bank.copied or name == "embed":
-            weights[storage(bank.weight)] = name
-    grads = {storage(bank.grad): name for name, bank in banks.items()}
-    with Recorder() as recorded:
-        trainer.run_micro_batch(taught)
-    products = 0
-    added = Counter()
-    for name, given, made in recorded.calls:
-        if name in ("mm", "bmm", "addmm", "baddbmm"):
-            products += 1
-            assert {x.dtype for x in given + made} == {torch.bfloat16}
-        elif name == "_to_copy":
-            assert storage(given[0]) not in weights
-        elif name == "add_" and storage(given[0]) in grads:
-            added[grads[storage(given[0])]] += 1
-    assert products > 100
-    assert added == Counter(banks.keys())

@@ -45,8 +45,8 @@ def gradient(P, w):
 
 def is_certified(P, w, gap, tolerance=1e-7):
     """Whether `gap` is below the tolerance, and what the formula says."""
-    formula = math.log(gradient(P, w).max())
-    return gap <= tolerance and gap == approx(max(0, formula), abs=1e-12)
+    formula = max(0, math.log(gradient(P, w).max()))
+    return gap <= tolerance and gap == approx(formula, abs=1e-12)
 
 
 def em(P, passes):
@@ -74,25 +74,13 @@ def newton_steps(monkeypatch):
 # Losses ------------------------------------------------------------------------------------------
 
 def test_losses_in_one_pass():
-    """Blocks of tokens and a rest, rows in a list; a member alone is a mixture too."""
-    N = 2 * q.TOKEN_CHUNK + 7
-    P = random_predictions(5, N)
-    rng = np.random.default_rng(1)
-    weights = rng.dirichlet(np.ones(5), size=3)
+    """Blocks of tokens and a rest, rows in a list, in float64."""
+    P = random_predictions(5, 2 * q.TOKEN_CHUNK + 7)
+    weights = np.random.default_rng(1).dirichlet(np.ones(5), size=3)
     weights[0] = [0, 0, 1, 0, 0]
     expected = [mixture(P, w) for w in weights]
-    losses = q.mixture_losses(P, weights)
-    np.testing.assert_allclose(losses, expected, rtol=1e-12)
-    losses = q.mixture_losses(list(P), list(weights))
-    np.testing.assert_allclose(losses, expected, rtol=1e-12)
-    loss = population.mixture_loss(P, weights[1].tolist())
-    assert loss == approx(expected[1], rel=1e-12)
-    alone = population.mixture_loss(P[2:3], [1.0])
-    assert alone == approx(expected[0], rel=1e-12)
-
-
-def test_losses_are_float64():
-    """A difference shows that is far below the precision of float32."""
+    np.testing.assert_allclose(q.mixture_losses(P, weights), expected, rtol=1e-12)
+    np.testing.assert_allclose(q.mixture_losses(list(P), list(weights)), expected, rtol=1e-12)
     P = np.full((2, 10), 0.5)
     P[1] += 1e-9
     first, second = q.mixture_losses(P, np.eye(2))
@@ -101,7 +89,7 @@ def test_losses_are_float64():
 
 # The fit -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("M", [2, 3, 6, 12])
+@pytest.mark.parametrize("M", [2, 6, 12])
 def test_prior_against_scipy_and_em(M):
     P = random_predictions(M, seed=M)
     w, gap = q.fit_prior(P)
@@ -113,10 +101,8 @@ def test_prior_against_scipy_and_em(M):
         bounds=[(0, 1)] * M,
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
         options={"ftol": 1e-14})
-    assert found.success
-    slow = em(P, 20_000)
-    assert w.min() >= 0
-    assert w.sum() == approx(1, abs=1e-12)
+    slow = em(P, 5000)
+    assert w.min() >= 0 and w.sum() == approx(1, abs=1e-12)
     # within the certificate of the optimum, which scipy and EM reach to about 1e-9
     assert is_certified(P, w, gap)
     assert mixture(P, w) == approx(found.fun, abs=1.1e-7)
@@ -125,7 +111,7 @@ def test_prior_against_scipy_and_em(M):
     np.testing.assert_allclose(w, slow, atol=5e-3)
 
 
-@pytest.mark.parametrize("M", [2, 9, 20, 40, 90])
+@pytest.mark.parametrize("M", [2, 20, 90])
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_the_gap_bounds_the_distance_from_the_optimum(M, spread):
     P = random_predictions(M, 200, seed=M, spread=spread)
@@ -137,28 +123,25 @@ def test_the_gap_bounds_the_distance_from_the_optimum(M, spread):
         assert mixture(P, w) - lowest <= gap + 1e-12
 
 
-@pytest.mark.parametrize("M", [1, 2, 7, 80])
-def test_identical_members_share_alike(M):
+def test_identical_members_share_alike():
     one = random_predictions(1)
-    P = np.repeat(one, M, axis=0)
-    w, gap = q.fit_prior(P)
-    assert w == approx(np.full(M, 1 / M))
-    assert 0 <= gap < 1e-12
-    assert mixture(P, w) == approx(mixture(one, [1.0]), abs=1e-12)
+    for M in (1, 7, 80):
+        w, gap = q.fit_prior(np.repeat(one, M, axis=0))
+        assert w == approx(np.full(M, 1 / M))
+        assert 0 <= gap < 1e-12
 
 
 def test_many_members_need_a_small_part_of_the_hessian(newton_steps):
     """The products cost M^2 a pass; most members have no weight, and most passes skip them."""
     P = trajectory(200)
-    w, gap = q.fit_prior(P)
-    assert is_certified(P, w, gap)
+    assert is_certified(P, *q.fit_prior(P))
     passes = len(newton_steps)
-    work = sum(size ** 2 for size in newton_steps)
     assert passes < 30
-    assert work < 0.4 * passes * 200 ** 2
+    assert sum(size ** 2 for size in newton_steps) < 0.4 * passes * 200 ** 2
 
 
 def test_a_warm_start_saves_passes_and_keeps_the_certificate(newton_steps):
+    """One far from the optimum is certified too."""
     P = trajectory(100)
     w, _ = q.fit_prior(P)
     kept = w > np.quantile(w, 0.8)
@@ -171,30 +154,21 @@ def test_a_warm_start_saves_passes_and_keeps_the_certificate(newton_steps):
     assert len(newton_steps) <= 0.6 * from_cold
     assert is_certified(P, warm, gap)
     assert mixture(P, warm) == approx(mixture(P, cold), abs=2e-7)
-    newton_steps.clear()
-    again, _ = q.fit_prior(P, start=warm)
-    assert again == approx(warm, rel=1e-12)
-    assert not newton_steps
+    for M in (5, 100):
+        P = trajectory(M)
+        oldest_alone = np.full(M, 1e-9)
+        oldest_alone[0] = 1
+        assert is_certified(P, *q.fit_prior(P, start=oldest_alone))
+        reverse = np.arange(M, 0, -1.0) ** 9
+        assert is_certified(P, *q.fit_prior(P, max_passes=30, start=reverse))
 
 
-@pytest.mark.parametrize("M", [5, 100])
-def test_a_start_far_from_the_optimum_is_certified_too(M):
-    P = trajectory(M)
-    oldest_alone = np.full(M, 1e-9)
-    oldest_alone[0] = 1
-    w, gap = q.fit_prior(P, start=oldest_alone)
-    assert is_certified(P, w, gap)
-    reverse = np.arange(M, 0, -1.0) ** 9
-    w, gap = q.fit_prior(P, max_passes=30, start=reverse)
-    assert is_certified(P, w, gap)
-
-
-@pytest.mark.parametrize("bad", [0.0, -0.1, math.nan, math.inf])
-def test_what_is_no_probability_is_refused(bad):
-    P = random_predictions(3)
-    P[1, 2] = bad
-    with pytest.raises(ValueError, match="positive and finite"):
-        q.fit_prior(P)
+def test_what_is_no_probability_is_refused():
+    for bad in (0.0, -0.1, math.nan, math.inf):
+        P = random_predictions(3)
+        P[1, 2] = bad
+        with pytest.raises(ValueError, match="positive and finite"):
+            q.fit_prior(P)
 
 
 # Few members of many -----------------------------------------------------------------------------
@@ -220,17 +194,9 @@ def test_pruned():
         assert mixture(P[members], weights) <= mixture(P[members], slow) + 1e-6
         before = members[:-1]
     assert not before
-
-
-def test_best_members():
-    P = two_kinds()
     first = next(population.pruned(P))
-    assert population.best_members(P) == first
-    assert population.best_members(P, 8) == first
-    (member,), weights = population.best_members(P, 1)
-    assert weights == [1.0]
-    with pytest.raises(q.UserError, match="--k 0 must be at least 1"):
-        population.best_members(P, 0)
+    assert population.best_members(P) == population.best_members(P, 8) == first
+    assert population.best_members(P, 1)[1] == [1.0]
 
 
 def test_pruning_several_members_at_a_time_loses_nothing():
@@ -261,20 +227,17 @@ def test_population_table(M):
     table = population.population_table(heldout, list(scored))
     w, gap = q.fit_prior(heldout)
     ranked = np.argsort(-w)
-    assert table["weights"] == w.tolist()
-    assert table["ranked"] == ranked.tolist()
-    assert table["gap"] == gap
+    assert (table["weights"], table["ranked"], table["gap"]) == (w.tolist(), ranked.tolist(), gap)
     assert [row["k"] for row in table["rows"]] == population.table_sizes(M)
     for row in table["rows"]:
         k = row["k"]
         top = ranked[:k]
-        uniform = mixture(scored[top], np.full(k, 1 / k))
-        learned = mixture(scored[top], w[top] / w[top].sum())
         members, weights = population.best_members(heldout, k)
-        pruned = mixture(scored[members], weights)
-        assert row["uniform"] == approx(uniform, abs=1e-9)
-        assert row["learned"] == approx(learned, abs=1e-9)
-        assert row["pruned"] == approx(pruned, abs=1e-9)
+        expected = {
+            "uniform": mixture(scored[top], np.full(k, 1 / k)),
+            "learned": mixture(scored[top], w[top] / w[top].sum()),
+            "pruned": mixture(scored[members], weights)}
+        assert {name: row[name] for name in expected} == approx(expected, abs=1e-9)
 
 
 def test_tables_of_small_populations_stay_those_of_the_records():
@@ -289,11 +252,10 @@ def test_tables_of_small_populations_stay_those_of_the_records():
 
 
 def test_tables_show_every_k_of_a_small_population():
-    for M in (1, 16, 32):
+    for M in (1, 32):
         assert population.table_sizes(M) == [*range(1, M + 1)]
     few = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
     assert population.table_sizes(33) == [*few, 33]
-    assert population.table_sizes(64) == [*few, 45, 64]
     assert population.table_sizes(480) == [*few, 45, 64, 91, 128, 181, 256, 362, 480]
 
 
@@ -312,10 +274,7 @@ def test_format_table():
         "prior gap:2.5e-08  weights (member:weight) 1:0.750 0:0.250"]
 
 
-@pytest.mark.parametrize("loss, shown", [
-    (3.048, "9.95x"), (2.987, "13.83x"), (3.703, "2.00x"), (2.892, "20.00x"), (3.7031, "<2x"),
-    (2.8919, ">20x")])
-def test_data_efficiency(loss, shown):
-    assert population.data_efficiency(loss) == shown
-
-
+def test_data_efficiency():
+    for loss, shown in ((3.048, "9.95x"), (3.703, "2.00x"), (3.7031, "<2x"), (2.892, "20.00x"),
+                        (2.8919, ">20x")):
+        assert population.data_efficiency(loss) == shown

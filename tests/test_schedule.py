@@ -6,30 +6,20 @@ from tiny import resolved
 import train_q0 as q
 
 
-@pytest.mark.parametrize("steps", [1, 2, 7, 381])
-@pytest.mark.parametrize("floor, start, end", [
-    (0.08, 0.7, 1.0),
-    (0.08, 1.2, 0.096),
-    (0.0, 0.0, 1.0),
-    (0.5, 1.3, 1.0),
-    (1.0, 0.7, 0.7)])
-def test_learning_rate_and_decay_are_linear(steps, floor, start, end):
-    cfg = resolved(lr_floor=floor, wd_start=start, wd_end=end)
-    place = np.arange(steps) / steps
-    lr = 1 + (floor - 1) * place
-    wd = start + (end - start) * place
-    for s in range(steps):
-        found = q.schedule(s, steps, cfg)
-        assert found == pytest.approx((lr[s], wd[s]))
+def test_learning_rate_and_decay_are_linear():
+    for floor, start, end in ((0.08, 0.7, 1.0), (0.08, 1.2, 0.096), (0.0, 0.0, 1.0)):
+        cfg = resolved(lr_floor=floor, wd_start=start, wd_end=end)
+        for steps in (1, 7, 381):
+            for s in range(steps):
+                wanted = (1 + (floor - 1) * s / steps, start + (end - start) * s / steps)
+                assert q.schedule(s, steps, cfg) == pytest.approx(wanted)
 
 
-@pytest.mark.parametrize("cycles", [2, 3, 4, 9, 96])
-def test_noise_follows_a_cosine_from_first_to_last_boundary(cycles):
-    phase = np.linspace(0, np.pi, cycles - 1)
-    wanted = 0.15 + 0.10 * np.cos(phase)
-    for b in range(1, cycles):
-        noise = q.noise_scale(b, cycles, 0.25, 0.05)
-        assert noise == pytest.approx(wanted[b - 1])
+def test_noise_follows_a_cosine_from_first_to_last_boundary():
+    for cycles in (2, 3, 4, 96):
+        wanted = 0.15 + 0.10 * np.cos(np.linspace(0, np.pi, cycles - 1))
+        noise = [q.noise_scale(b, cycles, 0.25, 0.05) for b in range(1, cycles)]
+        assert noise == pytest.approx(wanted)
 
 
 def test_large_batches_in_the_middle_half_of_the_cycles():
@@ -42,15 +32,14 @@ def test_large_batches_in_the_middle_half_of_the_cycles():
     assert q.cycle_batch_tokens(0, 1, cfg) == 524_288
 
 
-@pytest.mark.parametrize("epochs, cycle, cycles, tokens, steps", [
-    (2, 16, 32, 100_000_000, 381),
-    (2, 0, 32, 100_000_000, 509),
-    (2, 31, 32, 100_000_000, 509),
-    (2, 0, 1, 100_000_000, 381),
-    (3, 16, 32, 100_000_000, 572),
-    (1, 0, 1, 1000, 1)])
-def test_steps_of_a_cycle(epochs, cycle, cycles, tokens, steps):
-    cfg = resolved("q0", epochs=cycles * epochs, trajectories=1, cycles=cycles)
-    planned = q.plan_cycles(cfg, tokens)[0][cycle]
-    assert planned.steps == steps
-    assert planned.epochs == epochs
+def test_steps_of_a_cycle():
+    for epochs, cycle, cycles, tokens, steps in (
+            (2, 16, 32, 100_000_000, 381),
+            (2, 0, 32, 100_000_000, 509),
+            (2, 31, 32, 100_000_000, 509),
+            (2, 0, 1, 100_000_000, 381),
+            (3, 16, 32, 100_000_000, 572),
+            (1, 0, 1, 1000, 1)):
+        cfg = resolved("q0", epochs=cycles * epochs, trajectories=1, cycles=cycles)
+        planned = q.plan_cycles(cfg, tokens)[0][cycle]
+        assert (planned.steps, planned.epochs) == (steps, epochs)

@@ -13,11 +13,11 @@ import torch
 from numpy.testing import assert_allclose
 from pytest import approx
 from tiny import (
-    END, VOCABULARY, edit_json, fails, flip, loss_of, predictions_of, read_json, read_shard,
+    END, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, read_shard,
     sequences_of, shard_bytes, with_file, works)
 
 import train_q0 as q
-from records import figures, mixture, plot, pool, prior
+from records import figures, mixture, plot, pool, population, prior
 from records.mixture import load_mixture
 
 
@@ -28,14 +28,13 @@ def encoding(corpus):
 
 # A mixture --------------------------------------------------------------------------------------
 
-def test_mixture_reproduces_the_run(finished, corpus):
-    """Members give the cached predictions bit for bit, weights are the prior's, and log_probs is
-    the mixture."""
+def test_mixture_reproduces_the_run(finished, corpus, encoding):
+    """Members give the cached predictions bit for bit, weights are the prior's, log_probs is the
+    mixture, and the tokenizer that of the data."""
     mixed = load_mixture(finished)
     table = read_json(finished / "result.json")["table"]
     weights = np.array(table["weights"])
-    used = sum(weights > 1e-6)
-    assert mixed.members == table["ranked"][:used]
+    assert mixed.members == table["ranked"][:sum(weights > 1e-6)]
     assert_allclose(mixed.weights, weights[mixed.members], atol=1e-5)
     assert sum(mixed.weights) == approx(1, abs=1e-12)
     cached = predictions_of(finished)["val"]
@@ -43,19 +42,13 @@ def test_mixture_reproduces_the_run(finished, corpus):
     for i in mixed.members:
         p = q.true_token_probs(mixed.member(i), sequences, 16, q.World())
         assert np.array_equal(p, cached[i, :p.size])
-    expected = mixed.weights @ cached[mixed.members, :p.size]
     tokens = torch.from_numpy(sequences)
-    targets = tokens[:, 1:, None]
     p = mixed.log_probs(tokens[:, :-1]).exp()
-    assert p.shape == (16, 64, VOCABULARY)
-    assert p.dtype == torch.float32
-    found = p.gather(2, targets).flatten()
+    assert p.shape == (16, 64, VOCABULARY) and p.dtype == torch.float32
+    found = p.gather(2, tokens[:, 1:, None]).flatten()
+    expected = mixed.weights @ cached[mixed.members, :len(found)]
     assert_allclose(found, expected, rtol=1e-5)  # of float32, with logits up to 15
     assert_allclose(p.sum(-1), 1, atol=1e-5)
-
-
-def test_run_holds_its_tokenizer(finished, corpus, encoding):
-    mixed = load_mixture(finished)
     text = "an été of <|endoftext|> words"
     tokens = mixed.encode(text)
     assert tokens == [END, *encoding.encode_ordinary(text)]
@@ -76,18 +69,14 @@ def other_tokenizer(run):
     (run / "data/tokenizer.tiktoken").write_bytes(b"YQ== 0\n")
 
 
-MEMBER = "members/1/model.safetensors"
 MANIFEST = "data/manifest.json"
 
 
 @pytest.mark.parametrize("damage, message", [
-    (with_file("members/1/config.json", Path.unlink), "members/1 is missing or damaged: No such"),
     (other_member, "member .*members/1 is missing or damaged: .*sha256"),
-    (with_file(MEMBER, flip), "members/1 is .*damaged: .*sha256"),
     (with_file(MANIFEST, Path.unlink), "tokenizer in .*data is missing or damaged: No such file"),
     (other_tokenizer, "tokenizer in .*data is .*damaged: .*sha256 of tokenizer.tiktoken"),
-    (no_tokenizer, "has no tokenizer"),
-    (with_file("predictions/1.safetensors", Path.unlink), "is not of member 1: the run is not")])
+    (no_tokenizer, "has no tokenizer")])
 def test_damaged_runs(damage, message, copied, capsys):
     damage(copied)
     fails(capsys, message, "sample", copied, "--tokens", 1)
@@ -127,8 +116,20 @@ def weights_compared(run):
     return found
 
 
+def intervals(corpus, nats, rng):
+    """Quantiles of means over documents of the validation text, drawn anew."""
+    starts = np.cumsum(read_shard(corpus / "val.bin") == END)
+    n = len(starts) // 65
+    documents = starts[:65 * n].reshape(n, 65)[:, 1:].flatten()
+    groups = [nats[documents == d + 1] for d in range(documents.max())]
+    draws = rng.integers(len(groups), size=(400, len(groups)))
+    means = [np.concatenate([groups[i] for i in draw]).mean() for draw in draws]
+    return np.quantile(means, (0.025, 0.975))
+
+
 def test_evaluate_against_the_cache(finished, corpus, encoding, capsys):
-    """On the run's validation text: losses from its cache, bytes from the decoded text."""
+    """On the run's validation text: losses from its cache, bytes from the decoded text, intervals
+    from a bootstrap written anew; differences are paired."""
     out = works(capsys, "evaluate", finished, "--data", corpus / "val.bin")
     rows = rows_of(out)
     mixtures = weights_compared(finished)
@@ -139,69 +140,41 @@ def test_evaluate_against_the_cache(finished, corpus, encoding, capsys):
     assert out.startswith(f"{len(targets)} tokens predicted, {size} bytes, ")
     P = predictions_of(finished)["val"].astype(np.float64)
     *_, learned = mixtures.values()
-    least = loss_of(learned @ P)
-    for name, weights in mixtures.items():
-        row = rows[name]
-        p = weights @ P
-        loss = loss_of(p)
-        assert row["loss"] == approx(loss, abs=1.1e-5)
-        assert row["perplexity"] == approx(math.exp(loss), 1e-3)
-        assert row["more"] == approx(loss - least, abs=1e-4)
-        bits = -np.log2(p[is_text]).sum() / size
-        assert row["bits"] == approx(bits, abs=1e-4)
-    result = read_json(finished / "result.json")
-    last, = re.findall(r"^   4 .*$", out, re.M)
-    uniform = result["uniform_val_loss"]
-    learned = result["final_val_loss"]
-    assert last.startswith(f"   4   {uniform:.5f}   {learned:.5f} ")
-    assert "data_efficiency" not in out
-
-
-def test_intervals_of_evaluate(finished, corpus, capsys):
-    """From a bootstrap over documents written anew; differences are paired."""
-    rows = rows_of(works(capsys, "evaluate", finished, "--data", corpus / "val.bin"))
-    starts = np.cumsum(read_shard(corpus / "val.bin") == END)
-    n = len(starts) // 65
-    documents = starts[:65 * n].reshape(n, 65)[:, 1:].flatten()
-    D = documents.max()
-    groups = [np.flatnonzero(documents == d + 1) for d in range(D)]
-    rng = np.random.default_rng(1)
-    picked = []
-    for draw in rng.integers(D, size=(400, D)):
-        picked.append(np.concatenate([groups[i] for i in draw]))
-    P = predictions_of(finished)["val"].astype(np.float64)
-    mixtures = weights_compared(finished)
-    *_, last = mixtures.values()
-
-    def check(nats, low, high):
-        means = [nats[places].mean() for places in picked]
-        expected = np.quantile(means, (0.025, 0.975))
-        # 400 draws against 1,000: an end of the interval errs by a tenth of its width
-        slack = 0.2 * np.ptp(expected) + 1e-4
-        assert (low, high) == approx(tuple(expected), abs=slack)
-
+    least = -np.log(learned @ P)
     for name, weights in mixtures.items():
         row = rows[name]
         nats = -np.log(weights @ P)
-        more = nats + np.log(last @ P)
-        check(nats, row["low"], row["high"])
-        check(more, row["more_low"], row["more_high"])
+        assert row["loss"] == approx(nats.mean(), abs=1.1e-5)
+        assert row["perplexity"] == approx(math.exp(nats.mean()), 1e-3)
+        assert row["more"] == approx(nats.mean() - least.mean(), abs=1e-4)
+        bits = nats[is_text].sum() / math.log(2) / size
+        assert row["bits"] == approx(bits, abs=1e-4)
+        for values, shown in (
+                (nats, ("low", "high")), (nats - least, ("more_low", "more_high"))):
+            ends = intervals(corpus, values, np.random.default_rng(1))
+            # 400 draws against 1,000: an end of the interval errs by a tenth of its width
+            slack = 0.2 * np.ptp(ends) + 1e-4
+            assert [row[x] for x in shown] == approx(ends, abs=slack)
+    result = read_json(finished / "result.json")
+    last, = re.findall(r"^   4 .*$", out, re.M)
+    uniform, learned = result["uniform_val_loss"], result["final_val_loss"]
+    assert last.startswith(f"   4   {uniform:.5f}   {learned:.5f} ")
 
 
 def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
     """Each member is read once, and is gone when the next one comes."""
     seen = []
-    load = q.load_member
+    load = population.load_member
 
     def one_at_a_time(*args, **kwargs):
         gc.collect()
-        alive = [ref for ref in seen if ref() is not None]
-        assert len(alive) <= 2  # the one that told the shapes, and at most one more
+        # the one that told the shapes, and at most one more
+        assert sum(ref() is not None for ref in seen) <= 2
         model = load(*args, **kwargs)
         seen.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(q, "load_member", one_at_a_time)
+    monkeypatch.setattr(population, "load_member", one_at_a_time)
     shards = (corpus / "heldout.bin", corpus / "dev.bin")
     out = works(capsys, "evaluate", finished, "--data", *shards)
     assert len(seen) == 5
@@ -209,44 +182,36 @@ def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
     assert out.startswith(f"{64 * n} tokens predicted")
 
 
-def test_evaluate_without_a_tokenizer(copied, corpus, capsys):
+def test_evaluate_other_data(copied, corpus, capsys):
+    """Bytes need a tokenizer; data efficiency is of FineWeb's validation text."""
+    edit_json(copied / MANIFEST, name="fineweb")
+    assert "\ndata_efficiency:" in works(capsys, "evaluate", copied, "--data", corpus / "val.bin")
     no_tokenizer(copied)
     out = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
-    assert ", 0 bytes," in out
+    assert ", 0 bytes," in out and "data_efficiency" not in out
     assert rows_of(out)["uniform, all 4"]["bits"] is None
-
-
-def test_data_efficiency_of_fineweb_alone(copied, corpus, capsys):
-    edit_json(copied / "data/manifest.json", name="fineweb")
-    out = works(capsys, "evaluate", copied, "--data", corpus / "val.bin")
-    assert "\ndata_efficiency:" in out
-    out = works(capsys, "evaluate", copied, "--data", corpus / "dev.bin")
-    assert "data_efficiency" not in out
 
 
 @pytest.mark.parametrize("argv, message", [
     ([], "needs either --data SHARD or --tasks NAMES"),
-    (["--data", "x.bin", "--tasks", "piqa"], "needs either"),
+    (["--data", "x.bin", "--tasks", "piqa"], "not both: run it once for each"),
     (["--data", "missing.bin"], "shard missing.bin is missing or damaged"),
-    (["--k", "0", "--data", "x"], "--k 0 must be at least 1"),
+    (["--data", "."], r"is a folder: name a shard in it \(foreign.bin, short.bin\)"),
+    (["--data", "short.bin"], "has 64 tokens, fewer than one sequence of 65"),
+    (["--data", "foreign.bin"], "beyond the vocabulary of 300"),
     (["--device", "cuda"], "torch sees no GPU")])
-def test_bad_evaluate(argv, message, finished, monkeypatch, capsys):
+def test_bad_evaluate(argv, message, finished, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "short.bin").write_bytes(shard_bytes([END] * 64))
+    (tmp_path / "foreign.bin").write_bytes(shard_bytes([VOCABULARY] * 650))
     fails(capsys, message, "evaluate", finished, *argv)
-
-
-@pytest.mark.parametrize("tokens, message", [
-    ([END] * 64, "has 64 tokens, fewer than one sequence of 65"),
-    ([VOCABULARY] * 650, "beyond the vocabulary of 300")])
-def test_short_or_foreign_shard(tokens, message, finished, tmp_path, capsys):
-    (tmp_path / "x.bin").write_bytes(shard_bytes(tokens))
-    fails(capsys, message, "evaluate", finished, "--data", tmp_path / "x.bin")
 
 
 # sample -----------------------------------------------------------------------------------------
 
-def test_sample_command(finished, capsys):
-    """The prompt, then what follows; the seed decides."""
+def test_sample_command(finished, monkeypatch, capsys):
+    """The prompt, then what follows, each piece at once; the seed decides."""
     def sampled(*argv):
         asked = ("--prompt", "bale", "--tokens", 20)
         return works(capsys, "sample", finished, *asked, *argv)
@@ -256,21 +221,10 @@ def test_sample_command(finished, capsys):
     assert sampled("--seed", 1) == first != sampled("--seed", 0)
     cold = sampled("--temperature", 0, "--seed", 1)
     assert cold == sampled("--temperature", 0) == sampled("--top-p", 0)
-
-
-def test_sample_shows_each_piece_at_once(finished, monkeypatch):
-    events = []
-
-    def slowly(*args):
-        for piece in "ab":
-            events.append("asked")
-            yield piece
-
-    monkeypatch.setattr(mixture.Mixture, "generate", slowly)
-    monkeypatch.setattr("builtins.print", lambda *args, **how: events.append((*args, how)))
-    q.main(["sample", str(finished), "--prompt", "p"])
-    at_once = {"end": "", "flush": True}
-    assert events[:-1] == [("p", at_once), "asked", ("a", at_once), "asked", ("b", at_once)]
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda *args, **how: printed.append((args, how)))
+    q.main(["sample", str(finished), "--tokens", "2"])
+    assert [how for _, how in printed[:-1]] == [{"end": "", "flush": True}] * 4
 
 
 class Fixed(mixture.Mixture):
@@ -287,8 +241,7 @@ def fixed(finished):
 
     def make(p):
         made = Fixed(**{f: getattr(known, f) for f in known.__dataclass_fields__})
-        vars(made)["asked"] = []
-        vars(made)["p"] = torch.zeros(VOCABULARY)
+        vars(made).update(asked=[], p=torch.zeros(VOCABULARY))
         for token, x in p.items():
             made.p[token] = x
         return made
@@ -303,49 +256,36 @@ def fixed(finished):
     (dict(temperature=0.0), [100, 0, 0, 0])])
 def test_frequencies_of_what_is_drawn(options, expected, fixed):
     p = dict(zip(b"abcd", (0.5, 0.25, 0.15, 0.1)))
-    pieces = list(fixed(p).generate("", tokens=2000, **options))
-    percent = [pieces.count(c) / 20 for c in "abcd"]
-    assert_allclose(percent, expected, atol=4)  # deviations are 1.1 at most
+    pieces = list(fixed(p).generate("", tokens=1000, **options))
+    percent = [pieces.count(c) / 10 for c in "abcd"]
+    assert_allclose(percent, expected, atol=6)  # deviations are 1.6 at most
 
 
-def generated(mixed, prompt, tokens):
-    return "".join(mixed.generate(prompt, tokens))
-
-
-def test_generated_text_ends(fixed):
-    """With the document, which is not shown; half a character is never shown as it stands."""
-    text = generated(fixed({97: 0.9, END: 0.1}), "ba", 1000)
-    assert set(text) == {"a"}
-    assert len(text) < 200
-    assert generated(fixed({0xE2: 1.0}), "", 1) == "\ufffd"
-
-
-@pytest.mark.parametrize("prompt", ["ba", "b" * 100])
-def test_contexts_of_generated_text(prompt, fixed):
-    """The document so far, the last seq_len tokens of it."""
-    mixed = fixed({97: 1.0})
-    generated(mixed, prompt, 2)
-    first = mixed.encode(prompt)
-    second = [*first, 97]
-    assert mixed.asked == [first[-64:], second[-64:]]
+def test_generated_text(fixed):
+    """It ends with the document, which is not shown; half a character is never shown as it stands;
+    contexts are the last seq_len tokens so far."""
+    text = "".join(fixed({97: 0.9, END: 0.1}).generate("ba", 1000))
+    assert set(text) == {"a"} and len(text) < 200
+    assert "".join(fixed({0xE2: 1.0}).generate("", 1)) == "\ufffd"
+    for prompt in ("ba", "b" * 100):
+        mixed = fixed({97: 1.0})
+        list(mixed.generate(prompt, 2))
+        first = mixed.encode(prompt)
+        assert mixed.asked == [first[-64:], [*first, 97][-64:]]
 
 
 # Tools that read finished runs ------------------------------------------------------------------
 
-def test_prior_rows(finished):
+def test_prior(finished):
+    """records/prior.py: other ways to choose members and weights."""
     result = read_json(finished / "result.json")
     rows = prior.rows_of(str(finished))
     table = {row["k"]: row for row in result["table"]["rows"]}
     assert rows["learned, all 4"] == approx(result["final_val_loss"], abs=1e-7)
-    newest = rows["newest member alone"]
-    assert newest == approx(result["last_member_val_loss"], abs=1e-7)
+    assert rows["newest member alone"] == approx(result["last_member_val_loss"], abs=1e-7)
     assert rows["top 2, renormalised"] == approx(table[2]["learned"], abs=1e-6)
     assert rows["pruned to 2"] == approx(table[2]["pruned"], abs=1e-6)
-    texts = {loss for name, loss in rows.items() if name.startswith("held-out text")}
-    assert len(texts) == 4  # halved, quartered, times 2, times 4
-
-
-def test_greedy_members(finished):
+    assert sum(name.startswith("held-out text") for name in rows) == 4
     heldout = predictions_of(finished)["heldout"]
 
     def loss(*members):
@@ -353,58 +293,67 @@ def test_greedy_members(finished):
         return loss_of(q.fit_prior(P)[0] @ P)
 
     first, second = prior.greedy(heldout, 2)
-    assert loss(first) == min(loss(i) for i in range(4))
-    others = {0, 1, 2, 3} - {first}
-    assert loss(first, second) == min(loss(first, i) for i in others)
-
-
-def test_curve_of_a_log(finished):
-    result = read_json(finished / "result.json")
-    of_model = result["flops"] - result["teacher_flops"]
-    epochs, spent, losses = plot.curve(finished / "log.txt").T
-    assert epochs.tolist() == [6, 12, 18, 24]
-    assert spent[0] == approx(of_model / 4, 1e-3)  # the first cycle has no teacher
-    assert spent[-1] == approx(result["flops"], 1e-3)
-    learned = [entry["learned"] for entry in result["curve"]]
-    assert_allclose(losses, learned, atol=1e-5)
-
-
-@pytest.mark.parametrize("loss, epochs", [(3.5, 6), (5.5, 2), (2.9, np.nan)])
-def test_where_a_curve_reaches_a_loss(loss, epochs):
-    curve = np.array([
-        [2, 0, 5.0],
-        [4, 0, 4.0],
-        [8, 0, 3.0]])
-    found = plot.reached([curve, curve], loss, plot.EPOCHS)
-    assert_allclose(found, [epochs, epochs])
+    assert loss(first) == min(map(loss, range(4)))
+    assert loss(first, second) == min(loss(first, i) for i in {0, 1, 2, 3} - {first})
 
 
 def test_plot(finished, tmp_path, capsys):
+    """Curves of logs, and where one reaches another's loss."""
+    result = read_json(finished / "result.json")
+    of_model = result["flops"] - result["teacher_flops"]
     log = finished / "log.txt"
+    epochs, spent, losses = plot.curve(log).T
+    assert epochs.tolist() == [6, 12, 18, 24]
+    assert spent[0] == approx(of_model / 4, 1e-3)  # the first cycle has no teacher
+    assert spent[-1] == approx(result["flops"], 1e-3)
+    assert_allclose(losses, [entry["learned"] for entry in result["curve"]], atol=1e-5)
+    curve = np.array([[2, 0, 5.0], [4, 0, 4.0], [8, 0, 3.0]])
+    for loss, reached in ((3.5, 6), (5.5, 2), (2.9, np.nan)):
+        assert_allclose(plot.reached([curve, curve], loss, plot.EPOCHS), [reached] * 2)
     png = tmp_path / "x.png"
-    plot.main([str(png), f"a={log}", f"b={log}"])
+    out = works(capsys, "compare", finished, f"b={log}", "--out", png)
     assert png.stat().st_size > 5000
-    out = capsys.readouterr().out
-    assert "b reaches a's" in out
-    assert "| +0.0000 | ? | - |" in out
+    assert "b reaches first's" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["difference", "-", "+0.0000"] in lines
+    result = read_json(finished / "result.json")
+    single = f"{min(entry['loss'] for entry in result['curve']):.4f}"
+    assert ["best", "member", single, single] in lines
+    for row in result["table"]["rows"]:
+        assert ["best", str(row["k"]), *2 * [f"{row['pruned']:.4f}"]] in lines
     worse = plot.curve(log) + [0, 0, 1]
     (tmp_path / "worse.json").write_text(json.dumps([worse.tolist()]))
-    plot.main([str(png), f"a={log}", f"b={tmp_path}/worse.json"])
-    assert capsys.readouterr().out.count("b does not reach a's") == 2  # epochs, FLOPs
-    with pytest.raises(SystemExit, match="no files match nothing"):
-        plot.main([str(png), "a=nothing"])
+    out = works(capsys, "compare", f"a={log}", f"b={tmp_path}/worse.json", "--out", png)
+    assert out.count("b does not reach a's") == 2  # epochs, FLOPs
+    fails(capsys, "no runs or files match nothing", "compare", "a=nothing")
+    fails(capsys, "there is a row first already", "compare", finished, finished)
+    fails(capsys, r"x.doc is not drawn: .*doc", "compare", finished, "--out", tmp_path / "x.doc")
 
 
-@pytest.mark.parametrize("difference, cells", [
-    (0.028, "+0.0280 | 0.0290 | equal"),
-    (0.03, "+0.0300 | 0.0290 | worse"),
-    (-0.03, "-0.0300 | 0.0290 | better")])
-def test_verdict(difference, cells):
+def test_compare_settings(trained, logs, capsys):
+    """Of a row of two seeds and one under way, on other settings; its picture is under logs/."""
+    for seed in (1, 2):
+        trained(f"old{seed}", "--seed", seed)
+    new = trained("new", "--lr-head", 0.02, "--report", "dev")
+    same = trained("same", "--lr-head", 0.02)
+    log = same / "log.txt"
+    log.write_text(log.read_text(encoding="utf-8").split("\nfinal_")[0] + "\n", encoding="utf-8")
+    out = works(capsys, "compare", "old=old*", "same")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[:4] == [["old", "same"], ["seed", "1", "2", "0"], ["lr_head", "0.01", "0.02"],
+                         ["runs", "2", "1"]]
+    assert ["best", "1"] == lines[7][:2] and lines[7][-1] == "-"  # it has no table yet
+    assert (logs / "compare.png").stat().st_size > 5000
+    fails(capsys, "losses on dev and on val text, .* do not compare", "compare", "same", new)
+
+
+def test_verdict():
     """A t-test worked out by hand: t(0.99, df 8) = 2.896, times 0.01581 * sqrt(2 / 5)."""
     first = [np.array([[2.0, 1e9, 4 + i / 100]]) for i in range(5)]
-    other = [curve + [0, 0, difference] for curve in first]
     assert plot.compared(first, first) == "5 | 4.0200 ± 0.0158 | - | - | -"
-    assert plot.compared(first, other).endswith(cells)
+    for difference, verdict in ((0.028, "equal"), (0.03, "worse"), (-0.03, "better")):
+        other = [curve + [0, 0, difference] for curve in first]
+        assert plot.compared(first, other).endswith(f"{difference:+.4f} | 0.0290 | {verdict}")
     assert plot.compared(first, [curve + 1 for curve in first[:3]]).endswith("worse (n < 5)")
 
 
@@ -415,7 +364,8 @@ def test_figures(monkeypatch, capsys):
     figures.main()
     assert sorted(drawn) == ["loss.png", "method.png", "ratio.png"]
     out = capsys.readouterr().out
-    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65", "seed 202, 208 epochs: 3.34"):
+    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65",
+                 "q0, seed 202, 208 epochs: 3.34", "chain, seed 201, 208 epochs: 3.44"):
         assert line in out
 
 
@@ -435,11 +385,9 @@ def another(finished, tmp_path):
     return folder
 
 
-def pooled(out, *argv):
-    """The curves that records/pool.py writes of [options,] a size and runs."""
-    options = [str(a) for a in argv if str(a).startswith("-")]
-    size, *runs = [str(a) for a in argv if not str(a).startswith("-")]
-    pool.main([*options, size, str(out), *runs])
+def pooled(out, size, *runs, options=()):
+    """The curves that records/pool.py writes."""
+    pool.main([*options, str(size), str(out), *map(str, runs)])
     return plot.curves_in(str(out))
 
 
@@ -456,7 +404,7 @@ def test_pooled_curves(finished, another, tmp_path):
     weights, _ = q.fit_prior(np.concatenate([p["heldout"] for p in both]))
     loss = loss_of(weights @ np.concatenate([p["val"] for p in both]))
     assert losses[-1] == approx(loss, abs=2e-6)
-    one, two = pooled(tmp_path / "x.json", "--k=1", 1, finished, another)
+    one, two = pooled(tmp_path / "x.json", 1, finished, another, options=["--k=1"])
     assert len(one) == len(two) == 4
     table = read_json(finished / "result.json")["table"]
     assert one[-1, plot.LOSS] == approx(table["rows"][0]["pruned"], abs=2e-6)
@@ -468,13 +416,12 @@ def test_runs_that_do_not_pool(finished, another, tmp_path):
     third = shutil.copytree(finished, tmp_path / "third")
     fourth = shutil.copytree(another, tmp_path / "fourth")
     out = tmp_path / "x.json"
-    assert len(pooled(out, "--mixed", 2, finished, another, third, fourth)) == 2
-    out.unlink()
-    for argv, message in (
-            ((finished, another), "another has other settings or data than .*first"),
-            ((finished, finished), "1 different runs"),
-            (("--mixed", finished, another, fourth, third), "fourth has other settings")):
-        options = [a for a in argv if a == "--mixed"]
+    mixed = ["--mixed"]
+    for runs, options, message in (
+            ((finished, another), [], "another has other settings or data than .*first"),
+            ((finished, finished), [], "1 different runs"),
+            ((finished, another, fourth, third), mixed, "fourth has other settings")):
         with pytest.raises(SystemExit, match=message):
-            pooled(out, *options, 2, *argv[len(options):])
+            pooled(out, 2, *runs, options=options)
     assert not out.exists()
+    assert len(pooled(out, 2, finished, another, third, fourth, options=mixed)) == 2

@@ -1,0 +1,203 @@
+"""What a run under way shows: a status line on a terminal, curve.png at every member, curves in a
+tracker (--track), the cost of its operations (--profile). They listen to the events of its log, and
+none of them ends a run: after a fault it is off."""
+import contextlib
+import functools
+import sys
+import time
+
+import torch
+
+import train_q0 as q
+from records import plot
+from records.track import Tracker
+
+
+def listeners(args):
+    """Those of a launch. Raises UserError where one lacks its library."""
+    found = [Curve()]
+    if args.track:
+        found.append(Tracker(args.track))
+    if args.profile:
+        found.append(Profile())
+    if sys.stdout and sys.stdout.isatty():
+        found.append(Status())
+    return [Guarded(listener) for listener in found]
+
+
+class Guarded:
+    """A listener, which hears no more after its first fault. It hears of a launch's start (`start`),
+    of each event of its log (`event`, as the log itself) and of its end (`close`)."""
+    def __init__(self, listener):
+        self.listener = listener
+        self.start = functools.partial(self.call, "start")
+        self.event = functools.partial(self.call, "event")
+        self.close = functools.partial(self.call, "close")
+
+    def call(self, method, *args, **pairs):
+        listener = self.listener
+        if listener is None:
+            return
+        try:
+            getattr(listener, method)(*args, **pairs)
+        except Exception as e:  # libraries, networks and disks fail in any way
+            self.listener = None
+            with contextlib.suppress(Exception):
+                listener.close()
+            q.say(f"notice: {listener.name} is off: {q.one_line(e)}", "stderr")
+
+
+# Curve ------------------------------------------------------------------------------------------
+
+class Curve:
+    """Draws curve.png anew at a member, where that takes less than 1% of the time since."""
+    name = "curve.png"
+
+    def start(self, trainer):
+        self.folder = trainer.run.folder
+        self.split = trainer.cfg.report
+        self.drawn = time.perf_counter()
+        self.seconds = 1.0  # that drawing takes: at first matplotlib is loaded
+
+    def event(self, *flags, **pairs):
+        last_of_a_member = flags == ("ensemble",) and pairs["prior"] == "learned"
+        started = time.perf_counter()
+        if last_of_a_member and started - self.drawn > 100 * self.seconds:
+            with contextlib.suppress(ImportError):  # the end of a run tells
+                entries = plot.entries_of(self.folder)
+                plot.draw_curve(self.folder / "curve.png", entries, self.split)
+            self.drawn = time.perf_counter()
+            self.seconds = self.drawn - started
+
+    def close(self):
+        pass
+
+
+# Status line ------------------------------------------------------------------------------------
+
+class Terminal:
+    """An output to a terminal whose last line is a status: what is written takes its place. Lines
+    of steps are in the status, and not written."""
+    def __init__(self, stream, clear):
+        self.stream = stream
+        self.clear = clear
+        self.in_status = False
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        ends_one = self.in_status and text == "\n"  # print writes the end of a line by itself
+        self.in_status = text.startswith("step:")
+        if self.in_status or ends_one:
+            return len(text)
+        self.clear()
+        return self.stream.write(text)
+
+
+class Status:
+    """The newest step in the terminal's last line. It is tqdm's, which comes with huggingface-hub
+    and knows the width, what a terminal can show, and Windows."""
+    name = "the status line"
+    SHOWN = ("step", "loss", "eta", "traj", "cycle", "tok/s")  # cut on the right where it is narrow
+
+    def __init__(self):
+        self.bar = None
+        self.shown = False
+        self.outputs = {}
+
+    def start(self, trainer):
+        for name in ("stdout", "stderr"):
+            stream = getattr(sys, name)
+            if stream and stream.isatty():
+                self.outputs[name] = Terminal(stream, self.clear)
+                setattr(sys, name, self.outputs[name])
+
+    def clear(self):
+        if self.shown:
+            self.shown = False
+            self.bar.clear()
+            self.bar.fp.flush()
+
+    def event(self, *flags, **pairs):
+        if "step" in pairs:
+            step, total = pairs["step"]
+            self.bar = self.bar or self.made(total)
+            self.bar.n = step
+            self.bar.desc = " ".join(f"{k}:{q.shown(k, pairs[k])}" for k in self.SHOWN)
+        if self.bar:
+            self.bar.refresh()
+            self.shown = True
+
+    def made(self, total):
+        from tqdm import tqdm
+        tqdm.monitor_interval = 0  # no thread
+        return tqdm(total=total, file=self.outputs["stdout"].stream, dynamic_ncols=True,
+                    leave=False, bar_format="{desc} {percentage:3.0f}%|{bar}|")
+
+    def close(self):
+        if self.bar:
+            self.bar.close()
+        for name, output in self.outputs.items():
+            if getattr(sys, name) is output:
+                setattr(sys, name, output.stream)
+
+
+# Profile ----------------------------------------------------------------------------------------
+
+class Profile:
+    """Times every operation of a few steps, after the first ones; the run goes on without."""
+    name = "--profile"
+    FIRST = 3  # steps before, in which kernels are loaded and caches fill
+    STEPS = 2
+
+    def __init__(self):
+        self.profiler = None
+        self.begun = 0  # steps
+
+    def start(self, trainer):
+        guarded = Guarded(self)
+        forward_backward = trainer.forward_backward  # which a step begins with
+
+        def step(cycle):
+            guarded.call("step")
+            forward_backward(cycle)
+
+        self.path = trainer.run.folder / "trace.json"
+        self.device = trainer.world.device.type.upper()
+        trainer.forward_backward = step
+
+    def step(self):
+        if self.begun == self.FIRST:
+            kinds = {"CPU", self.device} & {"CPU", "CUDA"}
+            self.profiler = torch.profiler.profile(
+                activities=[getattr(torch.profiler.ProfilerActivity, kind) for kind in kinds])
+            self.profiler.start()
+        elif self.begun == self.FIRST + self.STEPS:
+            self.close()
+        self.begun += 1
+
+    def event(self, *flags, **pairs):
+        pass
+
+    def close(self):
+        """Stop, write the trace and show the table, if they are not there yet."""
+        if self.profiler is None:
+            return
+        profiler = self.profiler
+        self.profiler = None
+        profiler.stop()
+        q.write_atomically(self.path, lambda tmp: profiler.export_chrome_trace(str(tmp)))
+        q.say("\n".join(heaviest(profiler.key_averages(), self.device)))
+        q.say(f"profile of {self.begun - self.FIRST} steps: {self.path}, for ui.perfetto.dev")
+
+
+def heaviest(rows, device, count=15):
+    """Lines of a table of what took the most time: on a GPU kernels, else operations."""
+    def seconds(row):
+        return row.self_cpu_time_total / 1e6 if device == "CPU" else row.self_device_time_total / 1e6
+    rows = [row for row in rows if row.device_type.name == device]
+    total = sum(map(seconds, rows))
+    yield f"{'seconds':>9} {'share':>6} {'calls':>7}  operation"
+    for row in sorted(rows, key=seconds, reverse=True)[:count]:
+        yield f"{seconds(row):9.4f} {seconds(row) / total:6.1%} {row.count:7}  {row.key[:70]}"

@@ -1,0 +1,99 @@
+"""`--track tensorboard|wandb|trackio`: the numbers of a run's log as curves in a tracker.
+
+A trajectory is a curve; its name follows from run.json, so that a resumed run goes on with it.
+TensorBoard's files lie in the run's folder (`tensorboard --logdir logs`), wandb's too until they
+are sent, trackio's in its own. Steps never go back: what a resumed run repeats is not sent again.
+"""
+import importlib
+import os
+
+import train_q0 as q
+
+MODULES = {
+    "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+PLACES = ("traj", "member", "cycle", "distilled", "members", "k")  # they say what a number is of
+
+
+def numbers(kind, pairs):
+    """{name: number} that an event tells, for a tracker."""
+    group = {"step": "train", "ensemble": pairs.get("prior")}.get(kind, kind)
+    if kind.startswith("final_"):
+        group = "final"
+    return {f"{group}/{name.removeprefix('final_')}": value for name, value in pairs.items()
+            if type(value) in (int, float) and name not in PLACES}
+
+
+class TensorBoard:
+    """A curve in TensorBoard, with the methods of one in wandb."""
+    def __init__(self, module, folder):
+        self.writer = module.SummaryWriter(folder)
+
+    def log(self, values, step):
+        for name, value in values.items():
+            self.writer.add_scalar(name, value, step)
+        self.writer.flush()  # what a kill takes is not sent again
+
+    def finish(self):
+        self.writer.close()
+
+
+class Tracker:
+    """Sends the numbers of a run's events. Raises UserError where its library is not there."""
+    def __init__(self, kind):
+        self.name = f"--track {kind}"
+        self.kind = kind
+        self.curve = None  # under way
+        self.trajectory = 0  # that it is of
+        self.sent = None  # the file of its last step
+        self.least = 0  # steps below are in it
+        self.step = 0  # of the newest event
+        os.environ.setdefault("WANDB_CONSOLE", "off")  # log.txt has what is printed
+        try:
+            self.module = importlib.import_module(MODULES[kind])
+        except ImportError as e:
+            raise q.UserError(f"{self.name} needs its library: pip install {kind} "
+                              f"({q.one_line(e)})") from None
+
+    def start(self, trainer):
+        self.run = trainer.run
+
+    def event(self, *flags, **pairs):
+        kind = flags[0] if flags else next(iter(pairs))
+        if kind == "kernels":
+            return
+        trajectory = pairs.get("traj", self.trajectory)
+        if self.curve is None or trajectory != self.trajectory:
+            self.close()
+            self.open(trajectory)
+        if kind == "step":
+            self.step, _ = pairs["step"]
+            if self.step < self.least:
+                return
+        elif kind == "member":  # the first event of a run that was stopped at a cycle's end
+            cycle = self.run.cycles[pairs["member"]]
+            self.step = cycle.steps_before + cycle.steps
+        step = max(self.step, self.least)
+        self.curve.log(numbers(kind, pairs), step=step)
+        self.sent.write_text(str(step))
+
+    def open(self, trajectory):
+        """Begin a trajectory's curve, or go on with it."""
+        folder = self.run.folder
+        self.trajectory = trajectory
+        self.sent = self.run.state / f"{self.kind}-{trajectory}.txt"
+        self.least = int(self.sent.read_text()) + 1 if self.sent.exists() else 0
+        if self.kind == "tensorboard":
+            self.curve = TensorBoard(self.module, folder / f"tensorboard/{trajectory}")
+            return
+        unique = q.digest([q.sha256_of(folder / "run.json"), trajectory])[:16]
+        options = {"id": unique, "name": f"{folder.name} {trajectory}", "dir": folder}
+        if self.kind == "trackio":  # which knows a run by its name
+            options = {"name": f"{folder.name} {trajectory} {unique}"}
+        about = q.load_json(folder / "run.json")
+        self.curve = self.module.init(project="q0", group=folder.name, resume="allow",
+                                      config=about["config"], **options)
+
+    def close(self):
+        if self.curve:
+            self.curve.finish()
+        self.curve = None
