@@ -17,7 +17,7 @@ from tiny import (
     sequences_of, shard_bytes, with_file, works)
 
 import train_q0 as q
-from records import figures, mixture, plot, pool, prior
+from records import figures, mixture, plot, pool, population, prior
 from records.mixture import load_mixture
 
 
@@ -164,7 +164,7 @@ def test_evaluate_against_the_cache(finished, corpus, encoding, capsys):
 def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
     """Each member is read once, and is gone when the next one comes."""
     seen = []
-    load = q.load_member
+    load = population.load_member
 
     def one_at_a_time(*args, **kwargs):
         gc.collect()
@@ -174,7 +174,7 @@ def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
         seen.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(q, "load_member", one_at_a_time)
+    monkeypatch.setattr(population, "load_member", one_at_a_time)
     shards = (corpus / "heldout.bin", corpus / "dev.bin")
     out = works(capsys, "evaluate", finished, "--data", *shards)
     assert len(seen) == 5
@@ -364,7 +364,8 @@ def test_figures(monkeypatch, capsys):
     figures.main()
     assert sorted(drawn) == ["loss.png", "method.png", "ratio.png"]
     out = capsys.readouterr().out
-    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65", "seed 202, 208 epochs: 3.34"):
+    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65",
+                 "q0, seed 202, 208 epochs: 3.34", "chain, seed 201, 208 epochs: 3.44"):
         assert line in out
 
 
