@@ -156,6 +156,25 @@ def best_members(heldout, k=None):
 # Members ----------------------------------------------------------------------------------------
 # A population in use: members mix their probabilities token by token.
 
+def load_member(folder, sha256=None, device="cpu"):
+    """The member in `folder`, as a frozen GPT in evaluation mode on `device`. Raises UserError
+    where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
+    about, weights = q.read_member(folder, sha256)
+    with q.reading(f"member {folder}"):
+        cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
+        vocab_size = int(about["vocab_size"])
+    wanted = {n: row.bank_shape for n, row in q.parameter_table(cfg, vocab_size).items()}
+    found = {n: tuple(w.shape) for n, w in weights.items()}
+    if found != wanted:  # before anything is allocated
+        missing = sorted(wanted.items() - found.items())
+        unexpected = sorted(found.items() - wanted.items())
+        raise q.UserError(f"member {folder} was made by another model: missing {missing}, "
+                          f"unexpected {unexpected}: {q.OWN_SCRIPT}")
+    model = q.empty_member(cfg, vocab_size)
+    model.load_state_dict(weights)
+    return model.to(device)
+
+
 @dataclass(frozen=True, eq=False)
 class Population:
     """Members of a run and their weights: p(token) = sum_i weights_i p_i(token)."""
@@ -169,7 +188,7 @@ class Population:
     def member(self, i):
         """Member i of the run, read and checked, as a frozen GPT."""
         sha256 = recorded_hashes(self.folder, "config", len(self.heldout))[i]
-        return q.load_member(fetch(self.folder, i), sha256=sha256, device=self.device)
+        return load_member(fetch(self.folder, i), sha256=sha256, device=self.device)
 
     @property
     def digest(self):
@@ -295,6 +314,17 @@ def report(predictions, corpus_name):
     lines = format_table(table, split)
     if split == "val" and corpus_name in FINEWEB:
         lines.append(f"data_efficiency:{data_efficiency(table['rows'][-1]['learned'])}")
+    return table, lines
+
+
+def finish(trainer, curve):
+    """What `report` returns of a run that has ended; draws its curve.png."""
+    table, lines = report(trainer.predictions, trainer.corpus.name)
+    try:
+        from records.plot import draw_curve
+        draw_curve(trainer.run.folder / "curve.png", curve, trainer.cfg.report, table)
+    except ImportError as e:
+        q.say(f"notice: curve.png is not made: {q.one_line(e)}", "stderr")
     return table, lines
 
 

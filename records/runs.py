@@ -15,8 +15,8 @@ import torch
 
 import train_q0 as q
 from records.population import (
-    fetch, find_run, has_weights, load_population, load_predictions, mixture_loss, plain_name,
-    report, title)
+    fetch, find_run, has_weights, load_member, load_population, load_predictions, mixture_loss,
+    plain_name, report, title)
 from records.use import DEVICE, parser_of, report_split
 
 # Folders of `own_folder` on this machine: locks need not reach others that share the disk
@@ -318,7 +318,7 @@ class Averages:
                 place["last"] = count
                 q.save_member(folder, model.cfg, model.vocab_size, dict(model.named_parameters()),
                               place)
-        saved = q.load_member(folder, device=self.population.device)
+        saved = load_member(folder, device=self.population.device)
         self.predictions.write(j, {s: self.probs(saved, s) for s in self.predictions.splits})
         self.curve.append({
             **place, "heldout_loss_by_last": losses, **self.predictions.mixtures(range(j + 1)),

@@ -139,8 +139,7 @@ def test_logits_of_many_teachers(softcap, sizes):
 
 
 @pytest.mark.parametrize("softcap", [15.0, 0.0])
-def test_true_token_probs_against_numpy(softcap, monkeypatch):
-    monkeypatch.setattr(q, "CHUNK_LOGITS", 7 * 128)
+def test_true_token_probs_against_numpy(softcap):
     model = build(softcap=softcap).eval()
     sequences = random_tokens(5, 17).numpy().astype(np.uint16)  # the last batch of 2 is short
     found = q.true_token_probs(model, sequences, 2, q.World())

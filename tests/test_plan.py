@@ -1,10 +1,12 @@
 """`plan`: its memory formula against tensors that are kept, its time against FLOPs."""
+import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import FEATURES, fails, resolved, works
+from tiny import FEATURES, fails, initialised, resolved, works
 
 import train_q0 as q
 from records import cost, plan
@@ -19,7 +21,7 @@ VOCAB = 2048
 def build(**changes):
     """(settings, model, optimizer) of a step."""
     cfg = resolved(**{**SMALL, **changes})
-    model = q.GPT(cfg, VOCAB).init_weights(0).train()
+    model = initialised(cfg, VOCAB, 0).train()
     return cfg, model, q.Optimizer(model, cfg, q.World())
 
 
@@ -70,6 +72,16 @@ def test_weights_gradients_optimizer_and_member_memory(changes):
     assert parts["optimizer"] == pytest.approx(moments, rel=0.02)  # left out: Muon's second moments
     assert parts["average"] == (parts["weights"] if cfg.average else 0)
     assert parts["previous"] == size(q.empty_member(cfg, VOCAB).parameters())
+
+
+@pytest.mark.parametrize("preset", ["small", "q0"])
+def test_what_a_preset_needs_of_a_gpu(preset):
+    """The table that chooses a preset: in whole GB, with 5% to spare, for the largest population."""
+    peaks = []
+    for population in q.POPULATIONS:
+        cfg = replace(resolved(preset, population=population), precision="bfloat16", compile=True)
+        peaks.append(plan.memory_per_device(cfg, 50257)["peak"])
+    assert math.ceil(max(peaks) / 0.95e9) == q.NEEDS[preset]
 
 
 def test_plan_names_a_micro_batch_that_fits(capsys):

@@ -69,9 +69,15 @@ def small(**changes):
     return resolved(**{**SMALL, **FEATURES, **changes})
 
 
+def initialised(cfg, vocab_size, *key):
+    model = q.GPT(cfg, vocab_size)
+    q.init_weights(model.table, dict(model.named_parameters()), *key)
+    return model
+
+
 def build(key=0, stir=True, **changes):
     """Such a model. `stir` moves what starts neutral, and makes logits of order 1."""
-    model = q.GPT(small(**changes), VOCAB).init_weights(key)
+    model = initialised(small(**changes), VOCAB, key)
     generator = seeded(key + 1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
