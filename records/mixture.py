@@ -20,7 +20,7 @@ class Mixture(Population):
     """Members of a run, their weights, and what turns tokens into text."""
     manifest: dict  # of the data they were trained on
     encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
-    samples: int = 1  # texts that `generate` writes at once
+    samples: int = 1  # texts that `write` writes at once
     stream: bool = False  # it reads members from the disk for every token, which takes least memory
 
     def member(self, i):
@@ -76,7 +76,12 @@ class Mixture(Population):
     def reader(self):
         return Reader(self.parts, self.shares)
 
-    def generate(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
+    def generate(self, *args, **options):
+        """Yield the pieces of the first of the texts that `write` writes."""
+        for pieces in self.write(*args, **options):
+            yield pieces[0]
+
+    def write(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
         """Yield pieces of the texts that follow `prompt`, [one of each sample], up to the end of
         their documents or `tokens` of them. Temperature 0 takes the likeliest token; top_p draws
         from the fewest tokens that have this probability together. Sample i depends on `seed` and

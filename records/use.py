@@ -259,7 +259,7 @@ def sample(argv):
                         "every token; without it only where they do not fit into memory")
     args = parser.parse_args(argv)
     mixture = load_mixture(args.run, args.k, args.device, args.samples, args.stream)
-    pieces = mixture.generate(args.prompt, args.tokens, args.temperature, args.top_p, args.seed)
+    pieces = mixture.write(args.prompt, args.tokens, args.temperature, args.top_p, args.seed)
     if args.samples > 1:
         for i, text in enumerate(zip(*pieces)):
             print(f"--- sample {i}", args.prompt + "".join(text), sep="\n")
