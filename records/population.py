@@ -197,9 +197,9 @@ class Population:
 
     @functools.cached_property
     def counting(self):
-        """The KneserNey and the Cache of a counted run: its last members."""
-        last = len(self.heldout)
-        return self.member(last - 2), self.member(last - 1)
+        """The members that count of a counted run, which are its last ones."""
+        M = len(self.heldout)
+        return [self.member(i) for i in range(M - 3, M)]
 
     @property
     def digest(self):
