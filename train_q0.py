@@ -28,6 +28,7 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py average RUN                        one model: mean weights of newest members
     python train_q0.py pool RUN RUN                       one population of several runs
     python train_q0.py push RUN USER/NAME                 to the hub; hf:USER/NAME is a RUN then
+    python train_q0.py export RUN --k 4 --out FOLDER      one Hugging Face model: the mixture
     python train_q0.py compare RUN RUN                    settings, losses and curves side by side
 
 Top to bottom: config, data, model, loss, optimizer, schedule, prior, training loop; then members
@@ -683,7 +684,7 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def attention(x, w, cos, sin, attend, cfg):
+def attention(x, w, cos, sin, attend, cfg, shift):
     """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]."""
     B, T, D = x.shape
     heads = (B, T, D // cfg.head_dim, cfg.head_dim)
@@ -698,16 +699,16 @@ def attention(x, w, cos, sin, attend, cfg):
     turned_k = rotate(k[:, :, :local], cos, sin)
     if cfg.induction:  # these keys are the token before's and do not rotate: found by content
         turned_q = torch.cat((turned_q, q[:, :, local:]), dim=2)
-        turned_k = torch.cat((turned_k, shifted(k[:, :, local:])), dim=2)
+        turned_k = torch.cat((turned_k, shift(k[:, :, local:])), dim=2)
     y = attend(norm(turned_q), norm(turned_k), v)  # turned first: only normed ones are kept
     if "attn_gate" in w:
         y = y * torch.sigmoid(F.linear(x[..., :ATTN_GATE_CHANNELS], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, D), w["out"])
 
 
-def block(x, w, cos, sin, attend, cfg, training):
+def block(x, w, cos, sin, attend, cfg, training, shift=shifted):
     """One transformer block on x [B, T, D]; this is what torch.compile sees, whatever the depth."""
-    y = attention(norm(x), w, cos, sin, attend, cfg)
+    y = attention(norm(x), w, cos, sin, attend, cfg, shift)
     x = x + F.dropout(y, cfg.dropout, training)
     gate, up = F.linear(norm(x), w["gate_up"].flatten(0, 1)).chunk(2, dim=-1)
     y = F.linear(F.silu(gate) * up, w["down"])
@@ -750,6 +751,7 @@ class GPT(nn.Module):
         self.attend = attention_by_window(sdpa_attention, cfg, "cpu")  # works everywhere
         self.block = block
         self.blend = blend
+        self.shifted = shifted
 
     def layers(self, x0):
         """[{bank: tensor}] of each block, the multi-token block's last. Value embeddings, the same
@@ -793,7 +795,7 @@ class GPT(nn.Module):
         embedded = norm(F.embedding(tokens, self.embed).to(self.dtype))
         x = embedded[:, :T]
         if cfg.smear:
-            x = norm(x + self.smear.to(x.dtype) * shifted(x))
+            x = norm(x + self.smear.to(x.dtype) * self.shifted(x))
         x0 = x.view_as(x)  # a view: torch.compile compiles anew where two arguments are one tensor
         layers = self.layers(x0)
         outputs = {}
@@ -2365,7 +2367,7 @@ def say(text, to="stdout"):
 class Log:
     """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
     def __init__(self, path, metrics_path, sizes, listeners=()):
-        """Go on where the files had `sizes` bytes. `listeners` have methods event and close."""
+        """Go on where the files had `sizes` bytes. `listeners`: see records/live.py."""
         self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
         self.metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
@@ -2596,7 +2598,13 @@ def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     if args.run is not None:
         check_plain("--run", args.run)
+    heard_by = []
     if world.leader:
+        try:
+            from records.live import listeners
+            heard_by = listeners(args)
+        except ImportError as e:
+            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
@@ -2617,12 +2625,8 @@ def launch(cfg, why, args, world):
     run = Run(find_run(name) if args.resume else LOGS / name,
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
+    run.listeners = heard_by
     if world.leader:
-        try:
-            from records.live import listeners
-            run.listeners = listeners(run, args)
-        except ImportError as e:
-            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:

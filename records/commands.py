@@ -4,7 +4,7 @@ import io
 import os
 import sys
 
-from records import hub, overview, plan, plot, runs, use
+from records import export, hub, overview, plan, plot, runs, use
 
 SIGPIPE = 128 + 13  # what a shell makes of it
 
@@ -36,4 +36,5 @@ COMMANDS = {
     "push": for_terminals(hub.push),
     "runs": for_terminals(overview.runs),
     "compare": for_terminals(plot.compare),
+    "export": for_terminals(export.export),
 }

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import train_q0 as q
 from records.mixture import load_tokenizer
-from records.population import REMOTE, has_weights, load_predictions, recorded_hashes
+from records.population import (
+    REMOTE, RESULT_BYTES, has_weights, load_predictions, recorded_hashes)
 from records.use import parser_of, report_split
 
 REPO = r"[\w.-]+/[\w.-]+"
@@ -65,7 +66,7 @@ def reason(e):
         said = " ".join((e.server_message or "without a word").split())
         advice = LOG_IN if status in (401, 403) else "try again later"
         return f"the hub answered {status} ({said}): {advice}"
-    return f"{q.one_line(e)}: try again, what has arrived is kept"
+    return f"{q.one_line(e)} (no network?): try again, what has arrived is kept"
 
 
 # Runs on the hub --------------------------------------------------------------------------------
@@ -113,10 +114,12 @@ def snapshot(name):
     folder = path.parent.resolve()
     run = Snapshot(repo, folder.name, offline)
     run.fetch("result.json", "data/manifest.json")
-    with q.reading(run.name):
-        members = len(q.load_json(folder / "result.json")["curve"])
+    with q.reading(f"the result of {run.name}"):
+        if (folder / "result.json").stat().st_size > 1000 * RESULT_BYTES:  # before it is read
+            raise ValueError("so many bytes are no result")
+        members = [entry["member"] for entry in q.load_json(folder / "result.json")["curve"]]
         tokenizer = q.load_json(folder / "data/manifest.json")["tokenizer"] or {}
-    files = [f"predictions/{i}.safetensors" for i in range(members)]
+    files = [f"predictions/{i}.safetensors" for i in range(len(members))]
     if "file" in tokenizer:
         files.append("data/tokenizer.tiktoken")
     run.fetch(*files)
@@ -162,12 +165,14 @@ def push(argv):
     args = parser.parse_args(argv)
     if not re.fullmatch(REPO, args.repo, re.ASCII):
         raise q.UserError(f"{args.repo} is not USER/NAME, the name of a model on the hub")
+    if args.run.startswith("hf:"):
+        raise q.UserError(f"{args.run} is on the hub already: push takes a run of this machine")
     run = q.find_run(args.run)
     files = files_of(run)
     commit = upload(args.repo, args.private, files, model_card(run, args.repo, files))
     size = sum(path.stat().st_size for path in files.values())
-    print(f"pushed {len(files) + 1} files, {size / 1e6:.1f} MB: its name is hf:{args.repo}, or for "
-          f"good hf:{args.repo}@{commit.oid}")
+    print(f"pushed {len(files) + 1} files, {size / 1e6:.1f} MB: a RUN named hf:{args.repo}, this "
+          f"version of it hf:{args.repo}@{commit.oid}")
 
 
 def files_of(run):
@@ -240,22 +245,24 @@ tags:
 
 # {title}
 
-{kind} {members} language models of {parameters:,} parameters, made with `train_q0.py`
-([q0](https://arxiv.org/abs/2606.03938)): {layers} layers of width {width}, {seq_len} tokens of
-context, a vocabulary of {vocab_size:,}. They mix their predictions, with weights fitted on held-out
-text.
+A population of {members} language models that mix their predictions with weights fitted on held-out
+text, {origin}. Made with `train_q0.py` ([q0](https://arxiv.org/abs/2606.03938)).
+
+- Each member: {parameters:,} parameters, {layers} layers, width {width}, a context of {seq_len}
+  tokens, a vocabulary of {vocab_size:,}.
+- Text it was trained on: {data} ({description}). Licence of that text: {licence}. The licence of
+  the weights is for their author to state.
 
 | k | uniform | learned | pruned |
 |---|---|---|---|
 {rows}
 
-Loss on {split} text of k members, in nats per token: mixed uniformly, with the fitted weights, and
-of the best k, found by pruning.
+Loss on {split} text, in nats per token, of the k members of largest weight, mixed uniformly and
+with their weights; and of the best k, found by pruning.
 {picture}
 ## Use
 
-In a checkout with `train_q0.py`; the members in use alone are downloaded, and nothing is unpickled
-or run:
+Beside `train_q0.py`. Only members in use are downloaded; nothing is unpickled or run.
 
 ```bash
 python train_q0.py select hf:{repo}
@@ -268,12 +275,18 @@ from records.mixture import load_mixture
 mixture = load_mixture("hf:{repo}", k={k})
 ```
 
-## Data and licence
-
-Trained on {data}: {description}. Licence of the text: {licence}. Hashes of all splits are in
-`data/manifest.json`, settings in `run.json`, hashes of the members in `result.json`. Who pushed the
-weights has stated no licence of them here.
+`run.json` has the settings, `result.json` the loss after each member and the hash of each file of
+theirs, `data/manifest.json` the hashes of the text.
 """
+
+
+def origin_of(result):
+    if "pool_of" in result:
+        return f"pooled from {len(result['pool_of'])} runs"
+    if "average_of" in result:
+        return "each the mean weights of a trajectory's newest members"
+    cfg = result["config"]
+    return f"trained for {cfg['epochs']} epochs in all (`--population {cfg['population']}`)"
 
 
 def model_card(run, repo, files):
@@ -288,7 +301,7 @@ def model_card(run, repo, files):
         rows = [row.format(**entry) for entry in result["table"]["rows"]]
         members = len(result["curve"])
         return CARD.format(
-            title=repo.split("/")[1], repo=repo, kind=kind_of(result), members=members,
+            title=repo.split("/")[1], repo=repo, origin=origin_of(result), members=members,
             parameters=sum(math.prod(bank.bank_shape) for bank in table.values()),
             layers=cfg.layers, width=cfg.width, seq_len=cfg.seq_len,
             vocab_size=member["vocab_size"], rows="\n".join(rows),

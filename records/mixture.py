@@ -1,12 +1,14 @@
 """A population as a model of text: its members mix their probabilities token by token."""
 import base64
 import codecs
+import functools
 from dataclasses import dataclass, fields
 
 import torch
 import torch.nn.functional as F
 
 import train_q0 as q
+from records.generate import Reader, parts_of
 from records.population import Population, load_population
 
 
@@ -15,6 +17,8 @@ class Mixture(Population):
     """Members of a run, their weights, and what turns tokens into text."""
     manifest: dict  # of the data they were trained on
     encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
+    samples: int = 1  # texts that `generate` writes at once
+    stream: bool = False  # it reads members from the disk for every token, which takes least memory
 
     def member(self, i):
         model = super().member(i)
@@ -48,42 +52,70 @@ class Mixture(Population):
             raise q.UserError(f"the tokenizer of {self.folder} cannot read that text: "
                               f"{q.one_line(e)}") from None
 
+    @functools.cached_property
+    def parts(self):
+        """Members as they write text."""
+        return parts_of(self, self.samples, self.stream)
+
+    def reader(self):
+        return Reader(self.parts, self.parts[0].stack.cfg.seq_len)
+
     def generate(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
-        """Yield the pieces of text that follow `prompt`, up to the end of the document or `tokens`
-        of them. Temperature 0 takes the likeliest token; top_p draws from the fewest tokens that
-        have this probability together. Keys and values are not cached: a token costs a forward
-        pass of every member."""
+        """Yield pieces of the texts that follow `prompt`, [one of each sample], up to the end of
+        their documents or `tokens` of them. Temperature 0 takes the likeliest token; top_p draws
+        from the fewest tokens that have this probability together. Sample i depends on `seed` and
+        i alone, but for rounding: bf16's on a GPU may change it."""
         ids = self.encode(prompt)
-        seq_len = self.models[0].cfg.seq_len
-        generator = torch.Generator().manual_seed(seed)
-        utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
-        for _ in range(tokens):
-            context = torch.tensor([ids[-seq_len:]], device=self.device)
-            log_p = self.log_probs(context)[0, -1].cpu()
-            token = draw(log_p, temperature, top_p, generator)
-            if token == self.encoding.eot_token:
+        reader = self.reader()
+        log_p = reader.read(torch.tensor([ids[-reader.seq_len:]]))
+        log_p = log_p.expand(self.samples, -1)
+        reader.repeat(self.samples)
+        texts = [Text(self.encoding, q.seed_of("sample", seed, i)) for i in range(self.samples)]
+        for left in reversed(range(tokens)):
+            drawn = [text.draw(row, temperature, top_p) for text, row in zip(texts, log_p)]
+            yield [text.piece(token) for text, token in zip(texts, drawn)]
+            if not left or all(text.ended for text in texts):
                 break
-            ids.append(token)
-            yield utf8.decode(self.encoding.decode_single_token_bytes(token))
-        yield utf8.decode(b"", final=True)
+            log_p = reader.read(torch.tensor(drawn)[:, None])
+        yield [text.piece(None) for text in texts]
 
 
-def draw(log_p, temperature, top_p, generator):
-    """A token from log_p [V]."""
-    p = torch.softmax(log_p / max(temperature, 1e-6), dim=-1)
-    p, order = p.sort(descending=True, stable=True)
-    enough = p.cumsum(0)[:-1] >= top_p  # of the likelier tokens together
-    p[1:][enough] = 0
-    return int(order[p.multinomial(1, generator=generator)])
+class Text:
+    """A text that is drawn token by token."""
+    def __init__(self, encoding, seed):
+        self.encoding = encoding
+        self.generator = torch.Generator().manual_seed(seed)
+        self.utf8 = codecs.getincrementaldecoder("utf-8")("replace")  # a character may span tokens
+        self.ended = False
+
+    def draw(self, log_p, temperature, top_p):
+        """A token from log_p [V]: of random times in proportion to 1 / p the first, which rounding
+        does not change as it would where p is summed up."""
+        p = torch.softmax(log_p / max(temperature, 1e-6), dim=-1)
+        if top_p < 1:
+            likeliest, order = p.sort(descending=True, stable=True)
+            enough = likeliest.cumsum(0)[:-1] >= top_p  # of the likelier tokens together
+            p[order[1:][enough]] = 0
+        return int(p.multinomial(1, generator=self.generator))
+
+    def piece(self, token):
+        """What `token` adds; None: the text ends here. An ended one gets no longer."""
+        if self.ended:
+            return ""
+        self.ended = token in (None, self.encoding.eot_token)
+        if self.ended:
+            return self.utf8.decode(b"", final=True)
+        return self.utf8.decode(self.encoding.decode_single_token_bytes(token))
 
 
-def load_mixture(run, k=None, device=None):
+def load_mixture(run, k=None, device=None, samples=1, stream=False):
     """The Mixture of `run` (a name under logs/, a folder, or hf:USER/NAME): all members that the
     learned prior gives weight, or the best `k`. Raises UserError for what is missing or damaged.
     """
     population = load_population(run, k, device)
     known = {f.name: getattr(population, f.name) for f in fields(population)}
-    return Mixture(**known, **load_tokenizer(population.folder / "data"))
+    return Mixture(**known, **load_tokenizer(population.folder / "data"), samples=samples,
+                   stream=stream)
 
 
 def load_tokenizer(folder):

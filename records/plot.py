@@ -257,16 +257,14 @@ def compare(argv):
 
 def paths_of(name):
     """(label, files) of an argument. Raises UserError where there are none."""
-    label, pattern = name, None
     if "=" in name and not (q.LOGS / name).is_dir():
         label, pattern = name.split("=", 1)
-    if pattern is None:
+        found = sorted(glob.glob(str(q.LOGS / pattern)) or glob.glob(pattern))
+        if not found:
+            raise q.UserError(f"no runs or files match {pattern}")
+    else:
         found = [q.find_run(name)]
         label = found[0].resolve().name
-    else:
-        found = sorted(glob.glob(str(q.LOGS / pattern)) or glob.glob(pattern))
-    if not found:
-        raise q.UserError(f"no runs or files match {pattern}")
     paths = map(Path, found)
     return label, [path / "log.txt" if path.is_dir() else path for path in paths]
 

@@ -5,7 +5,7 @@ population of a run with more trajectories.
     python records/pool.py [--k K] [--mixed] SIZE OUT.json RUN ...
 
 RUNs are cut into groups of SIZE, none of them used twice, so groups are independent samples; a rest
-is left over. Writes the curve of every group, which records/plot.py takes in place of logs: epochs,
+is left over. Writes the curve of every group, which `train_q0.py compare` takes in place of logs: epochs,
 FLOPs, and validation loss under the prior learned over the members so far, or over the best K of
 them, found by pruning on held-out text. All runs must have one configuration, but for the seed, and
 report on one split. (A population of several runs for use: train_q0.py pool.)

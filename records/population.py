@@ -198,11 +198,15 @@ class Population:
     @functools.cached_property
     def models(self):
         found = [self.member(i) for i in self.members]
-        kinds = {(m.vocab_size, m.cfg.softcap, m.cfg.seq_len) for m in found}
+        self.check_mix(found)
+        return found
+
+    def check_mix(self, models):
+        """Raise UserError where members differ in what a mixture needs to be one."""
+        kinds = {(m.vocab_size, m.cfg.softcap, m.cfg.seq_len) for m in models}
         if len(kinds) > 1:
             raise q.UserError(f"members of {self.folder} do not mix: their (vocabulary, softcap, "
                               f"seq_len) are {sorted(kinds)}")
-        return found
 
 
 def kept_members(folder, M):

@@ -33,7 +33,7 @@ def new_run(name, default, command):
         q.check_plain("--name", name)
         if os.path.lexists(q.LOGS / name):
             raise q.UserError(f"{q.LOGS / name} exists: give another --name")
-    with own_folder() as folder:
+    with own_folder(q.LOGS) as folder:
         (folder / "predictions").mkdir()
         yield folder
         final = publish(folder, [name] if name else free_names(default))
@@ -62,16 +62,16 @@ def publish(folder, names):
 
 
 @contextlib.contextmanager
-def own_folder():
-    """A folder of this process alone under logs/, gone at the end of the block; those that killed
-    processes left go first."""
-    q.LOGS.mkdir(parents=True, exist_ok=True)
-    for path in q.LOGS.iterdir():
+def own_folder(parent):
+    """A folder of this process alone under `parent`, gone at the end of the block; those that
+    killed processes left go first."""
+    parent.mkdir(parents=True, exist_ok=True)
+    for path in parent.iterdir():
         held = hold(path) if MAKING.fullmatch(path.name) else None
         if held is not None:
             shutil.rmtree(path, ignore_errors=True)
             os.close(held)
-    scratch = Path(tempfile.mkdtemp(prefix=f".q0-{platform.node()}-", dir=q.LOGS))
+    scratch = Path(tempfile.mkdtemp(prefix=f".q0-{platform.node()}-", dir=parent))
     held = hold(scratch)
     try:
         scratch = scratch.rename(f"{scratch}.making")  # held before others may take it for a rest

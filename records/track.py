@@ -39,10 +39,9 @@ class TensorBoard:
 
 class Tracker:
     """Sends the numbers of a run's events. Raises UserError where its library is not there."""
-    def __init__(self, kind, run):
+    def __init__(self, kind):
         self.name = f"--track {kind}"
         self.kind = kind
-        self.run = run
         self.curve = None  # under way
         self.trajectory = 0  # that it is of
         self.sent = None  # the file of its last step
@@ -56,7 +55,7 @@ class Tracker:
                               f"({q.one_line(e)})") from None
 
     def start(self, trainer):
-        """Nothing is sent before the first event."""
+        self.run = trainer.run
 
     def event(self, *flags, **pairs):
         kind = flags[0] if flags else next(iter(pairs))

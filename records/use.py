@@ -229,10 +229,18 @@ def sample(argv):
     parser.add_argument("--top-p", type=number(float, 0, 1), default=1.0,
                         help="draw from the fewest tokens of this probability [1]")
     parser.add_argument("--seed", type=number(int, 0, 2 ** 63 - 1), default=0, help="[0]")
+    parser.add_argument("--samples", type=number(int, 1, 10_000), default=1,
+                        help="texts written at once, each with a seed of its own [1]")
+    parser.add_argument("--stream", action="store_true", help="read each member from the disk for "
+                        "every token; without it only where they do not fit into memory")
     args = parser.parse_args(argv)
-    mixture = load_mixture(args.run, args.k, args.device)
-    print(args.prompt, end="", flush=True)
+    mixture = load_mixture(args.run, args.k, args.device, args.samples, args.stream)
     pieces = mixture.generate(args.prompt, args.tokens, args.temperature, args.top_p, args.seed)
-    for piece in pieces:
+    if args.samples > 1:
+        for i, text in enumerate(zip(*pieces)):
+            print(f"--- sample {i}", args.prompt + "".join(text), sep="\n")
+        return
+    print(args.prompt, end="", flush=True)
+    for piece, in pieces:
         print(piece, end="", flush=True)
     print()

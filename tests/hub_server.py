@@ -32,6 +32,13 @@ class Model:
         return sha
 
 
+def object_name(mode, content):
+    """What a file of this content is called: as git does, or its sha256 where it is a large one."""
+    if mode == "lfs":
+        return hashlib.sha256(content).hexdigest()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
 def model_of(files):
     """A public model of one commit."""
     model = Model()
@@ -140,11 +147,13 @@ class Answers(BaseHTTPRequestHandler):
         self.answer(status, {"url": f"{self.server.url}/{name}"})
 
     def preupload(self, name, model, sha, _):
+        there = model.commits.get(sha, {})
         files = []
         for file in json.loads(self.body)["files"]:
-            large = file["path"].endswith(".safetensors")
-            files.append({"path": file["path"], "uploadMode": "lfs" if large else "regular",
-                          "shouldIgnore": False})
+            path = file["path"]
+            mode = "lfs" if path.endswith(".safetensors") else "regular"
+            oid = object_name(mode, there[path]) if path in there else None
+            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
         self.answer(200, {"files": files})
 
     def batch(self):

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import forks
 import train_q0 as q
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,14 @@ def test_batches_and_evaluation_read_in_order(corpus):
         sequences = corpus.eval_sequences(split)
         assert sequences.shape == (len(tokens) // 9, 9)
         assert (sequences.flatten() == tokens[:sequences.size]).all()
+
+
+def test_training_text_is_whole_documents_up_to_the_target(tmp_path):
+    folder = forks.shards(tmp_path / "shards")  # documents of 31 tokens
+    for asked, documents in ((0, 90), (93, 3), (94, 4)):
+        found = q.load_corpus(folder, 8, asked)
+        assert len(found.documents) == documents
+        assert len(found.splits["train"]) == 31 * documents
 
 
 IMPORTS = """

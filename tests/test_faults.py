@@ -130,7 +130,7 @@ def test_damaged_state(case, interrupted, killed, capsys):
     assert re.fullmatch(f"notice: .*{JSON} is missing or damaged.*\n", capsys.readouterr().err)
 
 
-def test_a_run_whose_states_are_damaged(base, interrupted, logs, capsys):
+def test_a_run_whose_states_are_damaged(base, interrupted, logs):
     """It goes on from the one before; where none is whole, as the line says, from the start."""
     copy = shutil.copytree(logs, logs.with_name("copy"))
     shorten(interrupted / JSON, -9)
@@ -138,8 +138,7 @@ def test_a_run_whose_states_are_damaged(base, interrupted, logs, capsys):
     shutil.rmtree(logs)
     copy.rename(logs)
     swap(TENSORS, f"{BEFORE}.safetensors")(interrupted)
-    fails(capsys, "no other state of trajectory 0 .*: start a new run, or delete .*state/0-",
-          "--resume", "x")
+    resume(logs).fails("no other state of trajectory 0 .*: start a new run, or delete .*state/0-")
     for file in (interrupted / "state").glob("0-*"):
         file.unlink()
     assert goes_on(base, logs).went_on_from == {}
@@ -152,11 +151,10 @@ def test_the_end_of_a_trajectory_is_damaged(base, logs):
     goes_on(base, logs)
 
 
-def test_formats_of_an_older_script(interrupted, capsys):
+def test_formats_of_an_older_script(interrupted, logs, capsys):
     """One line says so, of states, of members, and of settings that are no more."""
     state_with(NEWEST, BEFORE, format=1)(interrupted)
-    fails(capsys, "of format 1, this script reads 3: use the train_q0.py at the head of its",
-          "--resume", "x")
+    resume(logs).fails("of format 1, this script reads 3: use the train_q0.py at the head of its")
     about = read_json(interrupted / "members/1/config.json")
     del about["format"]  # as members had it then
     (interrupted / "members/1/config.json").write_text(json.dumps(about))

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from pytest import approx
 from scipy.stats import t as students_t
-from tiny import MINI, ROOT, edit_json, read_json, user
+from tiny import MINI, ROOT, edit_json, fails, read_json, user
 
 import tiny
 import train_q0 as q
@@ -436,12 +436,11 @@ def test_odd_files(case, records, good, capsys):
     assert checked_in_seconds(capsys)
 
 
-def test_no_log(tmp_path):
-    """--source and plot.py say in one line that a file is no log."""
+def test_no_log(tmp_path, capsys):
+    """--source and compare say in one line that a file is no log."""
     log = tmp_path / "log.txt"
     log.write_text("x\n" + ("=" * 100 + "\n{}\n"))
-    with pytest.raises(SystemExit, match=r"^plot.py: error: .*log.txt.*$"):
-        plot.main(["out.png", f"a={log}"])
+    fails(capsys, "log.txt, which should be the log of a run, is .*damaged", "compare", f"a={log}")
     with pytest.raises(SystemExit, match="^check.py: error: .*not the log.txt of a run"):
         check.main(["--source", str(log)])
 
@@ -482,10 +481,16 @@ def test_committed_records(capsys):
     assert status == 0, out
 
 
-def test_tracks():
-    """The default run is of the default track."""
-    track = read_json(ROOT / "records/tracks.json")["wiki_cpu"]
-    assert track["train_tokens"] == q.Config.train_tokens
+@pytest.mark.parametrize("name", ["wiki_cpu", "wiki_13m"])
+def test_tracks(name):
+    """The default run is of the default track, what records/README.md runs is of the other."""
+    track = read_json(ROOT / "records/tracks.json")[name]
+    page = (ROOT / "records/README.md").read_text(encoding="utf-8")
+    size, = re.findall('size="(.*)"', page)
+    cfg, *_ = q.parse_config(size.split() if name == "wiki_13m" else ["--preset", "tiny"])
+    assert (cfg.train_tokens, cfg.seq_len) == (track["train_tokens"], track["seq_len"])
+    most = track["max_parameters"]
+    assert 0.9 * most < recompute.parameters(cfg, track["vocab_size"]) <= most
     if (ROOT / "data/wiki/manifest.json").exists():
         found = q.load_corpus(ROOT / "data/wiki", track["seq_len"], track["train_tokens"])
         known = (track["data"], track["tokens"], track["vocab_size"])

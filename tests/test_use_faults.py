@@ -4,6 +4,7 @@ import base64
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -19,12 +20,18 @@ from records.mixture import load_mixture
 
 # Terminals and numbers --------------------------------------------------------------------------
 
-def test_a_terminal_without_utf8_and_a_reader_that_is_gone(repo, run):
-    """What its encoding lacks is shown as ?; a closed pipe ends a command without a word."""
-    argv = ("train_q0.py", "sample", "first", "--prompt", "río 夜", "--tokens", 30)
-    done = user(repo, "python", *argv, PYTHONIOENCODING="ascii:strict")
-    assert done.returncode == 0 and done.stderr == ""
-    assert done.stdout.startswith("r?o ?")
+def test_a_terminal_without_utf8(finished, tmp_path):
+    """What its encoding lacks is shown as ?."""
+    def ascii_alone():
+        sys.stdout = open(1, "w", encoding="ascii", closefd=False)
+
+    argv = ("sample", finished, "--prompt", "río 夜", "--tokens", 30)
+    done = Fork(tmp_path / "logs", *argv, plant=ascii_alone).good()
+    assert done.out.startswith("r?o ?") and done.err == ""
+
+
+def test_a_reader_that_is_gone(repo, run):
+    """A command ends without a word."""
     command = "{ python train_q0.py select first; echo $? >&2; } | true"
     assert user(repo, "bash", "-c", command).stderr == "141\n"
 
