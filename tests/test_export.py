@@ -14,6 +14,7 @@ from torch.testing import assert_close
 import train_q0 as q
 from records import export
 from records.mixture import Mixture, load_mixture, load_tokenizer
+from records.population import load_member
 
 transformers = pytest.importorskip("transformers")
 SAME = dict(atol=1e-5, rtol=0)  # float32: products of other shapes may add in another order
@@ -100,7 +101,7 @@ def made(tmp_path):
         q.save_member(tmp_path / str(key), small(), VOCAB, build(key).state_dict(), {})
 
     def make(precision):
-        models = [q.load_member(tmp_path / str(key), precision) for key in range(2)]
+        models = [load_member(tmp_path / str(key), precision) for key in range(2)]
         return Made(tmp_path, [0, 1], [0.3, 0.7], None, models, torch.device("cpu"),
                     {"eot": 0, "vocab_size": VOCAB}, None)
     return make
