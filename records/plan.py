@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 import train_q0 as q
+from records.generate import cache_bytes
 from records import recipes
 from records.population import load_teacher
 
@@ -103,6 +104,16 @@ def disk_line(cfg, vocab_size, eval_tokens):
             f"({state / 1e9:.1f} s a save at 1 GB/s)")
 
 
+def use_line(cfg, vocab_size):
+    """What text from all members takes: weights in bf16, keys and values of one text."""
+    members = cfg.trajectories * cfg.cycles
+    weights = members * memory_per_device(cfg, vocab_size)["weights"] // 2
+    kept = members * cache_bytes(cfg, 1)
+    return (f"use: {members} members {gb(weights)} in bf16, {gb(kept)} of keys and values for each "
+            f"text of {cfg.seq_len} tokens; --k chooses fewer, and what does not fit is streamed "
+            "from the disk")
+
+
 def speed_of(cfg, gpus, on_gpus, mfu):
     """(FLOP/s, share of it that a run reaches, what it is of)."""
     if on_gpus:
@@ -175,6 +186,7 @@ def plan(argv):
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines += memory_lines(cfg, vocab_size, gpus, population, room)
     lines.append(disk_line(cfg, vocab_size, eval_tokens))
+    lines.append(use_line(cfg, vocab_size))
     cycles = sum(q.plan_cycles(cfg, epoch_tokens), [])
     flops = sum(q.run_flops(cfg, cycles, vocab_size, population).values())
     flops += q.flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens
