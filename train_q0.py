@@ -212,15 +212,13 @@ class Config:
         None, "replay CUDA graphs: of models that are launch bound, on a GPU")
     recompute: bool = knob(
         False, "recompute looped layers in the backward pass: less memory, more time")
-    attention: str = knob("auto", "auto: the fastest", choices="auto flex matmul sdpa plain")
+    attention: str = knob("auto", "auto: the fastest", choices="auto flex sdpa plain")
     save_minutes: float = knob(
         10, "between saves of the state that --resume goes on from; also at cycle ends")
     keep_members: int | None = knob(
         None, "newest members of a trajectory whose weights are kept; without it all", low=1)
     hang_minutes: float = knob(
         15, "a step that takes longer ends the run and shows where it hangs; 0: never")
-    skip_nonfinite: bool = knob(
-        False, "go on after a loss or gradient that is not finite; its update is left out")
     log_every: int = knob(10, "steps between logged lines (each one waits for the device)", low=1)
 
     def __post_init__(self):
@@ -233,18 +231,18 @@ GROUPS = {  # of --help: the first field of each
     "device": "machine"}
 # settings that a resumed run may change: they change speed or rounding, not the method
 MACHINE = ("device compile graphs recompute attention save_minutes keep_members hang_minutes "
-           "skip_nonfinite log_every").split()
+           "log_every").split()
 
 def check_value(f, value):
     """Raise UserError where `value` is not of the type, the choices or the range of field `f`."""
     said = f"{flag(f.name)} {value}"
     rule = f.metadata
-    kind = {"int": int, "float": (int, float), "str": str, "bool": bool}[f.type.split(" ")[0]]
-    if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+    kinds = {"int": [int], "float": [int, float], "str": [str], "bool": [bool]}
+    if type(value) not in kinds[f.type.split(" ")[0]]:
         raise UserError(f"{flag(f.name)} {value!r} is not of type {f.type}")
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{said} is not one of: {', '.join(rule['choices'])}")
-    if kind is not str and not rule["low"] <= value <= rule["high"]:  # NaN is in no range
+    if type(value) in (int, float) and not rule["low"] <= value <= rule["high"]:  # nor is NaN
         raise UserError(f"{said} is out of range: {rule['low']} to {rule['high']:g}")
 
 def flag(name):
@@ -408,23 +406,18 @@ def seed_of(*key):
 def read_shard(path, vocab_size, sha256=None):
     """Tokens of one shard, uint16 [n]. Raises UserError for a missing, damaged or foreign file."""
     with reading(f"shard {path}", "; prepare the data again (python data/prepare.py)"):
-        with open(path, "rb") as f:
-            size = os.fstat(f.fileno()).st_size
-            header = np.frombuffer(f.read(4 * SHARD_HEADER), dtype="<i4")
-            kind = header[:2].tolist()
-            if kind != [SHARD_MAGIC, SHARD_VERSION] or len(header) < SHARD_HEADER:
-                raise ValueError(f"it is not a token shard: its first numbers are {kind}, "
-                                 f"not {[SHARD_MAGIC, SHARD_VERSION]}")
-            count = int(header[2])
-            if size != 4 * SHARD_HEADER + 2 * count:  # before anything is allocated
-                raise ValueError(f"{size} bytes are too many or too few for {count} tokens")
-            tokens = np.frombuffer(f.read(), dtype="<u2")
-        if sha256 is not None and sha256_of(path) != sha256:
+        words = np.memmap(path, dtype="<u2", mode="r")  # its size is known before it is read
+        tokens = words[2 * SHARD_HEADER:]
+        header = words[:2 * SHARD_HEADER].view("<i4")[:3].tolist()
+        if header != [SHARD_MAGIC, SHARD_VERSION, len(tokens)]:
+            raise ValueError(f"it is not a token shard, or not a whole one: it begins {header}, "
+                             f"{len(tokens)} tokens follow")
+        if sha256 not in (None, sha256_of(path)):
             raise ValueError("its sha256 is not the manifest's")
         if len(tokens) and tokens.max() >= vocab_size:
             raise ValueError(f"it holds token {tokens.max()}, beyond the vocabulary of "
                              f"{vocab_size}")
-    return tokens
+        return np.array(tokens)
 
 
 def cut(tokens, seq_len):
@@ -469,10 +462,9 @@ class Corpus:
 
 def load_corpus(folder, seq_len, train_tokens):
     """Read and check a corpus. Raises UserError for what is missing, damaged or too small."""
-    manifest_file = folder / "manifest.json"
     advice = "; prepare the data first (python data/prepare.py wiki, or fineweb)"
-    with reading(manifest_file, advice):
-        manifest = json.loads(manifest_file.read_text(encoding="utf-8"))
+    with reading(folder / "manifest.json", advice):
+        manifest = load_json(folder / "manifest.json")
         vocab_size = int(manifest["vocab_size"])
         eot = int(manifest["eot"])
         name = str(manifest["name"])
@@ -483,7 +475,6 @@ def load_corpus(folder, seq_len, train_tokens):
         if not all(files.values()):
             raise ValueError("every split must list files")
     splits = {}
-    hashes = {"eot": eot, **files}
     for s in SPLITS:
         shards = [read_shard(folder / f["name"], vocab_size, f["sha256"]) for f in files[s]]
         splits[s] = np.concatenate(shards)
@@ -500,6 +491,7 @@ def load_corpus(folder, seq_len, train_tokens):
         if len(text) < seq_len + 1:
             raise UserError(f"split {s} of {folder} has {len(text)} tokens, fewer than "
                             f"{seq_len + 1}: lower --seq-len")
+    hashes = {"eot": eot, **files}
     return Corpus(name, vocab_size, splits, hashes, tuple(documents), seq_len)
 
 
@@ -607,28 +599,32 @@ def parameter_table(cfg, vocab_size):
     return {name: row for name, row in rows.items() if row.used}
 
 
-@torch.no_grad()
-def init_weights(table, weights, *key):
-    """Fill the banks `weights` {name: float32 tensor}; a pure function of `key` on any device."""
+def seeded_tensors(table, weights, *key):
+    """Yield (row, tensor, generator) of the banks `weights`, {name: float32 tensor}; what a
+    generator draws is a pure function of `key` and the tensor's name."""
     for name, row in table.items():
         for tensor_name, tensor in row.tensors(weights[name]):
-            generator = torch.Generator().manual_seed(seed_of("init", *key, tensor_name))
-            draw = torch.empty(tensor.shape)
-            row.start(draw, generator)
-            tensor.copy_(draw)
+            yield row, tensor, torch.Generator().manual_seed(seed_of(*key, tensor_name))
+
+
+@torch.no_grad()
+def init_weights(table, weights, *key):
+    """Fill the banks, to the same values on any device."""
+    for row, tensor, generator in seeded_tensors(table, weights, "init", *key):
+        draw = torch.empty(tensor.shape)
+        row.start(draw, generator)
+        tensor.copy_(draw)
 
 
 @torch.no_grad()
 def perturb(table, weights, scale, *key):
     """Add noise to every tensor of more than one weight, in `scale` of its own standard deviation
-    (of a stack each matrix's); a pure function of `key`."""
-    for name, row in table.items():
-        for tensor_name, tensor in row.tensors(weights[name]):
-            dims = (-2, -1) if tensor.ndim > 1 else (0,)
-            if math.prod(tensor.shape[-2:]) > 1:
-                generator = torch.Generator().manual_seed(seed_of("noise", *key, tensor_name))
-                noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
-                tensor.add_(noise * tensor.std(dim=dims, keepdim=True) * scale)
+    (of a stack each matrix's)."""
+    for _, tensor, generator in seeded_tensors(table, weights, "noise", *key):
+        dims = (-2, -1) if tensor.ndim > 1 else (0,)
+        if math.prod(tensor.shape[-2:]) > 1:
+            noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
+            tensor.add_(noise * tensor.std(dim=dims, keepdim=True) * scale)
 
 
 def local_heads(cfg):
@@ -752,14 +748,10 @@ class GPT(nn.Module):
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
         self.windows = layer_windows(cfg)
         self.order = layer_order(cfg)
-        self.attend = attention_by_window(plain_attention, cfg, "cpu")
+        self.attend = attention_by_window(sdpa_attention, cfg, "cpu")  # works everywhere
         self.block = block
         self.blend = blend
         self.shifted = shifted
-
-    def init_weights(self, *key):
-        init_weights(self.table, dict(self.named_parameters()), *key)
-        return self
 
     def layers(self, x0):
         """[{bank: tensor}] of each block, the multi-token block's last. Value embeddings, the same
@@ -794,7 +786,9 @@ class GPT(nn.Module):
         T = tokens.size(1)
         resid = self.resid_scale.unbind() if cfg.x0_mix else [None] * n
         mixed = self.x0_scale.unbind() if cfg.x0_mix else [None] * n
-        skips = self.skip_scale.unbind() if "skip_scale" in self.table else ()
+        skips = [None] * n
+        if "skip_scale" in self.table:  # the second half of the U-Net
+            skips[n - n // 2:] = self.skip_scale.unbind()
         predicts_two = targets is not None and cfg.mtp_weight > 0
         if predicts_two:
             tokens = torch.cat((tokens, targets[:, -1:]), dim=1)  # looked up once for both
@@ -806,10 +800,9 @@ class GPT(nn.Module):
         layers = self.layers(x0)
         outputs = {}
         for i in self.order:
-            if i >= n - len(skips):  # in the second half of the U-Net
-                x = self.blend(x, x0, outputs[n - 1 - i], skips[i - n], resid[i], mixed[i])
-            elif cfg.x0_mix:
-                x = self.blend(x, x0, None, None, resid[i], mixed[i])
+            skip = outputs[n - 1 - i] if skips[i] is not None else None
+            if skip is not None or cfg.x0_mix:
+                x = self.blend(x, x0, skip, skips[i], resid[i], mixed[i])
             x = self.run_block(i, x, layers[i], T, self.windows[i])
             outputs[i] = x.view_as(x)  # likewise
         x = norm(x)
@@ -828,11 +821,13 @@ def visible(T, window, device):
 
 
 def plain_attention(cfg, device, window):
-    """Attention as one reads it; the other kernels must agree."""
+    """Attention as one reads it; the other kernels must agree. In bf16 on a CPU it is faster than
+    SDPA, up to 1,024 tokens."""
     def attend(q, k, v):
-        scores = torch.einsum("bthk,bshk->bhts", q, k) * q.size(-1) ** -0.5
         hidden = ~visible(q.size(1), window, q.device)
-        return torch.einsum("bhts,bshk->bthk", scores.masked_fill(hidden, -math.inf).softmax(-1), v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        scores = (q * q.size(-1) ** -0.5 @ k.mT).masked_fill(hidden, -math.inf)
+        return (scores.softmax(-1) @ v).transpose(1, 2)
     return attend
 
 
@@ -846,20 +841,6 @@ def sdpa_attention(cfg, device, window):
         y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
                                            attn_mask=mask, is_causal=not short)
         return y.transpose(1, 2)
-    return attend
-
-
-def matmul_attention(cfg, device, window):
-    """Two batched products and a softmax: in bf16 on a CPU faster than SDPA, up to 1,024 tokens."""
-    T = cfg.seq_len
-    bias = torch.zeros(T, T, dtype=getattr(torch, cfg.precision), device=device)
-    bias.masked_fill_(~visible(T, window, device), -math.inf)
-
-    def attend(q, k, v):
-        B, T, H, K = q.shape
-        q, k, v = (x.transpose(1, 2).reshape(B * H, T, K) for x in (q, k, v))
-        p = torch.baddbmm(bias[:T, :T].to(q), q, k.mT, alpha=K ** -0.5).softmax(-1)
-        return (p @ v).view(B, H, T, K).transpose(1, 2)
     return attend
 
 
@@ -878,8 +859,7 @@ def flex_attention(cfg, device, window):
     return attend
 
 
-ATTENTION = {"flex": flex_attention, "matmul": matmul_attention, "sdpa": sdpa_attention,
-             "plain": plain_attention}
+ATTENTION = {"flex": flex_attention, "sdpa": sdpa_attention, "plain": plain_attention}
 
 
 def attention_by_window(kernel, cfg, device):
@@ -913,7 +893,7 @@ def attention_names(cfg, device_type, window):
         return [cfg.attention]
     if device_type != "cuda":
         short = cfg.precision == "bfloat16" and cfg.seq_len <= 1024
-        return ["matmul", "sdpa"] if short else ["sdpa"]
+        return ["plain", "sdpa"] if short else ["sdpa"]
     return ["sdpa"] if window >= cfg.seq_len else ["flex", "sdpa"]
 
 
@@ -944,21 +924,21 @@ def choose_attention(cfg, device):
 CHUNK_LOGITS = 2 ** 24  # logits of a product; each adds once to the gradient of the whole head
 PIECE_LOGITS = 2 ** 20  # of these in float32 at a time, near the caches, where there is no kernel
 GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher
+KERNEL_CAP = 30  # the kernel sums exp(x) of larger logits at most: e^30 V is far from overflow
 LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads load as 16 bytes; no spills
 
 
 if triton is not None:
     @triton.jit
-    def capped_block(z, cols, V, width, softcap, CAPPED: tl.constexpr):
+    def capped_block(z, cols, V, width, softcap):
         # masking from V on would forbid loads of 16 bytes
         x = tl.load(z + cols, mask=cols < width, other=0.0).to(tl.float32)
-        if CAPPED:
-            x = softcap * (2 * tl.sigmoid(x * (2 / softcap)) - 1)
+        x = softcap * (2 * tl.sigmoid(x * (2 / softcap)) - 1)
         return tl.where(cols < V, x, float("-inf"))
 
     @triton.jit
     def loss_kernel(z, teacher, targets, scales, out, V, width, softcap, weight, T,
-                    TEACHER: tl.constexpr, CAPPED: tl.constexpr, BLOCK: tl.constexpr):
+                    TEACHER: tl.constexpr, BLOCK: tl.constexpr):
         """One row: (loss, cross-entropy) to `out`; its gradient replaces z. Columns from V on are
         padding."""
         row = tl.program_id(0).to(tl.int64)
@@ -967,36 +947,29 @@ if triton is not None:
         cold = 1 / T
         target = tl.maximum(tl.load(targets + row), 0)  # an ignored row has scale 0
         # now: below, other threads overwrite it
-        x_target = capped_block(z, target, V, width, softcap, CAPPED)
-        top = float("-inf")  # running maxima; the sums below are relative to them
-        top_p = float("-inf")
+        x_target = capped_block(z, target, V, width, softcap)
         sum_1 = tl.zeros([BLOCK], tl.float32)  # of exp(x): q
         sum_T = sum_1  # of exp(x / T): q^(T)
         sum_p = sum_1  # of exp(y / T): p, the teacher's
         dot = sum_1  # of p (y - x) / T
         for start in range(0, V, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = capped_block(z, cols, V, width, softcap, CAPPED)
-            new = tl.maximum(top, tl.max(x, 0))
-            sum_1 = sum_1 * tl.exp(top - new) + tl.exp(x - new)
+            x = capped_block(z, cols, V, width, softcap)
+            sum_1 += tl.exp(x)
             if TEACHER:
-                sum_T = sum_T * tl.exp((top - new) * cold) + tl.exp((x - new) * cold)
-                y = capped_block(teacher, cols, V, width, softcap, CAPPED)
-                new_p = tl.maximum(top_p, tl.max(y, 0))
-                shrink = tl.exp((top_p - new_p) * cold)
-                p = tl.exp((y - new_p) * cold)
-                sum_p = sum_p * shrink + p
-                dot = dot * shrink + tl.where(cols < V, p * (y - x) * cold, 0.0)
-                top_p = new_p
-            top = new
-        log_1 = top + tl.log(tl.sum(sum_1, 0))
+                sum_T += tl.exp(x * cold)
+                y = capped_block(teacher, cols, V, width, softcap)
+                p = tl.exp(y * cold)
+                sum_p += p
+                dot += tl.where(cols < V, p * (y - x) * cold, 0.0)
+        log_1 = tl.log(tl.sum(sum_1, 0))
         ce = log_1 - x_target
         loss = ce
         log_T = log_1
         log_p = log_1
         if TEACHER:
-            log_T = top * cold + tl.log(tl.sum(sum_T, 0))
-            log_p = top_p * cold + tl.log(tl.sum(sum_p, 0))
+            log_T = tl.log(tl.sum(sum_T, 0))
+            log_p = tl.log(tl.sum(sum_p, 0))
             kl = tl.sum(dot, 0) / tl.sum(sum_p, 0) - log_p + log_T
             loss = (1 - weight) * ce + weight * T * T * kl
         tl.store(out + 2 * row, loss)
@@ -1004,30 +977,28 @@ if triton is not None:
         scale = tl.load(scales + row)
         for start in range(0, width, BLOCK):
             cols = start + tl.arange(0, BLOCK)
-            x = capped_block(z, cols, V, width, softcap, CAPPED)
+            x = capped_block(z, cols, V, width, softcap)
             d = tl.exp(x - log_1) - tl.where(cols == target, 1.0, 0.0)
             if TEACHER:
-                y = capped_block(teacher, cols, V, width, softcap, CAPPED)
+                y = capped_block(teacher, cols, V, width, softcap)
                 soft = tl.exp(x * cold - log_T) - tl.exp(y * cold - log_p)
                 d = (1 - weight) * d + weight * T * soft
-            if CAPPED:
-                d *= 1 - x * x * (1 / (softcap * softcap))
+            d *= 1 - x * x * (1 / (softcap * softcap))
             d = tl.where(cols < V, d * scale, 0.0)
             tl.store(z + cols, d.to(z.dtype.element_ty), mask=cols < width)
 
 
 def rows_loss_in_triton(z, teacher_z, V, target, scale, softcap, weight, temperature):
-    """As rows_loss_in_torch."""
+    """As rows_loss_in_torch, for logits under a cap: their exp overflows nowhere."""
     out = torch.empty(len(z), 2, device=z.device)
     teacher = z if teacher_z is None else teacher_z
-    loss_kernel[len(z),](z, teacher, target, scale, out, V, z.size(1), softcap or 1.0, weight,
-                         temperature, TEACHER=teacher_z is not None, CAPPED=softcap > 0,
-                         BLOCK=LOSS_BLOCK, num_warps=8)
+    loss_kernel[len(z),](z, teacher, target, scale, out, V, z.size(1), softcap, weight, temperature,
+                         TEACHER=teacher_z is not None, BLOCK=LOSS_BLOCK, num_warps=8)
     return *out.mul_(scale[:, None]).sum(0), z
 
 
-def check_kernels(device_type):
-    """Run both Triton kernels once. Raises ArithmeticError where they disagree with torch."""
+def check_kernel(device_type):
+    """Run the Triton kernel once. Raises ArithmeticError where it disagrees with torch."""
     generator = torch.Generator().manual_seed(0)
     z, teacher_z = torch.randn(2, 4, 128, generator=generator).to(device_type)
     target = torch.arange(4, device=device_type)
@@ -1036,82 +1007,62 @@ def check_kernels(device_type):
     found = rows_loss_in_triton(z.clone(), teacher_z.clone(), *arguments)
     for ours, wanted in zip(found, rows_loss_in_torch(z, teacher_z, *arguments)):
         assert_close(ours, wanted, 1e-4)  # rounding of float32
-    X = torch.randn(1, 160, 64, generator=generator).to(device_type, torch.bfloat16)
-    assert_close(symmetric_product(X), X.float() @ X.float().mT, 0.01)  # of bf16
 
 
 @functools.cache
 def use_triton(device_type):
-    """Whether tensors there go through the Triton kernels: on a GPU where they prove themselves in
-    a trial run, or on a CPU under Triton's interpreter (tests). Says where a GPU goes without."""
+    """Whether losses there go through the Triton kernel: on a GPU where it proves itself in a trial
+    run, or on a CPU under Triton's interpreter (tests). Says where a GPU goes without."""
     if device_type != "cuda" and not INTERPRETED:
         return False
     try:
         if triton is None:
             raise ImportError("triton is not installed (pip install triton)")
-        check_kernels(device_type)
+        check_kernel(device_type)
     except Exception as e:  # a toolchain that does not fit the machine may fail in any way
-        say(f"notice: loss and Muon go without their Triton kernels and are slower: "
-            f"{one_line(e)}", "stderr")
+        say(f"notice: the loss goes without its Triton kernel and is slower: {one_line(e)}",
+            "stderr")
         return False
     return True
 
 
 def soft_capped(z, softcap):
-    """Raw logits z to soft-capped ones in float32, which overwrite float32 z; 0: none."""
+    """Raw logits z to soft-capped ones in float32; 0: none."""
+    z = z.float()
     if not softcap:
-        return z.float()
-    return z.float().mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
+        return z
+    return (z * (2 / softcap)).sigmoid() * (2 * softcap) - softcap  # faster than tanh
 
 
-def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
-    """The loss as one reads it; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N]
-    (-1: ignored); teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...].
-    Returns (loss, cross-entropy) in nats per token."""
-    def capped(h, w):
-        z = h @ w.T
-        return softcap * torch.tanh(z / softcap) if softcap else z
-    logits = capped(hidden, head)
-    ce = F.cross_entropy(logits, targets, ignore_index=-1)
-    if not teacher:
+def mean_loss(z, teacher_z, target, scale, softcap, weight, temperature):
+    """(loss, cross-entropy) from raw logits z [R, V] and a teacher's or None; target [R], scale [R]
+    float32 (share of the mean; 0: ignored)."""
+    x = soft_capped(z, softcap)
+    ce = F.cross_entropy(x, target, reduction="none") @ scale
+    if teacher_z is None:
         return ce, ce
-    p = sum(share * torch.softmax(capped(h, w), dim=-1) for share, h, w in teacher)
-    log_p = torch.log_softmax(p.log() / temperature, dim=-1)
-    log_q = torch.log_softmax(logits / temperature, dim=-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
+    log_p = (soft_capped(teacher_z, softcap) / temperature).log_softmax(-1)
+    log_q = (x / temperature).log_softmax(-1)
+    kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q) @ scale
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
 
 def rows_loss_in_torch(z, teacher_z, V, target, scale, softcap, weight, temperature):
-    """(loss, cross-entropy, gradient by z) from raw logits z [R, >= V] and a teacher's or None.
-    target [R] (-1: ignored), scale [R] float32 (share of the mean; 0: ignored). z is overwritten;
-    columns V.. are padding."""
+    """(loss, cross-entropy, gradient by z) of mean_loss, z and the teacher's [R, >= V]: columns V..
+    are padding, and z is overwritten. target [R] (-1: ignored)."""
     total = 0.0
     ce_total = 0.0
     rows = max(1, PIECE_LOGITS // z.size(1))
     for i in range(0, len(z), rows):
-        x = soft_capped(z[i:i + rows, :V], softcap)
-        s = scale[i:i + rows, None]
-        at = target[i:i + rows, None].clamp_min(0)
-        log_q = torch.log_softmax(x, dim=-1)
-        ce = -(log_q.gather(1, at) * s).sum()
-        loss = ce
-        d = log_q.exp_()  # gradient by the capped logits: q - onehot
-        d.scatter_add_(1, at, torch.full_like(s, -1.0))
-        if teacher_z is not None:  # mixed with q^(T) - p^(T)
-            y = soft_capped(teacher_z[i:i + rows, :V], softcap)
-            log_p = torch.log_softmax(y.div_(temperature), dim=-1)
-            log_q = torch.log_softmax(x / temperature, dim=-1)
-            p = log_p.exp()
-            kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ s[:, 0]
-            loss = (1 - weight) * ce + weight * temperature ** 2 * kl
-            d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
-        if softcap:
-            d.mul_(x.div_(softcap).square_().neg_().add_(1))
-        z[i:i + rows, :V] = d.mul_(s)
-        total = total + loss
-        ce_total = ce_total + ce
-    z[:, V:] = 0
+        part = slice(i, i + rows)
+        y = None if teacher_z is None else teacher_z[part, :V]
+        with torch.enable_grad():
+            logits = z[part].detach().requires_grad_()
+            loss, ce = mean_loss(logits[:, :V], y, target[part].clamp_min(0), scale[part], softcap,
+                                 weight, temperature)
+            z[part], = torch.autograd.grad(loss, logits)
+        total = total + loss.detach()
+        ce_total = ce_total + ce.detach()
     return total, ce_total, z
 
 
@@ -1138,7 +1089,7 @@ def teacher_logits(teacher, rows, V, softcap):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """plain_loss in chunks of rows, of the first V rows of the heads; the others are padding.
+    """The loss in chunks of rows, of the first V rows of the heads; the others are padding.
     Gradients are formed in the forward pass, while a chunk's logits are at hand."""
     @staticmethod
     def forward(ctx, hidden, head, V, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
@@ -1150,7 +1101,7 @@ class ChunkedLoss(torch.autograd.Function):
         ce_total = 0.0
         rows_loss = rows_loss_in_torch
         chunk = CHUNK_LOGITS
-        if use_triton(head.device.type):
+        if 0 < softcap <= KERNEL_CAP * min(1, temperature) and use_triton(head.device.type):
             rows_loss = rows_loss_in_triton
             chunk = GPU_CHUNK_LOGITS
         rows = max(1, chunk // len(head))
@@ -1200,18 +1151,14 @@ def true_token_probs(model, sequences, batch, world):
     """p(true token) of sequences [n, T+1] in file order, float32 [n * T]; ranks share the work."""
     n = len(sequences)
     head = model.head.float()
-    rows = max(1, CHUNK_LOGITS // len(head))
     probs = torch.zeros(n, sequences.shape[1] - 1, device=world.device)
     for i in range(batch * world.rank, n, batch * world.size):
         part = np.arange(i, i + batch).clip(max=n - 1)  # one shape, compiled once
         tokens = torch.from_numpy(sequences[part].astype(np.int64)).to(world.device)
-        hidden = model(tokens[:, :-1])[0].flatten(0, 1).float()
-        targets = tokens[:, 1:].flatten()
-        found = []
-        for h, target in zip(hidden.split(rows), targets.split(rows)):
-            logits = soft_capped(F.linear(h, head)[:, :model.vocab_size], model.cfg.softcap)
-            found.append(logits.log_softmax(-1).gather(1, target[:, None]).exp())
-        probs[i:i + batch] = torch.cat(found).view(batch, -1)[:n - i]
+        hidden, _ = model(tokens[:, :-1])
+        for h, sequence, p in zip(hidden, tokens, probs[i:i + batch]):  # one, to save memory
+            logits = soft_capped(F.linear(h.float(), head)[:, :model.vocab_size], model.cfg.softcap)
+            p.copy_(torch.exp(-F.cross_entropy(logits, sequence[1:], reduction="none")))
     world.all_reduce(probs)
     return probs.flatten().cpu().numpy()
 
@@ -1219,83 +1166,20 @@ def true_token_probs(model, sequences, batch, world):
 # Optimizer --------------------------------------------------------------------------------------
 # Muon for matrices, AdamW for the rest, a bank at a time.
 
-UPDATE_WEIGHTS = 2 ** 28  # of a bank that are updated at a time: bounds the memory of an update
 POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
     (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323))
-SYMMETRIC_TILE = dict(BLOCK=128, STEP=64, num_warps=8, num_stages=3)  # two fit a multiprocessor
-
-
-if triton is not None:
-    @triton.jit
-    def symmetric_kernel(X, add, out, r, k, batch_stride, row_stride, col_stride, alpha, beta,
-                         gamma, ADD: tl.constexpr, WIDEN: tl.constexpr, BLOCK: tl.constexpr,
-                         STEP: tl.constexpr):
-        """One block on or below the diagonal and its mirror image; `out`, `add` are contiguous."""
-        t = tl.program_id(0)
-        matrix = tl.program_id(1).to(tl.int64)
-        # t = i (i + 1) / 2 + j; 0.25 more than exact, for rounding
-        i = (tl.sqrt(2.0 * t + 0.5) - 0.5).to(tl.int32)
-        j = t - i * (i + 1) // 2
-        rows = i * BLOCK + tl.arange(0, BLOCK)
-        cols = j * BLOCK + tl.arange(0, BLOCK)
-        X += matrix * batch_stride
-        left = X + rows[:, None] * row_stride
-        right = X + cols[None, :] * row_stride
-        total = tl.zeros([BLOCK, BLOCK], tl.float32)
-        for start in range(0, k, STEP):
-            at = start + tl.arange(0, STEP)
-            left_mask = (rows[:, None] < r) & (at[None, :] < k)
-            right_mask = (cols[None, :] < r) & (at[:, None] < k)
-            a = tl.load(left + at[None, :] * col_stride, mask=left_mask, other=0.0)
-            b = tl.load(right + at[:, None] * col_stride, mask=right_mask, other=0.0)
-            if WIDEN:  # the interpreter multiplies bf16 as if it were integers
-                a = a.to(tl.float32)
-                b = b.to(tl.float32)
-            total = tl.dot(a, b, total, input_precision="ieee")  # of float32 inputs
-        total *= alpha
-        inside = (rows[:, None] < r) & (cols[None, :] < r)
-        lower = rows[:, None] * r + cols[None, :]
-        if ADD:
-            added = tl.load(add + matrix * r * r + lower, mask=inside, other=0.0)
-            total += beta * added.to(tl.float32)
-            if i == j:
-                total += tl.where(rows[:, None] == cols[None, :], gamma, 0.0)
-        total = total.to(out.dtype.element_ty)
-        out += matrix * r * r
-        tl.store(out + lower, total, mask=inside)
-        if i > j:
-            mirrored = (cols[:, None] < r) & (rows[None, :] < r)
-            tl.store(out + cols[:, None] * r + rows[None, :], tl.trans(total), mask=mirrored)
-
-
-def symmetric_product(X, add=None, alpha=1.0, beta=0.0, gamma=0.0):
-    """alpha X X^T + beta add + gamma I, [n, r, r], of X [n, r, k] and a symmetric `add`; half is
-    computed, half mirrored."""
-    n, r, k = X.shape
-    out = X.new_empty(n, r, r)
-    blocks = triton.cdiv(r, SYMMETRIC_TILE["BLOCK"])
-    symmetric_kernel[blocks * (blocks + 1) // 2, n](
-        X, X if add is None else add.contiguous(), out, r, k, *X.stride(), alpha, beta,
-        gamma, ADD=add is not None, WIDEN=INTERPRETED, **SYMMETRIC_TILE)
-    return out
 
 
 def polar_express(X):
     """The nearest semi-orthogonal matrix to each of X [n, rows <= cols], of norms just below 1."""
-    large = X.size(-2) >= 2 * SYMMETRIC_TILE["BLOCK"]  # one block has nothing to mirror
-    halved = large and X.dtype == torch.bfloat16 and use_triton(X.device.type)
     for a, b, c in POLAR_EXPRESS:
-        if halved:
-            A = symmetric_product(X)
-            X = symmetric_product(A, A, c, b, a) @ X  # to add a X would copy X
-        else:
-            A = X @ X.mT
-            B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-            X = torch.baddbmm(X, B, X, beta=a)
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
+        X = torch.baddbmm(X, B, X, beta=a)
     return X
 
 
@@ -1359,6 +1243,7 @@ class Bank:
             moments = (rows, 1) if rows >= cols else (1, cols)
             self.second = torch.zeros(len(self.own), *moments, device=weight.device)
             self.lr *= math.sqrt(max(1, rows / cols))
+        self.slices = {"model": self.own, "first": self.first, "second": self.second}
 
 
 class Optimizer:
@@ -1383,7 +1268,7 @@ class Optimizer:
         device = next(model.parameters()).device
         zero = torch.zeros((), device=device)
         self.steps = zero.clone()  # that were not skipped
-        self.skipped = zero.clone()  # since the last check
+        self.skipped = zero.clone()
         self.lr_mult = zero.clone()
         self.wd_mult = zero.clone()
         self.muon_momentum = muon_momentum
@@ -1437,9 +1322,8 @@ class Optimizer:
         square = sum(torch.linalg.vector_norm(grad) ** 2 for grad in grads)
         self.world.all_reduce(square)
         ok = square.isfinite()
-        clip = torch.ones_like(square)
-        if self.cfg.grad_clip:
-            clip = (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        largest = self.cfg.grad_clip or math.inf
+        clip = (largest / (square.sqrt() + 1e-6)).clamp(max=1.0)
         self.steps += ok
         self.skipped += ~ok
         for bank, grad in zip(banks, grads):
@@ -1455,43 +1339,35 @@ class Optimizer:
         if bank.row.rule == "adamw":
             self.adamw_update(bank.own, grad, bank.first, bank.second, lr, wd, clip, ok,
                               self.steps.clamp(min=1), *bank.row.betas)
-            return
-        parts = math.ceil(bank.own.numel() / UPDATE_WEIGHTS)
-        size = math.ceil(len(bank.own) / parts)
-        for start in range(0, len(bank.own), size):
-            units = slice(start, start + size)
-            X = self.muon_momentum(grad[units], bank.first[units], clip, ok, self.dtype)
-            self.muon_update(bank.own[units], polar_express(X), bank.second[units], lr, wd, ok)
-
-    def moments(self):
-        """(name in a state, bank, this rank's slice) of every moment."""
-        for name, bank in self.banks.items():
-            yield f"first.{name}", bank, bank.first
-            yield f"second.{name}", bank, bank.second
+        else:
+            X = self.muon_momentum(grad, bank.first, clip, ok, self.dtype)
+            self.muon_update(bank.own, polar_express(X), bank.second, lr, wd, ok)
 
     def state(self):
-        """{name: moments, ...}, the same for any number of ranks, for the leader; {} for the
-        others: all ranks' copies might be more than a machine's memory."""
-        found = {"steps": self.steps, "skipped": self.skipped}
-        for name, bank, own in self.moments():
-            whole = own.new_empty(len(bank.master_units), *own.shape[1:])
-            self.world.all_gather(own, whole)
-            if self.world.leader:
-                found[name] = whole[:bank.units].cpu()
+        """{name: masters or moments, ...}, the same for any number of ranks, for the leader; {} for
+        the others: all ranks' copies might be more than a machine's memory."""
+        found = {"steps": self.steps}
+        for name, bank in self.banks.items():
+            for kind, own in bank.slices.items():
+                whole = own.new_empty(len(bank.master_units), *own.shape[1:])
+                self.world.all_gather(own, whole)
+                if self.world.leader:
+                    found[f"{kind}.{name}"] = whole[:bank.units].cpu()
         return found if self.world.leader else {}
 
     def load(self, found):
         """Take over what `state` gave to the leader; the other ranks pass None."""
         if found is not None:
             self.steps.copy_(found["steps"])
-            self.skipped.copy_(found["skipped"])
-        self.world.broadcast(self.steps, self.skipped)
-        for name, bank, own in self.moments():
-            whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
-            if found is not None:
-                whole[:bank.units] = found[name]
-            self.world.broadcast(whole)
-            own.copy_(self.world.shard(whole))
+        self.world.broadcast(self.steps)
+        for name, bank in self.banks.items():
+            for kind, own in bank.slices.items():
+                whole = own.new_zeros(len(bank.master_units), *own.shape[1:])
+                if found is not None:
+                    whole[:bank.units] = found[f"{kind}.{name}"]
+                self.world.broadcast(whole)
+                own.copy_(self.world.shard(whole))
+            self.world.all_gather(bank.own, bank.master_units)
 
 
 # Schedule ---------------------------------------------------------------------------------------
@@ -1559,36 +1435,34 @@ def plan_cycles(cfg, train_tokens):
     return cycles
 
 
-def flops_per_token(cfg, vocab_size, causal=True):
-    """(training, teacher) FLOPs per token: 3 x and 1 x the forward products, counted from the
-    weights; all passes of a loop and visible keys."""
-    D = cfg.width
+def forward_flops(cfg, vocab_size):
+    """FLOPs per token of a forward pass, counted from the weights; all passes of a loop, and the
+    keys that are seen."""
     T = cfg.seq_len
-    passes = collections.Counter(f"blocks.{i}" for i in layer_order(cfg))
-    table = parameter_table(cfg, vocab_size)
-    weights = 0
-    ahead = 0  # of the multi-token block, which does not run in a teacher
-    for name, row in table.items():
-        if row.product:
-            each = 2 * math.prod(row.shape)
-            uses = sum(passes[block] for block in row.blocks)
-            if name == "value":  # one product for all passes of a loop
-                uses = len(row.blocks)
-            if name == "mtp_proj" or "mtp_block" in row.blocks:
-                ahead += each
-            elif not row.blocks:
-                uses = 1
-            weights += each * uses
-    head = 2 * D * vocab_size
-    windows = layer_windows(cfg)
-    keys = 0
-    for i in layer_order(cfg):
-        window = windows[i]
-        keys += (window * (window + 1) / 2 + (T - window) * window) / T if causal else T
-    forward = weights + head + 4 * D * keys
+    order = layer_order(cfg)
+    passes = collections.Counter(f"blocks.{i}" for i in order)
+    windows = [layer_windows(cfg)[i] for i in order]
+    heads = 1
     if cfg.mtp_weight:
-        ahead += head + 4 * D * ((T + 1) / 2 if causal else T)
-    return 3 * (forward + ahead), forward
+        passes["mtp_block"] = 1
+        windows.append(T)
+        heads = 2
+    products = heads * vocab_size * cfg.width
+    for name, row in parameter_table(cfg, vocab_size).items():
+        uses = sum(passes[block] for block in row.blocks) if row.blocks else 1
+        if name == "value":  # one product for all passes of a loop
+            uses = len(row.blocks)
+        if row.product:
+            products += uses * math.prod(row.shape)
+    keys = sum(w * (2 * T + 1 - w) for w in windows) / (2 * T)
+    return 2 * products + 4 * cfg.width * keys
+
+
+def flops_per_token(cfg, vocab_size):
+    """(training, teacher) FLOPs per token: a backward pass is two forward ones, a teacher has no
+    multi-token block."""
+    teacher = forward_flops(replace(cfg, mtp_weight=0.0), vocab_size)
+    return 3 * forward_flops(cfg, vocab_size), teacher
 
 
 def run_flops(cfg, cycles, vocab_size, population=None):
@@ -1826,8 +1700,7 @@ class Trainer:
         j = cycles[0].trajectory
         state = self.run.load_state(j) if self.world.leader else None
         self.at, self.resume_from = self.world.broadcast_object(state) or (Progress(j), None)
-        self.saved_at = (self.at.step, self.at.done)
-        self.meter = Meter(self.cfg, self.at, sum(c.steps for c in self.run.cycles))
+        self.saved_step = self.at.step
         if self.world.leader:
             self.log = self.run.open_log(j, self.at.log)
             if not self.resume_from:
@@ -1855,7 +1728,9 @@ class Trainer:
             perturb(self.student.table, masters, scale, *key)
         self.resume_from = None
         self.optimizer.refresh()
-        self.meter.start()
+        self.counted = time.perf_counter()  # up to here time is counted
+        self.counted_step = self.at.step
+        self.last_save = self.counted
 
     def load_tensors(self, cycle):
         """Weights, moments, mean and teacher of the state that the trajectory goes on from."""
@@ -1863,10 +1738,6 @@ class Trainer:
         if self.world.leader:
             with reading(f"state {self.resume_from}"):
                 tensors = load_tensor_file(self.resume_from)
-        for name, master in self.optimizer.masters.items():
-            if self.world.leader:
-                master.copy_(tensors[f"model.{name}"])
-            self.world.broadcast(master)
         for name, mean in self.mean.items():
             mean.copy_(tensors[f"mean.{name}"])
         self.optimizer.load(tensors)
@@ -1876,8 +1747,8 @@ class Trainer:
     def set_newest(self, member, sha256=None):
         """Load a member from its folder: it is evaluated, and teaches the next cycle, as saved."""
         if self.world.leader:
-            found = load_member(self.run.folder / f"members/{member}", sha256=sha256)
-            self.newest.load_state_dict(found.state_dict())
+            _, weights = read_member(self.run.folder / f"members/{member}", sha256)
+            self.newest.load_state_dict(weights)
         self.world.broadcast(*self.newest.parameters())
 
     def update_mean(self, cycle, s):
@@ -1895,36 +1766,53 @@ class Trainer:
         at.sequences += cycle.rows
         at.in_cycle = s + 1
         last = s == cycle.steps - 1
-        if last or (cycle.steps_before + s + 1) % self.cfg.log_every == 0:
-            self.world.all_reduce(self.loss)
-            line = self.meter.line(cycle, float(self.loss), *schedule(s, cycle.steps, self.cfg))
-            if self.world.leader:
-                self.log.event(**line)
-            self.check_finite()
-        unsaved = time.perf_counter() - self.meter.last_save
+        logged = last or (cycle.steps_before + s + 1) % self.cfg.log_every == 0
+        if logged:
+            self.log_step(cycle)
+        unsaved = time.perf_counter() - self.last_save
         asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
+        if logged or asked:
+            self.check_finite()
         if asked or last:  # before the evaluation, which may be interrupted
             self.save()
         if asked == 2:
             raise Stopped
 
-    def check_finite(self):
-        """Stop, or count with --skip-nonfinite, where updates were left out as not finite."""
+    def log_step(self, cycle):
+        """Log the newest step; the time since the last logged one counts as training."""
+        cfg = self.cfg
         at = self.at
-        lost = int(self.optimizer.skipped)
-        self.optimizer.skipped.zero_()
-        if not lost:
-            return
-        what = (f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
-                f"{at.trajectory}: {lost} updates were left out")
-        if not self.cfg.skip_nonfinite:
-            raise UserError(f"{what}; the last saved state is of step {self.saved_at[0]}: lower "
-                            "--lr-matrix, try --precision float32, or --resume it with "
-                            "--skip-nonfinite")
-        at.skipped += lost
+        self.world.all_reduce(self.loss)
+        loss = float(self.loss)  # waits for the device
+        now = time.perf_counter()
+        seconds = now - self.counted
+        speed = (at.step - self.counted_step) * cycle.rows * cfg.seq_len / seconds
+        at.train_seconds += seconds
+        self.counted = now
+        self.counted_step = at.step
+        step = cycle.steps_before + at.in_cycle
+        steps = sum(c.steps for c in self.run.cycles)
+        a_step = (at.train_seconds + at.eval_seconds) / at.step
+        eta = datetime.timedelta(seconds=round(a_step * (steps - step)))
+        lr_mult, wd_mult = schedule(at.in_cycle - 1, cycle.steps, cfg)
         if self.world.leader:
-            self.log.event("skipped", updates=at.skipped, reason=what)
+            self.log.event(**{
+                "step": (step, steps), "traj": at.trajectory,
+                "cycle": (cycle.index + 1, cfg.cycles),
+                "epoch": cycle.epochs_before + cycle.epochs * at.in_cycle / cycle.steps,
+                "loss": loss, "lr": cfg.lr_matrix * lr_mult, "wd": cfg.weight_decay * wd_mult,
+                "tok/s": round(speed), "eta": str(eta)})
+
+    def check_finite(self):
+        """Raise UserError where an update was left out because it was not finite."""
+        lost = int(self.optimizer.skipped)
+        if lost:
+            at = self.at
+            raise UserError(
+                f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
+                f"{at.trajectory}: {lost} updates were left out; the last saved state is of step "
+                f"{self.saved_step}: lower --lr-matrix, or try --precision float32")
 
     def finish_cycle(self, cycle):
         """The cycle's end becomes a member, saved with its p(true token); it teaches next."""
@@ -1967,18 +1855,15 @@ class Trainer:
         faulthandler.cancel_dump_traceback_later()
 
     def save(self):
-        """Write the state that --resume goes on from, unless it is written."""
+        """Write the state that --resume goes on from."""
         at = self.at
-        if (at.step, at.done) == self.saved_at:
-            return
         started = time.perf_counter()
-        self.saved_at = (at.step, at.done)
+        self.saved_step = at.step
         tensors = {} if at.done else self.optimizer.state()
         at.kernels = self.kernels
         if self.world.leader:
             at.log = self.log.position()
             if not at.done:
-                tensors |= {f"model.{n}": p.cpu() for n, p in self.optimizer.masters.items()}
                 tensors |= {f"mean.{n}": p.cpu() for n, p in self.mean.items()}
             self.run.save_state(at, tensors)
             # a state inside a cycle needs the newest member, its teacher; the state kept before
@@ -1987,7 +1872,8 @@ class Trainer:
             for old in at.curve[:-keep]:
                 weights = self.run.folder / f"members/{old['member']}/model.safetensors"
                 weights.unlink(missing_ok=True)
-        self.meter.saved(time.perf_counter() - started)
+        self.last_save = time.perf_counter()
+        self.counted += self.last_save - started  # no training time
 
 
 def captured(function, what):
@@ -2007,44 +1893,6 @@ def captured(function, what):
         say(f"notice: {what} is not replayed as a CUDA graph: {one_line(e)}", "stderr")
         return function
     return graph.replay
-
-
-class Meter:
-    """Clock of a trajectory, and the line of a logged step."""
-    def __init__(self, cfg, at, total_steps):
-        self.cfg = cfg
-        self.at = at
-        self.total_steps = total_steps  # of all trajectories
-
-    def start(self):
-        """The clock of a cycle starts."""
-        self.mark = time.perf_counter()
-        self.last_save = self.mark
-        self.marked_step = self.at.step
-
-    def saved(self, seconds):
-        """A save took so long, which is no training time."""
-        self.last_save = time.perf_counter()
-        self.mark += seconds
-
-    def line(self, cycle, loss, lr_mult, wd_mult):
-        """{key: value} of the logged line; counts the time since the last one as training."""
-        at = self.at
-        now = time.perf_counter()
-        step = cycle.steps_before + at.in_cycle
-        tokens = (at.step - self.marked_step) * cycle.rows * self.cfg.seq_len
-        seconds = now - self.mark
-        at.train_seconds += seconds
-        a_step = (at.train_seconds + at.eval_seconds) / at.step
-        eta = datetime.timedelta(seconds=round(a_step * (self.total_steps - step)))
-        self.mark = now
-        self.marked_step = at.step
-        return {"step": (step, self.total_steps), "traj": at.trajectory,
-                "cycle": (cycle.index + 1, self.cfg.cycles),
-                "epoch": cycle.epochs_before + cycle.epochs * at.in_cycle / cycle.steps,
-                "loss": loss, "lr": self.cfg.lr_matrix * lr_mult,
-                "wd": self.cfg.weight_decay * wd_mult, "tok/s": round(tokens / seconds),
-                "eta": str(eta)}
 
 
 # Members, predictions, resume state -------------------------------------------------------------
@@ -2109,9 +1957,9 @@ def empty_member(cfg, vocab_size):
     return model.to(model.dtype).eval().requires_grad_(False)
 
 
-def load_member(folder, precision=None, sha256=None, device="cpu"):
-    """The member in `folder`, as a frozen GPT in evaluation mode on `device`. Raises UserError
-    where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
+def read_member(folder, sha256=None):
+    """(config.json, {bank: tensor}) of a member. Raises UserError where a file is damaged, or its
+    config.json not the one of hash `sha256`."""
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
         check_format(about)
@@ -2119,21 +1967,7 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
             raise ValueError("the sha256 of config.json is not the recorded one")
         if sha256_of(folder / "model.safetensors") != about["sha256"]:
             raise ValueError("the sha256 of model.safetensors is not that of config.json")
-        weights = load_tensor_file(folder / "model.safetensors")
-        cfg, _ = resolve(replace(Config(**about["config"]), device="cpu"))
-        vocab_size = int(about["vocab_size"])
-    cfg = replace(cfg, precision=precision or cfg.precision)
-    wanted = {n: row.bank_shape for n, row in parameter_table(cfg, vocab_size).items()}
-    found = {n: tuple(w.shape) for n, w in weights.items()}
-    if found != wanted:  # before anything is allocated
-        missing = sorted(wanted.items() - found.items())
-        unexpected = sorted(found.items() - wanted.items())
-        raise UserError(f"member {folder} was made by another model: missing {missing}, unexpected "
-                        f"{unexpected}: {OWN_SCRIPT}")
-    model = empty_member(cfg, vocab_size)
-    model.load_state_dict(weights)
-    model.attend = attention_by_window(sdpa_attention, cfg, device)  # works everywhere, unchecked
-    return model.to(device)
+        return about, load_tensor_file(folder / "model.safetensors")
 
 
 def read_predictions(path, sha256=None):
@@ -2145,8 +1979,8 @@ def read_predictions(path, sha256=None):
         if len(found) != 2 or "heldout" not in found:
             raise ValueError("it must hold heldout and one more split")
         for split, p in found.items():
-            positive = p.dtype == np.float32 and p.ndim == 1 and len(p) > 0 and (p > 0).all()
-            if not positive or not (p <= 1).all():
+            one_each = p.dtype == np.float32 and p.ndim == 1 and p.size > 0
+            if not one_each or not 0 < p.min() <= p.max() <= 1:
                 raise ValueError(f"{split} does not hold one probability per token")
     return found
 
@@ -2210,7 +2044,6 @@ class Progress:
     eval_seconds: float = 0.0
     log: list = field(default_factory=list)  # bytes of the log and of the metrics
     kernels: dict = field(default_factory=dict)
-    skipped: int = 0  # updates left out because they were not finite
 
 
 SILENT_SECONDS = 900  # after which a holder on another machine counts as gone
@@ -2260,9 +2093,6 @@ def locked(path):
         lock.release()
 
 
-STATE_FILE = re.compile(r"(\d+-\d{9}(?:-done)?)\.(?:json|safetensors)(?:\.tmp)?")
-
-
 class Run:
     """The folder of a run, for a launch that trains trajectories of it."""
     def __init__(self, folder, identity, cycles, header):
@@ -2301,11 +2131,10 @@ class Run:
         named_done = bool(newest) and newest[0].stem.endswith("-done")
         return named_done and self.load_state(trajectory)[0].done  # which may be damaged
 
-    def generations(self, trajectory):
-        """States of a trajectory, newest first: JSON files, each beside its tensors."""
-        files = self.state.glob(f"{trajectory}-*.json")
-        ours = [file for file in files if STATE_FILE.fullmatch(file.name)]
-        return sorted(ours, key=lambda file: file.stem, reverse=True)
+    def generations(self, trajectory, kind=".json"):
+        """Files of a trajectory's states, newest first: each JSON file is beside its tensors."""
+        files = self.state.glob(f"{trajectory}-{9 * '[0-9]'}*{kind}")
+        return sorted(files, key=lambda file: file.stem, reverse=True)
 
     def save_state(self, at, tensors):
         """Write a state: the tensors first, then the JSON that makes it valid; only then the last
@@ -2317,10 +2146,9 @@ class Run:
         body = {"format": FORMAT, "at": asdict(at), "identity": self.identity,
                 "tensors": sha256_of(tensor_file)}
         save_json(path, {"body": body, "sha256": digest(body)})
-        keep = {f.stem for f in self.generations(at.trajectory)[:2]}
-        for old in self.state.glob(f"{at.trajectory}-*"):  # half-written ones of a kill, too
-            ours = STATE_FILE.fullmatch(old.name)
-            if ours and ours[1] not in keep:
+        keep = [f.stem for f in self.generations(at.trajectory)[:2]]
+        for old in self.generations(at.trajectory, ""):  # half-written ones of a kill, too
+            if old.name.partition(".")[0] not in keep:
                 old.unlink()
 
     def load_state(self, trajectory):
@@ -2336,11 +2164,9 @@ class Run:
                     if digest(body) != saved["sha256"] or sha256_of(tensors) != body["tensors"]:
                         raise ValueError("a sha256 does not match")
                     check_format(body)
-                    if body["identity"] != self.identity:
-                        raise ValueError("it is of another run")
                     at = Progress(**body["at"])
-                    if at.trajectory != trajectory:
-                        raise ValueError("it is of another trajectory")
+                    if (body["identity"], at.trajectory) != (self.identity, trajectory):
+                        raise ValueError("it is of another run or trajectory")
                 return at, tensors
             except UserError as e:
                 if path == files[-1]:
@@ -2541,7 +2367,7 @@ def say(text, to="stdout"):
 class Log:
     """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
     def __init__(self, path, metrics_path, sizes, listeners=()):
-        """Go on where the files had `sizes` bytes. `listeners` have methods event and close."""
+        """Go on where the files had `sizes` bytes. `listeners`: see records/live.py."""
         self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
         self.metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
@@ -2558,27 +2384,31 @@ class Log:
         self.text.write(text + "\n")
         say(text)
 
+    def record(self, *flags, **pairs):
+        """Write key:value pairs, where a pair of numbers is a/b, and in the metrics JSON. Returns
+        the line."""
+        kind = flags[0] if flags else next(iter(pairs))
+        self.metrics.write(json.dumps({"event": kind, **pairs}) + "\n")
+        line = " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
+        self.text.write(line + "\n")
+        return line
+
     def event(self, *flags, **pairs):
-        text, data = event_lines(*flags, **pairs)
-        self.metrics.write(data + "\n")
-        self.line(text)
+        """Record key:value pairs, show and tell them."""
+        say(self.record(*flags, **pairs))
         for listener in self.listeners:
             listener.event(*flags, **pairs)
 
-    def append(self, parts, events):
-        """Add the files of another trajectory, with these `events` of its ensembles."""
-        for i, file in enumerate((self.text, self.metrics)):
-            known = iter(events)
-            for line in parts[i].read_text(encoding="utf-8").splitlines(keepends=True):
-                of_ensemble = line.startswith(("ensemble ", '{"event": "ensemble"'))
-                file.write(next(known)[i] + "\n" if of_ensemble else line)
-
-
-def event_lines(*flags, **pairs):
-    """An event as key:value pairs, where a pair of numbers is shown as a/b, and as JSON."""
-    kind = flags[0] if flags else next(iter(pairs))
-    text = " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
-    return text, json.dumps({"event": kind, **pairs})
+    def append(self, parts, curve, key):
+        """Add the files of another trajectory; its ensembles anew, as by now more members may have
+        come before it."""
+        for file, part in zip((self.text, self.metrics), parts):
+            for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
+                if not line.startswith(("ensemble ", '{"event": "ensemble"')):
+                    file.write(line)
+        for entry in curve:
+            for pairs in ensembles(entry, key):
+                self.record("ensemble", **pairs)
 
 
 def ensembles(entry, key):
@@ -2693,8 +2523,7 @@ def saved_config(run, given):
         saved = load_json(path)["config"]
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
-    differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items()
-              if k not in MACHINE and v != base[k]]
+    differ = [flag(k) for k, v in given.items() if k not in MACHINE and v != base[k]]
     if differ:
         raise UserError(f"--resume {run} has settings of its own: leave out {', '.join(differ)}")
     return base
@@ -2769,7 +2598,13 @@ def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     if args.run is not None:
         check_plain("--run", args.run)
+    heard_by = []
     if world.leader:
+        try:
+            from records.live import listeners
+            heard_by = listeners(args)
+        except ImportError as e:
+            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
@@ -2790,12 +2625,8 @@ def launch(cfg, why, args, world):
     run = Run(find_run(name) if args.resume else LOGS / name,
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
               f"{json.dumps(about, indent=1)}\n{lines}")
+    run.listeners = heard_by
     if world.leader:
-        try:
-            from records.live import listeners
-            run.listeners = listeners(run, args)
-        except ImportError as e:
-            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
         open_run(run, about, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
@@ -2827,17 +2658,14 @@ def new_name():
 
 
 def prepare_default_data(cfg):
-    """Fetch the default corpus where it is missing. Raises UserError where that fails."""
+    """Fetch the default corpus where it is missing. Ends where that fails."""
     folder = find_data(cfg)
     if cfg.data != Config.data or (folder / "manifest.json").exists():
         return
-    print(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)",
-          flush=True)
-    done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"],
-                          stderr=subprocess.PIPE, text=True)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or ["data/prepare.py failed"]
-        raise UserError(lines[-1].removeprefix("prepare.py: error: "))
+    say(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)")
+    done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"])
+    if done.returncode:  # it said why
+        sys.exit(done.returncode)
 
 
 def open_run(run, about, data, allow_edited=False):
@@ -2883,19 +2711,15 @@ def finish_run(trainer, about):
         log = run.open_log(0, states[0].log)
         numbers, curve = summarize(trainer, states)
         for at in states[1:]:  # as if one launch had trained all in turn
-            events = [event_lines("ensemble", **pairs) for entry in at.curve
-                      for pairs in ensembles(entry, f"{cfg.report}_loss")]
-            log.append(run.log_files(at.trajectory), events)
+            log.append(run.log_files(at.trajectory), at.curve, f"{cfg.report}_loss")
         log.event(**numbers)
         result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
         try:
-            from records.population import report
-            result["table"], lines = report(trainer.predictions, trainer.corpus.name)
+            from records.population import finish
+            result["table"], lines = finish(trainer, curve)
             log.line("\n".join(lines))
-            from records.plot import draw_curve
-            draw_curve(run.folder / "curve.png", curve, cfg.report, result["table"])
         except ImportError as e:
-            say(f"notice: the table or curve.png is not made: {one_line(e)}", "stderr")
+            say(f"notice: there is no table and no curve.png: {one_line(e)}", "stderr")
         save_json(run.folder / "result.json", result)  # last: the run is complete
         for j in trajectories[1:]:
             for part in run.log_files(j):
@@ -2919,7 +2743,7 @@ def summarize(trainer, states):
             "teacher_flops": flops["teacher"], "tflops": sum(flops.values()) / seconds / 1e12,
             f"uniform_{cfg.report}_loss": curve[-1]["uniform"],
             f"last_member_{cfg.report}_loss": curve[-1]["loss"],
-            "skipped_updates": sum(at.skipped for at in states), "train_seconds": seconds,
+            "train_seconds": seconds,
             "eval_seconds": sum(at.eval_seconds for at in states),
             "peak_memory_mb": peak_memory_mb(trainer.world.device)}, curve
 

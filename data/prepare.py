@@ -4,7 +4,7 @@
     python data/prepare.py text --input FILE...   yours: .txt (a document a file), .jsonl (a line)
     python data/prepare.py fineweb                100M FineWeb tokens, GPT-2 BPE, downloads 400 MB
     python data/prepare.py slowrun --input DIR    from Slowrun's fineweb_train.pt, fineweb_val.pt
-    python data/prepare.py verify A B             do fineweb and slowrun give the same streams?
+    python data/prepare.py verify A [B]           are fineweb's streams Slowrun's, those of B?
     python data/prepare.py bpe                    retrain data/wiki.tiktoken: the same bytes again
 
 An output folder holds train.bin, heldout.bin (fits the prior), dev.bin (tuning), val.bin (the
@@ -959,25 +959,59 @@ STREAMS = {  # what of a folder is its route's 100M training tokens, in order
 
 
 def verify(args):
-    """Compare the validation and training text of two folders, one made by fineweb and one by
-    slowrun, token by token up to the end of the shorter; print what records/tracks.json takes from
-    the first. Exit status 2: they differ."""
-    manifests = [read_manifest(folder) for folder in args.folders]
+    """Whether the validation and training text of a folder of fineweb is Slowrun's: that of a
+    folder of slowrun beside it, token by token up to the end of the shorter; or, of one folder
+    alone, what gives the files that Slowrun published. Then print what records/tracks.json takes
+    from the first. Exit status 2: it is not."""
+    manifest = read_manifest(args.folder)
+    if args.other is None:
+        compare_published(args.folder, manifest)
+    else:
+        compare_streams([args.folder, args.other], [manifest, read_manifest(args.other)])
+    print("the same; for records/tracks.json:")
+    print(track_lines(manifest))
+
+
+def compare_published(folder, manifest):
+    """Write the streams as Slowrun's prepare_data.py does. Fail: other bytes."""
+    import torch
     differ = []
-    for name in ("val", "training"):
-        streams = [read_stream(*both, name) for both in zip(args.folders, manifests)]
+    seeds = {"train": 43, "val": 42}
+    for (name, published), (split, seed) in zip(SLOWRUN_SHA256.items(), seeds.items()):
+        tokens = read_stream(folder, manifest, split)
+        content = {
+            "tokens": torch.from_numpy(tokens),
+            "doc_starts": torch.from_numpy(np.flatnonzero(tokens == GPT2_EOT)),
+            "bos_id": GPT2_EOT,
+            "seq_shuffle_seed": seed,
+            "seq_size": TRACK_SEQ_LEN + 1}
+        with tempfile.TemporaryDirectory() as scratch_folder:
+            path = Path(scratch_folder) / name  # the name is in the file
+            torch.save(content, path)
+            sha256 = file_sha256(path)
+        print(f"{name}: {sha256}, published: {published}")
+        if sha256 != published:
+            differ.append(name)
+    if differ:
+        raise Fail(f"{' and '.join(differ)} of {folder} would not be the published bytes: other "
+                   "text, or another torch; a folder of slowrun tells (verify FINEWEB SLOWRUN)")
+
+
+def compare_streams(folders, manifests):
+    """Fail: they differ."""
+    differ = []
+    for name in ("val", "train"):
+        streams = [read_stream(*both, name) for both in zip(folders, manifests)]
         length = min(map(len, streams))
         first, second = [stream[:length] for stream in streams]
         sizes = " and ".join(f"{len(stream):,}" for stream in streams)
         print(f"{name}: {sizes} tokens, the first {length:,} compared")
-        for folder, stream in zip(args.folders, (first, second)):
-            print(f"  {hashlib.sha256(stream.tobytes()).hexdigest()}  {folder}")
+        for folder, stream in zip(folders, (first, second)):
+            print(f"  {hashlib.sha256(stream).hexdigest()}  {folder}")
         if not np.array_equal(first, second):
             differ.append(f"{name} from token {np.argmax(first != second):,} on")
     if differ:
-        raise Fail(f"{args.folders[0]} and {args.folders[1]} differ: {', '.join(differ)}")
-    print("the same; for records/tracks.json:")
-    print(track_lines(manifests[0]))
+        raise Fail(f"{folders[0]} and {folders[1]} differ: {', '.join(differ)}")
 
 
 def read_manifest(folder):
@@ -998,7 +1032,8 @@ def read_manifest(folder):
 
 
 def read_stream(folder, manifest, name):
-    splits = STREAMS[manifest["name"]] if name == "training" else ("val",)
+    """Tokens of Slowrun's "train" (our splits of it joined again) or "val"."""
+    splits = STREAMS[manifest["name"]] if name == "train" else ("val",)
     return np.concatenate([read_split(folder, manifest, split) for split in splits])
 
 
@@ -1063,7 +1098,8 @@ def parse(argv):
         command = commands.add_parser(name, help=about, description=about)
         command.set_defaults(function=function)
         if function is verify:
-            command.add_argument("folders", type=Path, nargs=2, metavar="FOLDER")
+            command.add_argument("folder", type=Path, help="of fineweb")
+            command.add_argument("other", type=Path, nargs="?", help="of slowrun")
             continue
         default = WIKI_RANKS if function is bpe else HERE / name
         add = command.add_argument

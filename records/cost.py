@@ -34,7 +34,6 @@ LIBRARY.define("attention_backward(Tensor d, Tensor q, Tensor k, Tensor v, Tenso
 LIBRARY.define("rms_norm(Tensor x) -> (Tensor, Tensor)")
 LIBRARY.define("rms_norm_backward(Tensor d, Tensor x, Tensor scale) -> Tensor")
 LIBRARY.define("rows_loss(Tensor(a!) z, Tensor? teacher_z, Tensor target, Tensor scale) -> Tensor")
-LIBRARY.define("symmetric_product(Tensor X, Tensor? add) -> Tensor")
 
 
 def contiguous_like(x):
@@ -65,12 +64,6 @@ def rms_norm_backward_shapes(d, x, scale):
 @torch.library.register_fake("cost::rows_loss")
 def rows_loss_shapes(z, teacher_z, target, scale):
     return scale.new_empty(len(z), 2)
-
-
-@torch.library.register_fake("cost::symmetric_product")
-def symmetric_product_shapes(X, add):
-    n, rows, _ = X.shape
-    return X.new_empty(n, rows, rows)
 
 
 def keep_attention(ctx, inputs, output):
@@ -110,10 +103,6 @@ def norm(x, compiled=q.norm):
 def rows_loss(z, teacher_z, V, target, scale, softcap, weight, temperature):
     out = torch.ops.cost.rows_loss(z, teacher_z, target, scale)
     return *out.mul_(scale[:, None]).sum(0), z
-
-
-def symmetric_product(X, add=None, alpha=1.0, beta=0.0, gamma=0.0):
-    return torch.ops.cost.symmetric_product(X, add)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -314,9 +303,8 @@ def recorded_compile(recorder):
 # Kernels: what runs as one
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
-ALONE = (*PRODUCTS, "attention", "attention_backward", "rows_loss", "symmetric_product",
+ALONE = (*PRODUCTS, "attention", "attention_backward", "rows_loss",
          "embedding_dense_backward")  # the rest of a compiled graph fuses
-SYMMETRIC_BLOCK = q.SYMMETRIC_TILE["BLOCK"]
 REDUCTIONS = ("sum", "mean", "amax", "amin", "any", "prod", "linalg_vector_norm")
 ROW = 2 ** 14  # elements that a kernel can reduce and still hold when it needs the result
 
@@ -369,11 +357,6 @@ def kernel_of(op):
         kernel.flops = products * 2 * B * H * K * seen
         kernel.full = op.window >= T
         kernel.shape = first.shape
-    elif op.name == "symmetric_product":
-        n, rows, inner = first.shape
-        kernel.size = (n, rows, rows, inner)
-        blocks = math.ceil(rows / SYMMETRIC_BLOCK)  # those on or below the diagonal are computed
-        kernel.flops = n * blocks * (blocks + 1) * SYMMETRIC_BLOCK ** 2 * inner
     elif op.name == "rows_loss":
         logits = op.inputs[:-2]
         kernel.nbytes = 2 * span(logits) + first.nbytes
@@ -474,7 +457,6 @@ TF32 = "tf32"
 PEAK = {BFLOAT16: 989e12, TF32: 494.5e12, FLOAT32: 67e12}  # FLOP/s of dense products
 SHARE = {BFLOAT16: 0.86, TF32: 0.77, FLOAT32: 0.77}  # of it, that a tile's inner loop reaches
 BATCHED_SHARE = 0.79  # the same of bf16 products in batches
-SYMMETRIC_SHARE = 0.5  # of the bf16 peak, of symmetric_product
 ATTENTION_SHARE = {  # of the bf16 peak, by whether all is seen (cuDNN; else flex), channels a head
     (True, 128): 0.40, (False, 128): 0.26, (True, 64): 0.21, (False, 64): 0.10}
 TILE = (128, 256)  # rows and columns of a product that one multiprocessor makes at a time
@@ -514,10 +496,6 @@ def seconds(kernel):
         return max(memory, product_seconds(kernel)) + kernel.copied / BANDWIDTH
     if kernel.name.startswith("attention"):
         return max(memory, kernel.flops / (attention_share(kernel) * PEAK[BFLOAT16]))
-    if kernel.name == "symmetric_product":
-        inner = kernel.size[-1]
-        share = SYMMETRIC_SHARE * inner / (inner + PROLOGUE / 2)
-        return max(memory, kernel.flops / (share * PEAK[BFLOAT16]))
     if kernel.name == "rows_loss":
         return kernel.nbytes / LOSS_BANDWIDTH[kernel.taught]
     return memory
@@ -570,8 +548,7 @@ def described(kernel):
 def on_meta(recorder):
     """Context in which train_q0 runs on the meta device as it would on a GPU."""
     kernels = dict(
-        use_triton=lambda device_type: True, norm=norm, rows_loss_in_triton=rows_loss,
-        symmetric_product=symmetric_product)
+        use_triton=lambda device_type: True, norm=norm, rows_loss_in_triton=rows_loss)
     compile = recorded_compile(recorder)
     with (mock.patch.multiple(q, **kernels), mock.patch.object(torch, "compile", compile),
           torch._dynamo.config.patch(recompile_limit=64), recorder):

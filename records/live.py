@@ -13,20 +13,21 @@ from records import plot
 from records.track import Tracker
 
 
-def listeners(run, args):
+def listeners(args):
     """Those of a launch. Raises UserError where one lacks its library."""
-    found = [Curve(run)]
+    found = [Curve()]
     if args.track:
-        found.append(Tracker(args.track, run))
+        found.append(Tracker(args.track))
     if args.profile:
-        found.append(Profile(run))
+        found.append(Profile())
     if sys.stdout and sys.stdout.isatty():
         found.append(Status())
     return [Guarded(listener) for listener in found]
 
 
 class Guarded:
-    """A listener that hears no more after its first fault."""
+    """A listener, which hears no more after its first fault. It hears of a launch's start (`start`),
+    of each event of its log (`event`, as the log itself) and of its end (`close`)."""
     def __init__(self, listener):
         self.listener = listener
         self.start = functools.partial(self.call, "start")
@@ -52,13 +53,11 @@ class Curve:
     """Draws curve.png anew at a member, where that takes less than 1% of the time since."""
     name = "curve.png"
 
-    def __init__(self, run):
-        self.folder = run.folder
+    def start(self, trainer):
+        self.folder = trainer.run.folder
+        self.split = trainer.cfg.report
         self.drawn = time.perf_counter()
         self.seconds = 1.0  # that drawing takes: at first matplotlib is loaded
-
-    def start(self, trainer):
-        self.split = trainer.cfg.report
 
     def event(self, *flags, **pairs):
         last_of_a_member = flags == ("ensemble",) and pairs["prior"] == "learned"
@@ -104,6 +103,7 @@ class Status:
 
     def __init__(self):
         self.bar = None
+        self.shown = False
         self.outputs = {}
 
     def start(self, trainer):
@@ -114,7 +114,8 @@ class Status:
                 setattr(sys, name, self.outputs[name])
 
     def clear(self):
-        if self.bar:
+        if self.shown:
+            self.shown = False
             self.bar.clear()
             self.bar.fp.flush()
 
@@ -126,6 +127,7 @@ class Status:
             self.bar.desc = " ".join(f"{k}:{q.shown(k, pairs[k])}" for k in self.SHOWN)
         if self.bar:
             self.bar.refresh()
+            self.shown = True
 
     def made(self, total):
         from tqdm import tqdm
@@ -149,8 +151,7 @@ class Profile:
     FIRST = 3  # steps before, in which kernels are loaded and caches fill
     STEPS = 2
 
-    def __init__(self, run):
-        self.path = run.folder / "trace.json"
+    def __init__(self):
         self.profiler = None
         self.begun = 0  # steps
 
@@ -162,6 +163,7 @@ class Profile:
             guarded.call("step")
             forward_backward(cycle)
 
+        self.path = trainer.run.folder / "trace.json"
         self.device = trainer.world.device.type.upper()
         trainer.forward_backward = step
 

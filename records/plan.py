@@ -68,7 +68,7 @@ def memory_per_device(cfg, vocab_size, ranks=1, population=None):
         "logits": logit_bytes * logits,
         "activations": activation_bytes(cfg, width_bytes),
         # a bank's float32 temporaries and its matrices in the precision of products
-        "update": min(max(muon), q.UPDATE_WEIGHTS) * (16 + 3 * width_bytes)}
+        "update": max(muon) * (16 + 3 * width_bytes)}
     spared = min(parts["activations"], parts["update"])
     return {**parts, "peak": sum(parts.values()) - spared}
 

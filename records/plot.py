@@ -17,6 +17,7 @@ import numpy as np
 
 import train_q0 as q
 from records.check import read_log, read_table, rule
+from records.population import find_run, plain_name
 
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
@@ -257,16 +258,14 @@ def compare(argv):
 
 def paths_of(name):
     """(label, files) of an argument. Raises UserError where there are none."""
-    label, pattern = name, None
     if "=" in name and not (q.LOGS / name).is_dir():
         label, pattern = name.split("=", 1)
-    if pattern is None:
-        found = [q.find_run(name)]
-        label = found[0].resolve().name
-    else:
         found = sorted(glob.glob(str(q.LOGS / pattern)) or glob.glob(pattern))
-    if not found:
-        raise q.UserError(f"no runs or files match {pattern}")
+        if not found:
+            raise q.UserError(f"no runs or files match {pattern}")
+    else:
+        found = [find_run(name)]
+        label = plain_name(found[0])
     paths = map(Path, found)
     return label, [path / "log.txt" if path.is_dir() else path for path in paths]
 

@@ -5,7 +5,7 @@ population of a run with more trajectories.
     python records/pool.py [--k K] [--mixed] SIZE OUT.json RUN ...
 
 RUNs are cut into groups of SIZE, none of them used twice, so groups are independent samples; a rest
-is left over. Writes the curve of every group, which records/plot.py takes in place of logs: epochs,
+is left over. Writes the curve of every group, which `train_q0.py compare` takes in place of logs: epochs,
 FLOPs, and validation loss under the prior learned over the members so far, or over the best K of
 them, found by pruning on held-out text. All runs must have one configuration, but for the seed, and
 report on one split. (A population of several runs for use: train_q0.py pool.)
@@ -22,7 +22,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_q0 as q
 from records.plot import EPOCHS, FLOPS, LOSS, curve
-from records.population import best_members, load_predictions, mixture_loss
+from records.population import best_members, find_run, load_predictions, mixture_loss
 from records.use import report_split
 
 
@@ -72,7 +72,7 @@ def main(argv=None):
                         "those in the same place of all groups may not")
     parser.add_argument("size", type=int, help="runs in a group")
     parser.add_argument("out", type=Path)
-    parser.add_argument("runs", nargs="+", type=q.find_run)
+    parser.add_argument("runs", nargs="+", type=find_run)
     args = parser.parse_args(argv)
     size = args.size
     runs = args.runs

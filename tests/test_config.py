@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings, strategies
 from tiny import resolved
 
+import tiny
 import train_q0 as q
 
 POPULATIONS = sorted(q.POPULATIONS)
@@ -220,8 +221,8 @@ def test_what_is_derived_has_a_reason(preset, population):
 
 
 def test_on_a_gpu(gpu):
-    tiny = resolved()
-    assert (tiny.device, tiny.precision, tiny.compile, tiny.graphs) == (
+    cfg = resolved()
+    assert (cfg.device, cfg.precision, cfg.compile, cfg.graphs) == (
         "cuda", "bfloat16", True, True)
     assert not resolved("q0").graphs  # it is not bound by launches
     assert resolved("q0").compile
@@ -229,6 +230,29 @@ def test_on_a_gpu(gpu):
     assert (mine.compile, mine.graphs, mine.precision) == (False, True, "float32")
     cpu = resolved(device="cpu")
     assert (cpu.device, cpu.compile, cpu.graphs) == ("cpu", False, False)
+
+
+def test_on_a_mac(no_gpu, monkeypatch, tmp_path):
+    """What can be said of --device mps without one: no CUDA, no compiler, float32, sdpa."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    with pytest.raises(q.UserError, match="--device mps, but torch sees no GPU of Apple's"):
+        resolved(device="mps")
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert resolved().device == "cpu"  # it has to be asked for
+    cfg, why, _ = q.parse_config(["--device", "mps"])
+    assert (cfg.preset, cfg.precision, cfg.compile, cfg.graphs) == ("tiny", "float32", False, False)
+    assert q.attention_names(cfg, "mps", cfg.seq_len) == ["sdpa"]
+    assert not q.use_triton("mps")
+    with q.set_up_world(cfg) as world:
+        assert world.device == torch.device("mps")
+    seeds = []
+    monkeypatch.setattr(torch.mps, "manual_seed", seeds.append)
+    trainer, plan = tiny.trainer(tmp_path / "run", tiny.small(dropout=0.5))
+    trainer.start_trajectory(plan[0])
+    trainer.start_cycle(plan[0][0])
+    trainer.world = dataclasses.replace(trainer.world, device=torch.device("mps"))
+    trainer.forward_backward(plan[0][0])
+    assert len(set(seeds)) == len(seeds) > 1
 
 
 # Mistakes and help -------------------------------------------------------------------------------
@@ -260,7 +284,9 @@ def test_help(capsys):
     with pytest.raises(SystemExit):
         q.main(["--preset", "q0", "--help"])
     text = capsys.readouterr().out.split("\noptions:\n")[1]
-    assert "transformer blocks [30]" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "transformer blocks [30]" in words and "ends in one member [derived: 32]" in words
+    assert "newest members of a trajectory whose weights are kept; without it all [None]" in words
     at = 0
     names = [f.name for f in dataclasses.fields(q.Config)]
     for name in names:  # in their order, each first one under its title

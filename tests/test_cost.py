@@ -43,17 +43,6 @@ def test_flops_are_those_that_torch_counts(compiled):
     assert compiled.micro_batch.peak < eager.micro_batch.peak
 
 
-@pytest.mark.parametrize("window", [1, 5, 8])
-def test_flops_of_attention_are_those_of_the_keys_seen(window):
-    T = 8
-    x = torch.empty(2, T, 3, 64, device="meta")
-    attend = cost.attention(None, "meta", window)
-    kernel, = kernels_of(lambda compile: attend, x, x, x)
-    seen = int(torch.ones(T, T).tril().triu(1 - window).sum())
-    assert kernel.flops == 2 * 2 * (2 * 3 * 64) * seen
-    assert kernel.full == (window == T)
-
-
 def kernels_of(function, *inputs):
     recorder = cost.Recorder()
     with cost.on_meta(recorder):
@@ -61,10 +50,22 @@ def kernels_of(function, *inputs):
     return part.kernels
 
 
+def test_flops_of_attention_are_those_of_the_keys_seen():
+    T = 8
+    x = torch.empty(2, T, 3, 64, device="meta")
+    for window in (1, 5, 8):
+        attend = cost.attention(None, "meta", window)
+        kernel, = kernels_of(lambda compile: attend, x, x, x)
+        seen = int(torch.ones(T, T).tril().triu(1 - window).sum())
+        assert kernel.flops == 2 * 2 * (2 * 3 * 64) * seen
+        assert kernel.full == (window == T)
+
+
 def test_fused_operations_read_and_write_once():
-    x = torch.empty(40, 300, device="meta")
-    rows = 40 * 4
-    size = 300 * rows
+    """A reduction over all reads twice; a product ends a fused kernel."""
+    x = torch.empty(300, 300, device="meta")
+    size = x.nbytes
+    rows = 4 * 300
 
     def shares(x):
         return (x.relu() * 2 + 1).softmax(-1).sum(-1)
@@ -73,22 +74,12 @@ def test_fused_operations_read_and_write_once():
     assert kernel.nbytes == size + rows
     eager = kernels_of(lambda compile: shares, x)
     assert [k.nbytes for k in eager] == [2 * size] * 4 + [size + rows]
-
-
-def test_a_reduction_over_all_reads_twice():
-    x = torch.empty(300, 300, device="meta")
-    size = x.nbytes
     found = kernels_of(lambda compile: compile(lambda x: x / x.square().sum().sqrt()), x)
     assert [k.nbytes for k in found] == [size + 4, 2 * size + 4]
-
-
-def test_a_product_ends_a_fused_kernel():
-    x = torch.empty(100, 100, device="meta")
-    size = x.nbytes
     found = kernels_of(lambda compile: compile(lambda x: (x + 1) @ x * 2), x)
     assert [(k.name, k.nbytes) for k in found] == [
         ("fused", 2 * size), ("mm", 3 * size), ("fused", 2 * size)]
-    assert found[1].size == (1, 100, 100, 100)
+    assert found[1].size == (1, 300, 300, 300)
 
 
 def test_memory_is_that_of_living_tensors():

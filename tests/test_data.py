@@ -736,10 +736,10 @@ def test_fineweb(hub, tmp_path, capsys, gpt2_cache, no_gpt2, monkeypatch):
     run_fineweb(hub, tmp_path, "--force")
     assert snapshot(out) == repaired
     monkeypatch.setattr(prepare, "TRACK_SEQ_LEN", 256)
-    check_routes(out, tmp_path, capsys)
+    check_routes(out, tmp_path, capsys, monkeypatch)
 
 
-def check_routes(out, tmp_path, capsys):
+def check_routes(out, tmp_path, capsys, monkeypatch):
     """That `verify` tells Slowrun's files of the same documents from others."""
     parts = reference_split(token_documents(300), **SIZES)
     training = parts["heldout"] + parts["train"]
@@ -761,9 +761,14 @@ def check_routes(out, tmp_path, capsys):
     assert track["data"] == corpus.hashes
     assert track["tokens"]["train"] == corpus.train_sequences * corpus.seq_len
     assert track["tokens"]["val"] == corpus.eval_sequences("val")[:, 1:].size
+    run_bad(capsys, "fineweb_train.pt and fineweb_val.pt of .* published bytes", "verify", out)
+    files = (tmp_path / "in").iterdir()
+    hashes = {path.name: prepare.file_sha256(path) for path in sorted(files)}
+    monkeypatch.setattr(prepare, "SLOWRUN_SHA256", hashes)
+    assert lines in run_ok(capsys, "verify", out)
     assert "the first 29,900 compared" in run_ok(capsys, *slowrun(training[:29_900]))
     training[20_000] -= 1
-    run_bad(capsys, "differ: training from token 20,000 on", *slowrun(training))
+    run_bad(capsys, "differ: train from token 20,000 on", *slowrun(training))
     flip(other / "dev.bin")
     run_bad(capsys, "slowrun is not a whole folder.*dev.bin is damaged", "verify", out, other)
 
@@ -807,7 +812,8 @@ def write_slowrun(folder, train, val, **changes):
     folder.mkdir(exist_ok=True)
     for name, tokens in {"train": train, "val": val}.items():
         tokens = np.array(tokens, dtype=np.uint16)
-        about = {"tokens": tokens, "bos_id": END, "doc_starts": np.flatnonzero(tokens == END)}
+        about = {"tokens": tokens, "doc_starts": np.flatnonzero(tokens == END), "bos_id": END,
+                 "seq_shuffle_seed": 43 if name == "train" else 42, "seq_size": 257}
         about = {key: value for key, value in {**about, **changes}.items() if value is not None}
         for key, value in about.items():
             about[key] = torch.as_tensor(value) if isinstance(value, (list, np.ndarray)) else value

@@ -16,14 +16,13 @@ import numpy as np
 import pytest
 import torch
 from forks import (
-    CYCLE_ENDS, EVERY_STEP, Fork, at_step, command, differences, disturbed,
-    metrics_of, planted, ranks, reference, result_of, resume, shards, start, states_of,
-    weights_of)
+    CYCLE_ENDS, EVERY_STEP, Fork, at_step, command, disturbed, planted, ranks, reference, resume,
+    shards, start, states_of, weights_of)
 from safetensors.numpy import save_file
 from tiny import edit_json, fails, flip, read_json, shorten, with_file
 
 import train_q0 as q
-from records.population import load_predictions
+from records.population import load_member, load_predictions
 
 NEWEST = "state/0-000000011"  # of `interrupted`
 BEFORE = "state/0-000000010"
@@ -130,7 +129,7 @@ def test_damaged_state(case, interrupted, killed, capsys):
     assert re.fullmatch(f"notice: .*{JSON} is missing or damaged.*\n", capsys.readouterr().err)
 
 
-def test_a_run_whose_states_are_damaged(base, interrupted, logs, capsys):
+def test_a_run_whose_states_are_damaged(base, interrupted, logs):
     """It goes on from the one before; where none is whole, as the line says, from the start."""
     copy = shutil.copytree(logs, logs.with_name("copy"))
     shorten(interrupted / JSON, -9)
@@ -138,8 +137,7 @@ def test_a_run_whose_states_are_damaged(base, interrupted, logs, capsys):
     shutil.rmtree(logs)
     copy.rename(logs)
     swap(TENSORS, f"{BEFORE}.safetensors")(interrupted)
-    fails(capsys, "no other state of trajectory 0 .*: start a new run, or delete .*state/0-",
-          "--resume", "x")
+    resume(logs).fails("no other state of trajectory 0 .*: start a new run, or delete .*state/0-")
     for file in (interrupted / "state").glob("0-*"):
         file.unlink()
     assert goes_on(base, logs).went_on_from == {}
@@ -152,16 +150,15 @@ def test_the_end_of_a_trajectory_is_damaged(base, logs):
     goes_on(base, logs)
 
 
-def test_formats_of_an_older_script(interrupted, capsys):
+def test_formats_of_an_older_script(interrupted, logs, capsys):
     """One line says so, of states, of members, and of settings that are no more."""
     state_with(NEWEST, BEFORE, format=1)(interrupted)
-    fails(capsys, "of format 1, this script reads 3: use the train_q0.py at the head of its",
-          "--resume", "x")
+    resume(logs).fails("of format 1, this script reads 3: use the train_q0.py at the head of its")
     about = read_json(interrupted / "members/1/config.json")
     del about["format"]  # as members had it then
     (interrupted / "members/1/config.json").write_text(json.dumps(about))
     with pytest.raises(q.UserError, match="^member .*/1 .* of format 1, this script reads 3: use"):
-        q.load_member(interrupted / "members/1")
+        load_member(interrupted / "members/1")
     config = read_json(interrupted / "run.json")["config"]
     edit_json(interrupted / "run.json", config={**config, "rotary_base": 10_000})
     fails(capsys, "run.json is missing or damaged: .*rotary_base", "--resume", "x")
@@ -179,10 +176,10 @@ def test_a_member_of_another_model(killed, monkeypatch):
     monkeypatch.setattr(q, "parameter_table", edited)
     told = r"missing .*'up', \(1, 2, 64, 32\).*unexpected .*'gate_up', \(1, 2, 64, 32\)"
     with pytest.raises(q.UserError, match=told):
-        q.load_member(killed / "members/1")
+        load_member(killed / "members/1")
     monkeypatch.setattr(q, "parameter_table", raising(TypeError))
     with pytest.raises(TypeError):
-        q.load_member(killed / "members/1")
+        load_member(killed / "members/1")
 
 
 def swap_member(run):
@@ -266,31 +263,12 @@ def test_not_finite(base, logs):
     assert weights_of(logs / "x") == weights_of(reference(base))
 
 
-def test_skip_not_finite(base, logs, tmp_path):
-    """Counted and logged once, told in the result, also when the next cycle starts afresh. Killed
-    after it and resumed, the count goes on."""
-    argv = command(base, *EVERY_STEP, "--skip-nonfinite", "--boundary", "fresh")
-    whole = tmp_path / "whole/logs"
-    Fork(whole, *argv, plant=poison(7, "inf loss", 0)).good()
-
-    def plant():
-        poison(7, "inf loss", 0)()
-        at_step(12)()
-
-    Fork(logs, *argv, plant=plant).dies()
-    resume(logs).good()
-    assert differences(whole / "x", logs / "x") == []
-    skipped, = [event for event in metrics_of(logs / "x") if event["event"] == "skipped"]
-    assert skipped["updates"] == result_of(logs / "x")["skipped_updates"] == 1
-    assert skipped["reason"].startswith("the loss or a gradient is not finite at or before step 7 ")
-
-
-def test_saved_before_it_is_noticed(base, logs):
-    """States between the fault and the logged line know of it: the run that goes on counts it."""
+def test_not_finite_is_never_saved(base, logs):
+    """A save between the fault and the logged line notices it."""
     argv = command(base, *EVERY_STEP, "--log-every", "5")
-    told = "1 updates were left out; the last saved state is of step 9"
+    told = "before step 7 .* 1 updates were left out; the last saved state is of step 6"
     Fork(logs, *argv, plant=poison(7, "nan loss")).fails(told)
-    assert resume(logs, "--skip-nonfinite").good().went_on_from == {0: 9}
+    assert resume(logs).good().went_on_from == {0: 6}
 
 
 # Memory, bugs, hanging ---------------------------------------------------------------------------
@@ -445,7 +423,7 @@ def member_target(tmp, base, run):
     bad += [dump({**good, "vocab_size": n}) for n in (2 ** 31 - 1, float("inf"))]
 
     def read():
-        model = q.load_member(folder)
+        model = load_member(folder)
         saved = q.load_tensor_file(folder / "model.safetensors")
         assert all(torch.equal(p, saved[n].to(p.dtype)) for n, p in model.named_parameters())
     return file, read, [*edited(good), *mangled(dump(good))], bad

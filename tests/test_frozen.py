@@ -19,6 +19,7 @@ import torch
 
 import train_q0 as q0
 from frozen import case
+from tiny import initialised
 
 # --------------------------------------------------------------------------------------------------
 # Adapter: all that knows the code under test. Tensors are dicts {old name: float32 array}.
@@ -26,7 +27,7 @@ from frozen import case
 def build(key):
     """A model of case.MODEL with the initial weights of `key`."""
     cfg, _ = q0.resolve(q0.Config(**case.MODEL))
-    model = q0.GPT(cfg, case.VOCAB).init_weights(*key)
+    model = initialised(cfg, case.VOCAB, *key)
     _, model.attend = q0.choose_attention(cfg, torch.device("cpu"))
     return model
 

@@ -1,10 +1,12 @@
 """`plan`: its memory formula against tensors that are kept, its time against FLOPs."""
+import math
 import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
-from tiny import FEATURES, fails, resolved, works
+from tiny import FEATURES, fails, initialised, resolved, works
 
 import train_q0 as q
 from records import cost, plan
@@ -19,7 +21,7 @@ VOCAB = 2048
 def build(**changes):
     """(settings, model, optimizer) of a step."""
     cfg = resolved(**{**SMALL, **changes})
-    model = q.GPT(cfg, VOCAB).init_weights(0).train()
+    model = initialised(cfg, VOCAB, 0).train()
     return cfg, model, q.Optimizer(model, cfg, q.World())
 
 
@@ -72,6 +74,16 @@ def test_weights_gradients_optimizer_and_member_memory(changes):
     assert parts["previous"] == size(q.empty_member(cfg, VOCAB).parameters())
 
 
+@pytest.mark.parametrize("preset", ["small", "q0"])
+def test_what_a_preset_needs_of_a_gpu(preset):
+    """The table that chooses a preset: in whole GB, with 5% to spare, for the largest population."""
+    peaks = []
+    for population in q.POPULATIONS:
+        cfg = replace(resolved(preset, population=population), precision="bfloat16", compile=True)
+        peaks.append(plan.memory_per_device(cfg, 50257)["peak"])
+    assert math.ceil(max(peaks) / 0.95e9) == q.NEEDS[preset]
+
+
 def test_plan_names_a_micro_batch_that_fits(capsys):
     argv = ("plan", "--preset", "q0", "--gpus", 8)
     too_large = works(capsys, *argv, "--micro-batch", 8)
@@ -79,7 +91,7 @@ def test_plan_names_a_micro_batch_that_fits(capsys):
     assert "does not fit" not in works(capsys, *argv, "--micro-batch", 4)
 
 
-def test_plan_states_the_resume_state(capsys):
+def test_plan_states_memory_and_the_resume_state(capsys):
     """Weights and one or two moments in float32; with --average mean weights too."""
     shown = []
     for average in (0, 0.5):
@@ -88,6 +100,10 @@ def test_plan_states_the_resume_state(capsys):
         shown.append(float(found[1]))
     assert 1.87 * 8 < shown[0] < 1.87 * 12
     assert shown[1] - shown[0] == pytest.approx(1.87 * 4, rel=0.02)
+    table = out.split("memory per device:\n")[1].split("disk:")[0].splitlines()
+    assert {len(line) for line in table} == {len(table[0])}
+    weights, = re.findall(r"^  weights +([\d.]+) GB$", out, re.M)
+    assert float(weights) == pytest.approx(4 * 1.87, rel=0.01)
 
 
 def test_plan_time_is_flops_over_speed(capsys):

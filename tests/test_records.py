@@ -481,10 +481,16 @@ def test_committed_records(capsys):
     assert status == 0, out
 
 
-def test_tracks():
-    """The default run is of the default track."""
-    track = read_json(ROOT / "records/tracks.json")["wiki_cpu"]
-    assert track["train_tokens"] == q.Config.train_tokens
+@pytest.mark.parametrize("name", ["wiki_cpu", "wiki_13m"])
+def test_tracks(name):
+    """The default run is of the default track, what records/README.md runs is of the other."""
+    track = read_json(ROOT / "records/tracks.json")[name]
+    page = (ROOT / "records/README.md").read_text(encoding="utf-8")
+    size, = re.findall('size="(.*)"', page)
+    cfg, *_ = q.parse_config(size.split() if name == "wiki_13m" else ["--preset", "tiny"])
+    assert (cfg.train_tokens, cfg.seq_len) == (track["train_tokens"], track["seq_len"])
+    most = track["max_parameters"]
+    assert 0.9 * most < recompute.parameters(cfg, track["vocab_size"]) <= most
     if (ROOT / "data/wiki/manifest.json").exists():
         found = q.load_corpus(ROOT / "data/wiki", track["seq_len"], track["train_tokens"])
         known = (track["data"], track["tokens"], track["vocab_size"])

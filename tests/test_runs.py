@@ -17,6 +17,7 @@ from tiny import (
 import train_q0 as q
 from records import plot, population
 from records.mixture import load_mixture
+from records.population import load_member
 
 
 def member_of(run, member):
@@ -71,7 +72,7 @@ def test_average_is_the_mean_of_weights(finished, corpus, logs, capsys):
     best = int(min(shown, key=lambda count: float(shown[count])))
     made = logs / "mean"
     assert_mean(made, 0, finished, range(4 - best, 4))
-    model = q.load_member(made / "members/0")
+    model = load_member(made / "members/0")
     cached = predictions_of(made)
     for split, p in cached.items():
         sequences = sequences_of(corpus, split, 64)

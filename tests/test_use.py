@@ -17,7 +17,7 @@ from tiny import (
     sequences_of, shard_bytes, with_file, works)
 
 import train_q0 as q
-from records import figures, mixture, plot, pool, prior
+from records import figures, mixture, plot, pool, population, prior
 from records.mixture import load_mixture
 
 
@@ -164,7 +164,7 @@ def test_evaluate_against_the_cache(finished, corpus, encoding, capsys):
 def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
     """Each member is read once, and is gone when the next one comes."""
     seen = []
-    load = q.load_member
+    load = population.load_member
 
     def one_at_a_time(*args, **kwargs):
         gc.collect()
@@ -174,7 +174,7 @@ def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
         seen.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(q, "load_member", one_at_a_time)
+    monkeypatch.setattr(population, "load_member", one_at_a_time)
     shards = (corpus / "heldout.bin", corpus / "dev.bin")
     out = works(capsys, "evaluate", finished, "--data", *shards)
     assert len(seen) == 5
@@ -318,14 +318,40 @@ def test_plot(finished, tmp_path, capsys):
     for loss, reached in ((3.5, 6), (5.5, 2), (2.9, np.nan)):
         assert_allclose(plot.reached([curve, curve], loss, plot.EPOCHS), [reached] * 2)
     png = tmp_path / "x.png"
-    out = works(capsys, "compare", f"a={log}", f"b={log}", "--out", png)
+    out = works(capsys, "compare", finished, f"b={log}", "--out", png)
     assert png.stat().st_size > 5000
-    assert "b reaches a's" in out
+    assert "b reaches first's" in out
+    lines = [line.split() for line in out.splitlines()]
+    assert ["difference", "-", "+0.0000"] in lines
+    result = read_json(finished / "result.json")
+    single = f"{min(entry['loss'] for entry in result['curve']):.4f}"
+    assert ["best", "member", single, single] in lines
+    for row in result["table"]["rows"]:
+        assert ["best", str(row["k"]), *2 * [f"{row['pruned']:.4f}"]] in lines
     worse = plot.curve(log) + [0, 0, 1]
     (tmp_path / "worse.json").write_text(json.dumps([worse.tolist()]))
     out = works(capsys, "compare", f"a={log}", f"b={tmp_path}/worse.json", "--out", png)
     assert out.count("b does not reach a's") == 2  # epochs, FLOPs
     fails(capsys, "no runs or files match nothing", "compare", "a=nothing")
+    fails(capsys, "there is a row first already", "compare", finished, finished)
+    fails(capsys, r"x.doc is not drawn: .*doc", "compare", finished, "--out", tmp_path / "x.doc")
+
+
+def test_compare_settings(trained, logs, capsys):
+    """Of a row of two seeds and one under way, on other settings; its picture is under logs/."""
+    for seed in (1, 2):
+        trained(f"old{seed}", "--seed", seed)
+    new = trained("new", "--lr-head", 0.02, "--report", "dev")
+    same = trained("same", "--lr-head", 0.02)
+    log = same / "log.txt"
+    log.write_text(log.read_text(encoding="utf-8").split("\nfinal_")[0] + "\n", encoding="utf-8")
+    out = works(capsys, "compare", "old=old*", "same")
+    lines = [line.split() for line in out.splitlines()]
+    assert lines[:4] == [["old", "same"], ["seed", "1", "2", "0"], ["lr_head", "0.01", "0.02"],
+                         ["runs", "2", "1"]]
+    assert ["best", "1"] == lines[7][:2] and lines[7][-1] == "-"  # it has no table yet
+    assert (logs / "compare.png").stat().st_size > 5000
+    fails(capsys, "losses on dev and on val text, .* do not compare", "compare", "same", new)
 
 
 def test_verdict():
@@ -345,7 +371,8 @@ def test_figures(monkeypatch, capsys):
     figures.main()
     assert sorted(drawn) == ["loss.png", "method.png", "ratio.png"]
     out = capsys.readouterr().out
-    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65", "seed 202, 208 epochs: 3.34"):
+    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65",
+                 "q0, seed 202, 208 epochs: 3.34", "chain, seed 201, 208 epochs: 3.44"):
         assert line in out
 
 

@@ -69,9 +69,15 @@ def small(**changes):
     return resolved(**{**SMALL, **FEATURES, **changes})
 
 
+def initialised(cfg, vocab_size, *key):
+    model = q.GPT(cfg, vocab_size)
+    q.init_weights(model.table, dict(model.named_parameters()), *key)
+    return model
+
+
 def build(key=0, stir=True, **changes):
     """Such a model. `stir` moves what starts neutral, and makes logits of order 1."""
-    model = q.GPT(small(**changes), VOCAB).init_weights(key)
+    model = initialised(small(**changes), VOCAB, key)
     generator = seeded(key + 1)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -130,6 +136,24 @@ def train(folder, cfg, module=q):
     found, plan = trainer(folder, cfg, module)
     module.train(found, plan)
     return found
+
+
+def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
+    """The loss of whole logits; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N]
+    (-1: ignored); teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...].
+    Returns (loss, cross-entropy) in nats per token."""
+    def capped(h, w):
+        z = h @ w.T
+        return softcap * torch.tanh(z / softcap) if softcap else z
+    logits = capped(hidden, head)
+    ce = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1)
+    if not teacher:
+        return ce, ce
+    p = sum(share * torch.softmax(capped(h, w), dim=-1) for share, h, w in teacher)
+    log_p = torch.log_softmax(p.log() / temperature, dim=-1)
+    log_q = torch.log_softmax(logits / temperature, dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
+    return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
 
 # A corpus on the disk
