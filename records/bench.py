@@ -697,13 +697,15 @@ def mixture_of(folder, K, samples):
     """A Mixture of K members of `tiny` of random weights, whose files go to `folder`."""
     vocab = pick(2048, 128)
     for k in range(K):
-        model = q.GPT(tiny(), vocab).init_weights("bench", k)
+        model = q.GPT(tiny(), vocab)
         weights = dict(model.named_parameters())
+        q.init_weights(model.table, weights, "bench", k)
         q.save_member(folder / f"members/{k}", model.cfg, vocab, weights, {})
     members = list(range(K))
-    manifest = {"vocab_size": vocab}
-    return Mixture(folder, members, [1 / K] * K, np.ones((K, 1)), members, torch.device("cpu"),
-                   manifest, None, samples)
+    return Mixture(
+        folder, members, weights=[1 / K] * K, heldout=np.ones((K, 1)), kept=members,
+        device=torch.device("cpu"), gate=None, manifest={"vocab_size": vocab}, encoding=None,
+        samples=samples)
 
 
 def text_versions(mixture):

@@ -38,8 +38,10 @@ def mixed(tmp_path_factory):
         q.save_member(folder / f"members/{i}", model.cfg, VOCAB, dict(model.named_parameters()), {})
 
     def make(**options):
-        return Mixture(folder, [2, 0, 1], [0.5, 0.3, 0.2], np.ones((3, 1)), [0, 1, 2],
-                       torch.device("cpu"), {}, Letters(), **options)
+        return Mixture(
+            folder, members=[2, 0, 1], weights=[0.5, 0.3, 0.2], heldout=np.ones((3, 1)),
+            kept=[0, 1, 2], device=torch.device("cpu"), gate=None, manifest={}, encoding=Letters(),
+            **options)
     return make
 
 
@@ -109,21 +111,21 @@ def nbytes(tensors):
 def test_bytes_of_use(mixed):
     """Of weights and caches, as `place` counts them, against tensors."""
     part, other = generate.parts_of(mixed(), 1)
-    assert (len(part.shares), len(other.shares)) == (1, 2)
+    assert (len(part.columns), len(other.columns)) == (1, 2)
     banks = [getattr(part.stack, name) for name in part.stack.table]
     weights = nbytes(getattr(bank, "matrices", bank) for bank in banks)
     kept = nbytes(x for one in part.cache().passes for x in (one.keys, one.values))
-    found = generate.planned(mixed())[0].bytes_on(torch.device("cpu"), 1)
+    found = generate.member_files(mixed())[0].bytes_on(torch.device("cpu"), 1)
     assert found == pytest.approx(weights + kept, rel=0.02)  # a file has a header, and rows added
 
 
 def test_place():
     """One device after the other, a tenth of each is left; None where the last is too small."""
-    plans = [SimpleNamespace(shape="a", bytes_on=lambda device, texts: 40 * texts)] * 4
-    found = generate.place(plans, [("x", 100), ("y", 30), ("z", 100)], 1)
+    files = [SimpleNamespace(shape="a", bytes_on=lambda device, texts: 40 * texts)] * 4
+    found = generate.place(files, [("x", 100), ("y", 30), ("z", 100)], 1)
     assert {key: len(group) for key, group in found.items()} == {("x", "a"): 2, ("z", "a"): 2}
-    assert generate.place(plans, [("x", 100), ("z", 80)], 1) is None
-    assert generate.place(plans, [("x", 100), ("z", 100)], 2) is None
+    assert generate.place(files, [("x", 100), ("z", 80)], 1) is None
+    assert generate.place(files, [("x", 100), ("z", 100)], 2) is None
 
 
 def test_plan_of_use():
