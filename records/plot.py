@@ -18,6 +18,7 @@ import numpy as np
 import train_q0 as q
 from records.check import read_log, read_table, rule
 
+MOST_BYTES = 2 ** 26  # of a file that is read
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
 LOSS = 2
@@ -104,8 +105,17 @@ def compared(first, curves):
     return cells + f"{above:+.4f} | {required:.4f} | {verdict}"
 
 
+def check_file(path):
+    """Raise ValueError for what might never end, or is too large to be read."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} is no regular file, or too large")
+
+
 def print_columns(rows):
-    """Rows of texts below one another; the first column to the left, the others to the right."""
+    """Rows of texts below one another; the first column to the left, the others to the right. What
+    files say may be anything: a text is cut, and what would steer a terminal is a ?."""
+    rows = [["".join(c if c.isprintable() else "?" for c in text[:50]) for text in row]
+            for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *others in rows:
         cells = [text.rjust(width) for text, width in zip(others, widths[1:])]
@@ -165,7 +175,9 @@ def entries_of(run):
     of all its trajectories. Raises ValueError or KeyError for damaged ones."""
     entries = []
     for path in sorted(run.glob("metrics*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        check_file(path)
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last may be half written
+        for line in lines:
             event = json.loads(line)
             loss = next((event[key] for key in event if key.endswith("_loss")), None)
             if event["event"] == "member":
@@ -274,8 +286,7 @@ def read_row(paths):
     row = Row([])
     for path in paths:
         with q.reading(f"{path}, which should be the log of a run,"):
-            if not path.is_file():
-                raise ValueError("there is no such file")
+            check_file(path)
             if path.suffix == ".json":
                 row.curves.extend(curves_in(str(path)))
                 continue
