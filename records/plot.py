@@ -190,9 +190,10 @@ def entries_of(run):
 
 def draw_losses(axis, rows, x, lines):
     """A line for each of lines {name: (style, label)} through rows {x: ..., name: loss}."""
+    size = 4 if len(rows) <= 40 else 2
     for name, (style, label) in lines.items():
         losses = [row[name] for row in rows]
-        axis.plot([row[x] for row in rows], losses, style, markersize=4, label=label)
+        axis.plot([row[x] for row in rows], losses, style, markersize=size, label=label)
 
 
 def draw_curve(path, entries, split, table=None):
@@ -200,7 +201,8 @@ def draw_curve(path, entries, split, table=None):
     prior; at its end also against the number of members (population_table). entries: the `curve`
     of its result. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    panels = 2 if table else 1
+    several = table is not None and len(table["rows"]) > 1
+    panels = 2 if several else 1
     figure = Figure(figsize=(1 + 5.5 * panels, 4.5), layout="constrained")
     by_epochs, *by_members = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     draw_losses(by_epochs, entries, "epochs", {
@@ -215,13 +217,17 @@ def draw_curve(path, entries, split, table=None):
             "learned": ("D-C2", "k of largest weight, learned prior"),
             "pruned": ("^-C3", "best k, found by pruning")})
         axis.set_xlabel("members k")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(entries) <= 16:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
     best = min(entry["loss"] for entry in entries)
     for axis in (by_epochs, *by_members):
         axis.axhline(best, color="gray", linewidth=1, label=f"best single member: {best:.4f}")
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.suptitle(path.parent.name)
+    figure.suptitle(path.parent.name, parse_math=False)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several launches may draw at once
     figure.savefig(tmp, format="png", dpi=120)
     tmp.replace(path)
