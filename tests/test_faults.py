@@ -16,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 from forks import (
-    CYCLE_ENDS, EVERY_STEP, Fork, at_step, command, differences, disturbed,
-    metrics_of, planted, ranks, reference, result_of, resume, shards, start, states_of,
-    weights_of)
+    CYCLE_ENDS, EVERY_STEP, Fork, at_step, command, disturbed, planted, ranks, reference, resume,
+    shards, start, states_of, weights_of)
 from safetensors.numpy import save_file
 from tiny import edit_json, fails, flip, read_json, shorten, with_file
 

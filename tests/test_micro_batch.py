@@ -55,7 +55,7 @@ def test_recompute_saves_memory_and_changes_nothing():
             passes.append([loss, *[weight.grad for weight in model.parameters()]])
             sizes.append(sum(saved.values()))
         assert all(torch.equal(found, wanted) for found, wanted in zip(*passes))
-        assert sizes[1] < 0.7 * sizes[0]
+        assert sizes[1] < 0.75 * sizes[0]
 
 
 # torch.compile: counted with a backend that runs what was traced, which is quick -----------------
@@ -80,7 +80,7 @@ def graphs(monkeypatch):
 
 def test_graphs_do_not_grow_with_depth(graphs, tmp_path):
     """One for each kind of block: a short window or not, a value embedding or not."""
-    for layers in (4, 12):
+    for layers in (4, 8):
         graphs.clear()
         torch._dynamo.reset()
         cfg = small(layers=layers, loop_first=2, loop_last=3, dropout=0.1)
@@ -102,28 +102,25 @@ def same_weights(one, two, atol=0.0):
         torch.testing.assert_close(found, master, rtol=0, atol=atol)
 
 
-def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
+def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path, monkeypatch):
     """Teacher and none, two batch sizes, a last batch of the evaluation that is not full, noise;
-    and the weights are those of a run that compiles nothing."""
+    and the weights are those of a run that compiles nothing. The warm-up leaves no timer: it would
+    end whoever only builds a Trainer, and forks would wait for its thread for ever."""
     cfg = small(**SHORT)
     plain = tiny.train(tmp_path / "plain", cfg)
     assert not graphs
     cfg = q.replace(cfg, compile=True)
-    compiled, plan = tiny.trainer(tmp_path / "compiled", cfg)
+    timer = Mock()
+    with monkeypatch.context() as patch:
+        patch.setattr(q, "faulthandler", timer)
+        compiled, plan = tiny.trainer(tmp_path / "compiled", cfg)
+    called = [call[0] for call in timer.mock_calls]
+    assert called == ["dump_traceback_later", "cancel_dump_traceback_later"]
     warm = dict(graphs)
     assert warm
     q.train(compiled, plan)
     assert graphs == warm
     same_weights(plain, compiled, atol=1e-4)
-
-
-def test_the_warm_up_leaves_no_timer(graphs, tmp_path, monkeypatch):
-    """Else it ends whoever only builds a Trainer, and forks wait for its thread for ever."""
-    timer = Mock()
-    monkeypatch.setattr(q, "faulthandler", timer)
-    tiny.trainer(tmp_path, q.replace(small(**SHORT), compile=True))
-    called = [call[0] for call in timer.mock_calls]
-    assert called == ["dump_traceback_later", "cancel_dump_traceback_later"]
 
 
 # ------------------------------------------------------------------------------------------------
