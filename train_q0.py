@@ -823,14 +823,10 @@ def visible(T, window, device):
 def plain_attention(cfg, device, window):
     """Attention as one reads it; the other kernels must agree. In bf16 on a CPU it is faster than
     SDPA, up to 1,024 tokens."""
-    dtype = getattr(torch, cfg.precision)
-    hidden = ~visible(cfg.seq_len, window, device)
-    bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -math.inf)
-
     def attend(q, k, v):
-        T = q.size(1)
+        hidden = ~visible(q.size(1), window, q.device)
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        scores = q * q.size(-1) ** -0.5 @ k.mT + bias[:T, :T]
+        scores = (q * q.size(-1) ** -0.5 @ k.mT).masked_fill(hidden, -math.inf)
         return (scores.softmax(-1) @ v).transpose(1, 2)
     return attend
 
@@ -1031,60 +1027,42 @@ def use_triton(device_type):
 
 
 def soft_capped(z, softcap):
-    """Raw logits z to soft-capped ones in float32, which overwrite float32 z; 0: none."""
+    """Raw logits z to soft-capped ones in float32; 0: none."""
+    z = z.float()
     if not softcap:
-        return z.float()
-    return z.float().mul_(2 / softcap).sigmoid_().mul_(2 * softcap).sub_(softcap)
+        return z
+    return (z * (2 / softcap)).sigmoid() * (2 * softcap) - softcap  # faster than tanh
 
 
-def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
-    """The loss as one reads it; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N]
-    (-1: ignored); teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...].
-    Returns (loss, cross-entropy) in nats per token."""
-    def capped(h, w):
-        z = h @ w.T
-        return softcap * torch.tanh(z / softcap) if softcap else z
-    logits = capped(hidden, head)
-    ce = F.cross_entropy(logits, targets, ignore_index=-1)
-    if not teacher:
+def mean_loss(z, teacher_z, target, scale, softcap, weight, temperature):
+    """(loss, cross-entropy) from raw logits z [R, V] and a teacher's or None; target [R], scale [R]
+    float32 (share of the mean; 0: ignored)."""
+    x = soft_capped(z, softcap)
+    ce = F.cross_entropy(x, target, reduction="none") @ scale
+    if teacher_z is None:
         return ce, ce
-    p = sum(share * torch.softmax(capped(h, w), dim=-1) for share, h, w in teacher)
-    log_p = torch.log_softmax(p.log() / temperature, dim=-1)
-    log_q = torch.log_softmax(logits / temperature, dim=-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
+    log_p = (soft_capped(teacher_z, softcap) / temperature).log_softmax(-1)
+    log_q = (x / temperature).log_softmax(-1)
+    kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q) @ scale
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
 
 def rows_loss_in_torch(z, teacher_z, V, target, scale, softcap, weight, temperature):
-    """(loss, cross-entropy, gradient by z) from raw logits z [R, >= V] and a teacher's or None.
-    target [R] (-1: ignored), scale [R] float32 (share of the mean; 0: ignored). z is overwritten;
-    columns V.. are padding."""
+    """(loss, cross-entropy, gradient by z) of mean_loss, z and the teacher's [R, >= V]: columns V..
+    are padding, and z is overwritten. target [R] (-1: ignored)."""
     total = 0.0
     ce_total = 0.0
     rows = max(1, PIECE_LOGITS // z.size(1))
     for i in range(0, len(z), rows):
-        x = soft_capped(z[i:i + rows, :V], softcap)
-        s = scale[i:i + rows, None]
-        at = target[i:i + rows, None].clamp_min(0)
-        log_q = torch.log_softmax(x, dim=-1)
-        ce = -(log_q.gather(1, at) * s).sum()
-        loss = ce
-        d = log_q.exp_()  # gradient by the capped logits: q - onehot
-        d.scatter_add_(1, at, torch.full_like(s, -1.0))
-        if teacher_z is not None:  # mixed with q^(T) - p^(T)
-            y = soft_capped(teacher_z[i:i + rows, :V], softcap)
-            log_p = torch.log_softmax(y.div_(temperature), dim=-1)
-            log_q = torch.log_softmax(x / temperature, dim=-1)
-            p = log_p.exp()
-            kl = torch.linalg.vecdot(p, log_p.sub_(log_q)) @ s[:, 0]
-            loss = (1 - weight) * ce + weight * temperature ** 2 * kl
-            d.mul_(1 - weight).add_(log_q.exp_().sub_(p), alpha=weight * temperature)
-        if softcap:
-            d.mul_(x.div_(softcap).square_().neg_().add_(1))
-        z[i:i + rows, :V] = d.mul_(s)
-        total = total + loss
-        ce_total = ce_total + ce
-    z[:, V:] = 0
+        part = slice(i, i + rows)
+        y = None if teacher_z is None else teacher_z[part, :V]
+        with torch.enable_grad():
+            logits = z[part].detach().requires_grad_()
+            loss, ce = mean_loss(logits[:, :V], y, target[part].clamp_min(0), scale[part], softcap,
+                                 weight, temperature)
+            z[part], = torch.autograd.grad(loss, logits)
+        total = total + loss.detach()
+        ce_total = ce_total + ce.detach()
     return total, ce_total, z
 
 
@@ -1111,7 +1089,7 @@ def teacher_logits(teacher, rows, V, softcap):
 
 
 class ChunkedLoss(torch.autograd.Function):
-    """plain_loss in chunks of rows, of the first V rows of the heads; the others are padding.
+    """The loss in chunks of rows, of the first V rows of the heads; the others are padding.
     Gradients are formed in the forward pass, while a chunk's logits are at hand."""
     @staticmethod
     def forward(ctx, hidden, head, V, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
@@ -1188,7 +1166,6 @@ def true_token_probs(model, sequences, batch, world):
 # Optimizer --------------------------------------------------------------------------------------
 # Muon for matrices, AdamW for the rest, a bank at a time.
 
-UPDATE_WEIGHTS = 2 ** 28  # of a bank that are updated at a time: bounds the memory of an update
 POLAR_EXPRESS = (  # (a, b, c) of X <- aX + (bA + cA^2)X, A = XX^T; arXiv 2505.16932
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
     (4.042929935166739, -2.808917465908714, 0.5000178451051316),
@@ -1345,9 +1322,8 @@ class Optimizer:
         square = sum(torch.linalg.vector_norm(grad) ** 2 for grad in grads)
         self.world.all_reduce(square)
         ok = square.isfinite()
-        clip = torch.ones_like(square)
-        if self.cfg.grad_clip:
-            clip = (self.cfg.grad_clip / (square.sqrt() + 1e-6)).clamp(max=1.0)
+        largest = self.cfg.grad_clip or math.inf
+        clip = (largest / (square.sqrt() + 1e-6)).clamp(max=1.0)
         self.steps += ok
         self.skipped += ~ok
         for bank, grad in zip(banks, grads):
@@ -1363,13 +1339,9 @@ class Optimizer:
         if bank.row.rule == "adamw":
             self.adamw_update(bank.own, grad, bank.first, bank.second, lr, wd, clip, ok,
                               self.steps.clamp(min=1), *bank.row.betas)
-            return
-        parts = math.ceil(bank.own.numel() / UPDATE_WEIGHTS)
-        size = math.ceil(len(bank.own) / parts)
-        for start in range(0, len(bank.own), size):
-            units = slice(start, start + size)
-            X = self.muon_momentum(grad[units], bank.first[units], clip, ok, self.dtype)
-            self.muon_update(bank.own[units], polar_express(X), bank.second[units], lr, wd, ok)
+        else:
+            X = self.muon_momentum(grad, bank.first, clip, ok, self.dtype)
+            self.muon_update(bank.own, polar_express(X), bank.second, lr, wd, ok)
 
     def state(self):
         """{name: masters or moments, ...}, the same for any number of ranks, for the leader; {} for
@@ -2551,8 +2523,7 @@ def saved_config(run, given):
         saved = load_json(path)["config"]
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
-    differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items()
-              if k not in MACHINE and v != base[k]]
+    differ = [flag(k) for k, v in given.items() if k not in MACHINE and v != base[k]]
     if differ:
         raise UserError(f"--resume {run} has settings of its own: leave out {', '.join(differ)}")
     return base

@@ -1,7 +1,8 @@
 """Plain code against fast code, on whatever machine this runs: median times, ratios, memory.
 
     python records/bench.py               what a CPU can run, about 9 minutes on 2 idle cores; or some
-    python records/bench.py loss prior    of loss optimizer attention compiled step scaling prior model
+    python records/bench.py loss prior    of loss optimizer attention compiled step scaling prior text
+                                          model
     python records/bench.py --gpu         all that needs a GPU, in 8 minutes; or some of
                                           tests small loss products attention evaluation q0
     python records/bench.py --out b.md    also to a file, row by row, and to b.json
@@ -44,6 +45,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(ROOT))
 import train_q0 as q
 from records import cost, plan
+from records.mixture import Mixture, Text
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if CUDA else "cpu")
@@ -209,6 +211,15 @@ def settings(preset="tiny", **changes):
 
 # Loss, optimizer, attention ---------------------------------------------------------------------
 
+def plain_loss(hidden, head, targets, softcap, teacher, weight, temperature):
+    """The loss of whole logits, by autograd."""
+    teacher_z = None
+    for _, states, of in teacher:  # one or none
+        teacher_z = states @ of.T
+    scale = torch.full(targets.shape, 1 / len(targets), device=targets.device)
+    return q.mean_loss(hidden @ head.T, teacher_z, targets, scale, softcap, weight, temperature)
+
+
 @dataclass(frozen=True)
 class LossCase:
     """Sizes of a loss; `dtype` is that of hidden states, the head's is float32, as in training."""
@@ -218,7 +229,7 @@ class LossCase:
     dtype: torch.dtype
     taught: bool
 
-    def versions(self, plain_loss=q.plain_loss):
+    def versions(self, plain_loss=plain_loss):
         """{name: function that returns the gradients by hidden states and head}."""
         torch.manual_seed(0)
 
@@ -680,6 +691,62 @@ def prior():
     torch.set_num_threads(before)
 
 
+# Text -------------------------------------------------------------------------------------------
+
+def mixture_of(folder, K, samples):
+    """A Mixture of K members of `tiny` of random weights, whose files go to `folder`."""
+    vocab = pick(2048, 128)
+    for k in range(K):
+        model = q.GPT(tiny(), vocab).init_weights("bench", k)
+        weights = dict(model.named_parameters())
+        q.save_member(folder / f"members/{k}", model.cfg, vocab, weights, {})
+    members = list(range(K))
+    manifest = {"vocab_size": vocab}
+    return Mixture(folder, members, [1 / K] * K, np.ones((K, 1)), members, torch.device("cpu"),
+                   manifest, None, samples)
+
+
+def text_row(mixture):
+    """Tokens a second of all samples at full context: the cached ones of half a context, while the
+    window moves once."""
+    T = mixture.models[0].cfg.seq_len
+    samples = mixture.samples
+    tokens = torch.randint(mixture.models[0].vocab_size, (samples, T))
+    texts = [Text(None, i) for i in range(samples)]
+    reader = mixture.reader()
+    reader.read(tokens[:1])
+    reader.repeat(samples)
+
+    def draw(log_p):
+        return torch.tensor([[text.draw(row, 1.0, 1.0)] for text, row in zip(texts, log_p)])
+
+    def uncached():
+        draw(mixture.log_probs(tokens)[:, -1])
+
+    def cached():
+        drawn = tokens[:, :1]
+        for _ in range(T // 2):
+            drawn = draw(reader.read(drawn))
+
+    times = compare({"uncached": uncached, "cached": cached}, seconds=10).times
+    row = {"members": len(mixture.members), "samples": samples}
+    row["uncached tokens/s"] = samples / times["uncached"]
+    row["cached tokens/s"] = samples * (T // 2) / times["cached"]
+    return row | {"cached / uncached": row["cached tokens/s"] / row["uncached tokens/s"]}
+
+
+@section(300)
+def text():
+    """Text of tiny at full context: all of it for each token against cached keys and values"""
+    before = torch.get_num_threads()
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        for K, samples in ((1, 1), (8, 1), (8, 8)):
+            with tempfile.TemporaryDirectory() as folder:
+                yield {"threads": threads, **text_row(mixture_of(Path(folder), K, samples))}
+    torch.set_num_threads(before)
+
+
 # Modelled: what an H100 would take --------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -929,7 +996,7 @@ def gpu_loss():
     for tokens, width, taught in pick(LOSS_SIZES, [(32, 16, True)]):
         torch._dynamo.reset()
         case = LossCase(tokens, vocab, width, dtype, taught)
-        found = case.versions(torch.compile(q.plain_loss, dynamic=False))
+        found = case.versions(torch.compile(plain_loss, dynamic=False))
         versions = {
             "compiled plain": found["plain"],
             "torch": without_kernels(found["chunked"]),

@@ -32,6 +32,7 @@ COMMANDS = {
     "evaluate": for_terminals(use.evaluate),
     "sample": for_terminals(use.sample),
     "average": for_terminals(runs.average),
+    "count": for_terminals(runs.count),
     "pool": for_terminals(runs.pool),
     "push": for_terminals(hub.push),
     "runs": for_terminals(overview.runs),

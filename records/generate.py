@@ -10,10 +10,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import train_q0 as q
+from records.counting import Counting
 from records.population import fetch
 
 READ_ROWS = 8192  # tokens of all rows that go through a stack at once
@@ -206,40 +208,74 @@ class Stack(q.GPT):
 class Part:
     """Members that read together: a full stack, or one whose weights come from `file` each time."""
     stack: Stack
-    shares: torch.Tensor  # theirs of the mixture [K]
+    columns: list  # their places in the mixture
+    device: torch.device
     file: Path | None = None
 
     @property
-    def device(self):
-        return self.shares.device
+    def cfg(self):
+        return self.stack.cfg
 
     def cache(self):
         """A Cache of one text. That of a streamed part waits in the host's memory."""
-        return Cache(self.stack.cfg, len(self.shares), "cpu" if self.file else self.device)
+        return Cache(self.cfg, len(self.columns), "cpu" if self.file else self.device)
 
-    def probs(self, tokens, cache):
-        """sum_k share_k p_k [B, V] of what follows tokens [B, T], read into `cache`."""
+    def probs(self, tokens, cache, shares):
+        """sum_k share_k p_k [B, V] of what follows tokens [B, T], read into `cache`; shares [K, B]
+        are of all members of the mixture."""
         if self.file:
             self.stack.fill(0, q.load_tensor_file(self.file))
             cache.change(self.to_device)
-        rows = len(tokens) * len(self.shares)
+        rows = len(tokens) * len(self.columns)
         for some in tokens.to(self.device).split(max(1, READ_ROWS // rows), dim=1):
             logits = self.stack(some, cache)
         if self.file:
             cache.change(torch.Tensor.cpu)
         p = q.soft_capped(logits, self.stack.cfg.softcap).softmax(-1)
-        return torch.einsum("k,kbv->bv", self.shares, p)
+        return torch.einsum("kb,kbv->bv", self.to_device(shares[self.columns]), p)
 
     def to_device(self, tensor):
         return tensor.to(self.device)
 
 
+class Context:
+    """The tokens of B texts, for a member that reads them anew each time."""
+    def __init__(self):
+        self.forget()
+
+    def forget(self):
+        self.tokens = torch.empty(1, 0, dtype=torch.long)
+
+    def change(self, function):
+        self.tokens = function(self.tokens)
+
+
+@dataclass(frozen=True, eq=False)
+class CountingPart:
+    """A member that counts, as a Part."""
+    member: Counting
+    column: int
+
+    @property
+    def cfg(self):
+        return self.member.cfg
+
+    def cache(self):
+        return Context()
+
+    def probs(self, tokens, cache, shares):
+        cache.tokens = torch.cat((cache.tokens, tokens), dim=1)
+        found = [self.member.next_probs(row) for row in cache.tokens.numpy()]
+        return shares[self.column, :, None] * torch.from_numpy(np.stack(found))
+
+
 class Reader:
     """Texts of the same length as a mixture reads them. Beyond the context the older half of it is
     forgotten, and the rest is read again: each token sees half a context at least."""
-    def __init__(self, parts, seq_len):
+    def __init__(self, parts, shares):
         self.parts = parts
-        self.seq_len = seq_len
+        self.shares = shares  # Mixture.shares
+        self.seq_len = parts[0].cfg.seq_len
         self.caches = [part.cache() for part in parts]
         self.tokens = torch.empty(1, 0, dtype=torch.long)  # of the context so far
 
@@ -252,7 +288,9 @@ class Reader:
             self.tokens = tokens = self.tokens[:, self.seq_len // 2:]
             for cache in self.caches:
                 cache.forget()
-        found = [part.probs(tokens, cache) for part, cache in zip(self.parts, self.caches)]
+        shares = self.shares(self.tokens)[..., -1]
+        found = [part.probs(tokens, cache, shares)
+                 for part, cache in zip(self.parts, self.caches)]
         return sum(p.cpu() for p in found).log_()
 
     def repeat(self, n):
@@ -274,7 +312,7 @@ SHAPE = ("seq_len layers width head_dim mlp_hidden softcap windows short_window 
 class Plan:
     """A member that is to be placed."""
     number: int
-    share: float
+    column: int  # its place in the mixture
     cfg: q.Config
     vocab_size: int
     file: Path
@@ -295,15 +333,17 @@ class Plan:
 
 
 def planned(mixture):
-    """The Plan of each member. Raises UserError where they do not mix or are damaged."""
+    """The Plan of each member that was trained. Raises UserError where they do not mix or are damaged."""
     found = []
-    for i, share in zip(mixture.members, mixture.weights):
+    for column, i in enumerate(mixture.members):
         folder = fetch(mixture.folder, i)
         with q.reading(f"member {folder}"):
             about = q.load_json(folder / "config.json")
             q.check_format(about)
+            if "kind" in about:
+                continue
             file = folder / "model.safetensors"
-            found.append(Plan(i, share, q.Config(**about["config"]), int(about["vocab_size"]),
+            found.append(Plan(i, column, q.Config(**about["config"]), int(about["vocab_size"]),
                               file, file.stat().st_size))
     mixture.check_mix(found)
     return found
@@ -344,20 +384,21 @@ def parts_of(mixture, texts, stream=False):
     """The Parts of a mixture that is to read so many texts: stacks, or members that are read from
     the disk one at a time, where they do not fit or `stream` is set. Raises UserError."""
     plans = planned(mixture)
+    trained = [one.column for one in plans]
+    parts = [CountingPart(mixture.member(i), column)
+             for column, i in enumerate(mixture.members) if column not in trained]
     free = rooms(mixture.device)
     groups = None if stream else place(plans, free, texts)
     if groups is None:
         need = sum(one.bytes_on(mixture.device, texts) for one in plans) / 1e9
         print(f"notice: {len(plans)} members take {need:.3g} GB, {sum(b for _, b in free) / 1e9:.3g}"
               " GB are free: each is read from the disk for every token", file=sys.stderr)
-        return list(streamed(mixture, plans, free[0][0]))
-    parts = []
+        return parts + list(streamed(mixture, plans, free[0][0]))
     for (device, _), group in groups.items():
         stack = group[0].stack(len(group), device)
         for k, one in enumerate(group):
             stack.fill(k, dict(mixture.member(one.number).named_parameters()))
-        shares = torch.tensor([one.share for one in group], device=device)
-        parts.append(Part(stack, shares))
+        parts.append(Part(stack, [one.column for one in group], device))
     return parts
 
 
@@ -368,4 +409,4 @@ def streamed(mixture, plans, device):
         mixture.member(one.number)  # checked once
         if one.shape not in stacks:
             stacks[one.shape] = one.stack(1, device)
-        yield Part(stacks[one.shape], torch.tensor([one.share], device=device), one.file)
+        yield Part(stacks[one.shape], [one.column], device, one.file)

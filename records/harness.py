@@ -100,9 +100,8 @@ class HarnessModel(TemplateLM):
         temperature = options.get("temperature", 1.0) if options["do_sample"] else 0.0
         top_p = options.get("top_p", 1.0)
         text = ""
-        pieces = self.mixture.generate(
-            prompt, options["max_gen_toks"], temperature, top_p, seed)
-        for piece, in pieces:
+        for piece in self.mixture.generate(
+                prompt, options["max_gen_toks"], temperature, top_p, seed):
             text += piece
             found = [text.index(stop) for stop in stops if stop in text]
             if found:

@@ -114,20 +114,30 @@ def snapshot(name):
     folder = path.parent.resolve()
     run = Snapshot(repo, folder.name, offline)
     run.fetch("result.json", "data/manifest.json")
-    with q.reading(f"the result of {run.name}"):
-        if (folder / "result.json").stat().st_size > 1000 * RESULT_BYTES:  # before it is read
-            raise ValueError("so many bytes are no result")
-        members = [entry["member"] for entry in q.load_json(folder / "result.json")["curve"]]
-        tokenizer = q.load_json(folder / "data/manifest.json")["tokenizer"] or {}
-    files = [f"predictions/{i}.safetensors" for i in range(len(members))]
-    if "file" in tokenizer:
-        files.append("data/tokenizer.tiktoken")
-    run.fetch(*files)
+    run.fetch(*other_files(folder, run.name))
     REMOTE[folder] = run
     if revision != run.commit and q.set_by_torchrun("RANK", 0) == 0:
         why = ", as the cache has it: no network" if offline else ""
         print(f"notice: {name} is {run.name}{why}", file=sys.stderr)
     return folder
+
+
+def other_files(folder, name):
+    """Names of a run's files beside those of its members, as its result and manifest tell. Raises
+    UserError where these are damaged."""
+    with q.reading(f"the result of {name}"):
+        if (folder / "result.json").stat().st_size > 1000 * RESULT_BYTES:  # before it is read
+            raise ValueError("so many bytes are no result")
+        result = q.load_json(folder / "result.json")
+        members = [entry["member"] for entry in result["curve"]]
+        tokenizer = q.load_json(folder / "data/manifest.json")["tokenizer"] or {}
+    files = ["run.json", "result.json", "data/manifest.json"]
+    files += [f"predictions/{i}.safetensors" for i in range(len(members))]
+    if "file" in tokenizer:
+        files.append("data/tokenizer.tiktoken")
+    if not {"pool_of", "average_of"} & result.keys():  # which have no log
+        files.append("log.txt")
+    return files
 
 
 def find_run_json(name, repo, revision):
@@ -186,17 +196,15 @@ def files_of(run):
         raise q.UserError(f"{run} has no weights of members {', '.join(gone)} (--keep-members?): "
                           "its prior is of all of them; train it without, or push its average")
     load_tokenizer(run / "data")
-    names = ["run.json", "result.json", "data/manifest.json"]
+    names = other_files(run, run)
+    if (run / "curve.png").exists():
+        names.append("curve.png")
     for i, sha256 in enumerate(recorded_hashes(run, "config", members)):
         check_member(run / f"members/{i}", sha256)
-        names += [f"members/{i}/config.json", f"members/{i}/model.safetensors",
-                  f"predictions/{i}.safetensors"]
-    for name in ("data/tokenizer.tiktoken", "log.txt", "curve.png"):
-        if (run / name).exists():
-            names.append(name)
+        names += [f"members/{i}/config.json", f"members/{i}/model.safetensors"]
     for name in names:
-        if (run / name).resolve() != run.resolve() / name:
-            raise q.UserError(f"{run / name} is a link: a run that is pushed has regular files")
+        if not (run / name).is_file() or (run / name).resolve() != run.resolve() / name:
+            raise q.UserError(f"{run / name} is missing or a link: copy the file itself there")
     return {name: run / name for name in names}
 
 

@@ -4,10 +4,13 @@ import codecs
 import functools
 from dataclasses import dataclass, fields
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import train_q0 as q
+from records.counting import Counting
+from records.gate import buckets_of
 from records.generate import Reader, parts_of
 from records.population import Population, load_population
 
@@ -17,7 +20,7 @@ class Mixture(Population):
     """Members of a run, their weights, and what turns tokens into text."""
     manifest: dict  # of the data they were trained on
     encoding: object  # tiktoken.Encoding, or None where that data came without a tokenizer
-    samples: int = 1  # texts that `generate` writes at once
+    samples: int = 1  # texts that `write` writes at once
     stream: bool = False  # it reads members from the disk for every token, which takes least memory
 
     def member(self, i):
@@ -36,9 +39,22 @@ class Mixture(Population):
         if tokens.size(1) > seq_len:
             raise q.UserError(f"{tokens.size(1)} tokens are more than the {seq_len} that members "
                               f"of {self.folder} see: give the last of them")
-        logits = (F.linear(model(tokens)[0].float(), model.head[:model.vocab_size].float())
-                  for model in self.models)
-        return q.mixed_probs(logits, self.weights, self.models[0].cfg.softcap).log_()
+        shares = self.shares(tokens.cpu()).to(tokens.device)
+        mixed = sum(share[..., None] * token_probs(model, tokens)
+                    for share, model in zip(shares, self.models))
+        return mixed.log_()
+
+    def shares(self, tokens):
+        """Weight of each of the M members after each of tokens [B, T], float32 [M, B, T]."""
+        if self.gate is None:
+            weights = torch.tensor(self.weights)
+            return weights[:, None, None].expand(-1, *tokens.shape)
+        weights = self.gate.weights[self.buckets(tokens.numpy())]
+        return torch.from_numpy(weights).float().movedim(-1, 0)
+
+    def buckets(self, rows):
+        """Bucket of the gate after each token of rows [B, T], numpy [B, T]."""
+        return np.stack([buckets_of(self.counting, row) for row in rows])
 
     def encode(self, text):
         """Tokens of a document that begins with `text`. Raises UserError without a tokenizer."""
@@ -58,9 +74,14 @@ class Mixture(Population):
         return parts_of(self, self.samples, self.stream)
 
     def reader(self):
-        return Reader(self.parts, self.parts[0].stack.cfg.seq_len)
+        return Reader(self.parts, self.shares)
 
-    def generate(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
+    def generate(self, *args, **options):
+        """Yield the pieces of the first of the texts that `write` writes."""
+        for pieces in self.write(*args, **options):
+            yield pieces[0]
+
+    def write(self, prompt, tokens=128, temperature=1.0, top_p=1.0, seed=0):
         """Yield pieces of the texts that follow `prompt`, [one of each sample], up to the end of
         their documents or `tokens` of them. Temperature 0 takes the likeliest token; top_p draws
         from the fewest tokens that have this probability together. Sample i depends on `seed` and
@@ -78,6 +99,14 @@ class Mixture(Population):
                 break
             log_p = reader.read(torch.tensor(drawn)[:, None])
         yield [text.piece(None) for text in texts]
+
+
+def token_probs(member, tokens):
+    """A member's p(next token) after each of tokens [B, T], float32 [B, T, V]."""
+    if isinstance(member, Counting):
+        return member.token_probs(tokens)
+    logits = F.linear(member(tokens)[0].float(), member.head[:member.vocab_size].float())
+    return torch.softmax(q.soft_capped(logits, member.cfg.softcap), dim=-1)
 
 
 class Text:

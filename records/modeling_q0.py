@@ -50,8 +50,8 @@ class Q0ForCausalLM(PreTrainedModel, GenerationMixin):
         """Make the rotary tables, which are in no file; transformers has lost those of `Member`."""
         if isinstance(module, Member):
             made = GPT(replace(module.cfg, layers=1, precision="float32"), 1)  # a small one
-            module.cos = made.cos.to(module.embed)
-            module.sin = made.sin.to(module.embed)
+            module.cos = made.cos.to(module.cos.device, module.embed.dtype)
+            module.sin = made.sin.to(module.sin.device, module.embed.dtype)
 
     @can_return_tuple
     @torch.no_grad()

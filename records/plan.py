@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 
 import train_q0 as q
+from records.generate import cache_bytes
 from records import recipes
 from records.population import load_teacher
 
@@ -67,7 +68,7 @@ def memory_per_device(cfg, vocab_size, ranks=1, population=None):
         "logits": logit_bytes * logits,
         "activations": activation_bytes(cfg, width_bytes),
         # a bank's float32 temporaries and its matrices in the precision of products
-        "update": min(max(muon), q.UPDATE_WEIGHTS) * (16 + 3 * width_bytes)}
+        "update": max(muon) * (16 + 3 * width_bytes)}
     spared = min(parts["activations"], parts["update"])
     return {**parts, "peak": sum(parts.values()) - spared}
 
@@ -101,6 +102,16 @@ def disk_line(cfg, vocab_size, eval_tokens):
     return (f"disk: members {gb(members * parts['weights'] // 2)}, predictions "
             f"{gb(members * 4 * eval_tokens)}, resume state 2 x {gb(state)} a trajectory "
             f"({state / 1e9:.1f} s a save at 1 GB/s)")
+
+
+def use_line(cfg, vocab_size):
+    """What text from all members takes: weights in bf16, keys and values of one text."""
+    members = cfg.trajectories * cfg.cycles
+    weights = members * memory_per_device(cfg, vocab_size)["weights"] // 2
+    kept = members * cache_bytes(cfg, 1)
+    return (f"use: {members} members {gb(weights)} in bf16, {gb(kept)} of keys and values for each "
+            f"text of {cfg.seq_len} tokens; --k chooses fewer, and what does not fit is streamed "
+            "from the disk")
 
 
 def speed_of(cfg, gpus, on_gpus, mfu):
@@ -175,6 +186,7 @@ def plan(argv):
         room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     lines += memory_lines(cfg, vocab_size, gpus, population, room)
     lines.append(disk_line(cfg, vocab_size, eval_tokens))
+    lines.append(use_line(cfg, vocab_size))
     cycles = sum(q.plan_cycles(cfg, epoch_tokens), [])
     flops = sum(q.run_flops(cfg, cycles, vocab_size, population).values())
     flops += q.flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens

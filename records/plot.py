@@ -17,6 +17,7 @@ import numpy as np
 
 import train_q0 as q
 from records.check import read_log, read_table, rule
+from records.population import find_run, plain_name
 
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
@@ -263,8 +264,8 @@ def paths_of(name):
         if not found:
             raise q.UserError(f"no runs or files match {pattern}")
     else:
-        found = [q.find_run(name)]
-        label = found[0].resolve().name
+        found = [find_run(name)]
+        label = plain_name(found[0])
     paths = map(Path, found)
     return label, [path / "log.txt" if path.is_dir() else path for path in paths]
 

@@ -22,7 +22,7 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import train_q0 as q
 from records.plot import EPOCHS, FLOPS, LOSS, curve
-from records.population import best_members, load_predictions, mixture_loss
+from records.population import best_members, find_run, load_predictions, mixture_loss
 from records.use import report_split
 
 
@@ -72,7 +72,7 @@ def main(argv=None):
                         "those in the same place of all groups may not")
     parser.add_argument("size", type=int, help="runs in a group")
     parser.add_argument("out", type=Path)
-    parser.add_argument("runs", nargs="+", type=q.find_run)
+    parser.add_argument("runs", nargs="+", type=find_run)
     args = parser.parse_args(argv)
     size = args.size
     runs = args.runs

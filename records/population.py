@@ -11,6 +11,8 @@ import numpy as np
 import torch
 
 import train_q0 as q
+from records import counting
+from records.gate import load_gate
 
 
 # A run's folder ---------------------------------------------------------------------------------
@@ -157,12 +159,14 @@ def best_members(heldout, k=None):
 # A population in use: members mix their probabilities token by token.
 
 def load_member(folder, sha256=None, device="cpu"):
-    """The member in `folder`, as a frozen GPT in evaluation mode on `device`. Raises UserError
-    where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
+    """The member in `folder`: a frozen GPT in evaluation mode on `device`, or one that counts.
+    Raises UserError where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
     about, weights = q.read_member(folder, sha256)
     with q.reading(f"member {folder}"):
         cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
         vocab_size = int(about["vocab_size"])
+        if "kind" in about:
+            return counting.build(about, weights, cfg)
     wanted = {n: row.bank_shape for n, row in q.parameter_table(cfg, vocab_size).items()}
     found = {n: tuple(w.shape) for n, w in weights.items()}
     if found != wanted:  # before anything is allocated
@@ -184,11 +188,18 @@ class Population:
     heldout: np.ndarray  # cached p(true token) of all members of the run [M, N]
     kept: list  # numbers of those whose weights can be used: see has_weights
     device: torch.device
+    gate: object  # the Gate of `members` where weights depend on the context, else None
 
     def member(self, i):
-        """Member i of the run, read and checked, as a frozen GPT."""
+        """Member i of the run, read and checked: a frozen GPT, or one that counts."""
         sha256 = recorded_hashes(self.folder, "config", len(self.heldout))[i]
         return load_member(fetch(self.folder, i), sha256=sha256, device=self.device)
+
+    @functools.cached_property
+    def counting(self):
+        """The KneserNey and the Cache of a counted run: its last members."""
+        last = len(self.heldout)
+        return self.member(last - 2), self.member(last - 1)
 
     @property
     def digest(self):
@@ -234,7 +245,8 @@ def load_population(run, k=None, device=None):
     if k is not None and folder in REMOTE:
         kept = sorted(members)  # to compare them with all others would download those
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Population(folder, members, weights, heldout, kept, torch.device(device))
+    gate = load_gate(folder, heldout[members], np.array(weights))
+    return Population(folder, members, weights, heldout, kept, torch.device(device), gate)
 
 
 def tokenizer_hash(data):
@@ -260,6 +272,9 @@ def load_teacher(cfg, vocab_size, device):
     """The Population of --teacher. Raises UserError where it cannot teach this run."""
     population = load_population(cfg.teacher, cfg.teacher_k, device)
     check_tokenizer(population.folder, q.find_data(cfg))
+    if population.gate is not None:
+        raise q.UserError(f"--teacher {cfg.teacher} has members that count, which cannot teach: "
+                          "give the run that it was made of")
     first = population.models[0]
     found = (first.vocab_size, first.cfg.softcap, first.cfg.seq_len)
     needed = (vocab_size, cfg.softcap, cfg.seq_len)

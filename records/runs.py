@@ -1,5 +1,6 @@
 """Commands of train_q0.py that make a run of runs: `pool` makes one population of several runs,
-`average` one model of a run's members, the mean of their weights."""
+`average` one model of a run's members, the mean of their weights, `count` adds members that count.
+"""
 import contextlib
 import math
 import os
@@ -14,9 +15,10 @@ import numpy as np
 import torch
 
 import train_q0 as q
+from records import counting, gate
 from records.population import (
-    fetch, find_run, has_weights, load_member, load_population, load_predictions, mixture_loss,
-    plain_name, report, title)
+    best_members, fetch, find_run, has_weights, load_member, load_population, load_predictions,
+    mixture_loss, plain_name, report, title)
 from records.use import DEVICE, parser_of, report_split
 
 # Folders of `own_folder` on this machine: locks need not reach others that share the disk
@@ -111,8 +113,16 @@ def copy_data(source, folder):
             shutil.copyfile(source / "data" / name, folder / "data" / name)
 
 
-def finish(folder, curve, predictions, about):
-    """Print the table of a new run's members and write run.json and result.json."""
+def check_not_counted(about, run, command):
+    """Raise UserError where a run has members that count already."""
+    if "counted_of" in about:
+        raise q.UserError(f"{title(run)} has members that count already: {command} "
+                          f"{about['counted_of']}, which it was made of")
+
+
+def finish(folder, curve, predictions, about, **more):
+    """Print the table of a new run's members and write run.json and result.json, which has `more`.
+    """
     split = predictions.splits[1]
     table, lines = report(predictions, about["data"]["name"])
     if len(curve) > 1:
@@ -120,7 +130,7 @@ def finish(folder, curve, predictions, about):
     q.save_json(folder / "run.json", about)
     result = {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve), "curve": curve,
               "table": table}
-    q.save_json(folder / "result.json", {**result, **about})
+    q.save_json(folder / "result.json", {**result, **more, **about})
 
 
 # pool -------------------------------------------------------------------------------------------
@@ -144,7 +154,7 @@ def pool(argv):
 def pool_into(folder, runs):
     """Write the members of `runs` and their prior to `folder`. Raises UserError for runs that do
     not mix."""
-    finished = [read_finished(run) for run in runs]
+    finished = [read_finished(run, "pool") for run in runs]
     first = finished[0]
     sources = {}
     for run in finished:
@@ -186,14 +196,15 @@ class Finished:
     sources: dict  # {run: config} of what it is made of, itself or the runs of a pool
 
 
-def read_finished(folder):
-    """A run with whole predictions and members of today's format. Raises UserError."""
+def read_finished(folder, command):
+    """A run with whole predictions, as `command` wants it. Raises UserError."""
     path = folder / "result.json"
     if not path.exists():
-        raise q.UserError(f"{folder} is not complete: go on with it (--resume), then pool it")
+        raise q.UserError(f"{folder} is not complete: go on with it (--resume), then {command} it")
     split = report_split(load_predictions(folder))
     with q.reading(path):
         about = q.load_json(path)
+        check_not_counted(about, folder, command)
         config = about["config"]
         shared = {k: config[k] for k in ("seq_len", "softcap", "train_tokens")}
         shared["data"] = {k: v for k, v in about["data"].items() if k != "teacher"}
@@ -243,7 +254,8 @@ def average(argv):
     with q.reading(source / "run.json"):
         about = q.load_json(source / "run.json")
         cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
-        recorded = about["data"].items()
+        recorded = about["data"]
+    check_not_counted(about, source, "average")
     if "average_of" in about:
         raise q.UserError(f"{title(source)} holds averages already: average "
                           f"{about['average_of']}, which they were made of")
@@ -252,10 +264,7 @@ def average(argv):
                           f"{', '.join(about['pool_of'])}")
     trajectories = members_with_weights(population, cfg.cycles)
     check_last(args.last, trajectories, source)
-    corpus = q.load_corpus(q.find_data(cfg), cfg.seq_len, cfg.train_tokens)
-    if not corpus.hashes.items() <= recorded:
-        raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {title(source)} any "
-                          "more: their hashes differ")
+    corpus = corpus_of(source, cfg, recorded)
     with new_run(args.name, f"{plain_name(source)}_mean", "average") as folder:
         averages = Averages(folder, population, corpus, cfg)
         copy_data(source, folder)
@@ -263,6 +272,16 @@ def average(argv):
             averages.add(j, members, args.last)
         finish(folder, averages.curve, averages.predictions, {
             **about, "average_of": title(source)})
+
+
+def corpus_of(run, cfg, recorded):
+    """The Corpus that a run was trained on; `recorded` has its hashes. Raises UserError where its
+    folder holds other data by now."""
+    corpus = q.load_corpus(q.find_data(cfg), cfg.seq_len, cfg.train_tokens)
+    if not corpus.hashes.items() <= recorded.items():
+        raise q.UserError(f"{q.find_data(cfg)} does not hold the data of {title(run)} any more: "
+                          "their hashes differ")
+    return corpus
 
 
 def members_with_weights(population, cycles):
@@ -344,3 +363,63 @@ def means(population, members):
         for p, total in zip(model.parameters(), totals):
             p.copy_((total / count).bfloat16())
         yield count, model
+
+
+# count ------------------------------------------------------------------------------------------
+
+def count(argv):
+    """Add members that count to a finished run: n-grams of its training text, and of the document
+    so far; and weights that depend on the context. They become a run of its members and these."""
+    parser = parser_of(count)
+    parser.add_argument("--name", help="name of the new run under logs/ [RUN_counted, or "
+                        "RUN_counted2 and so on]")
+    args = parser.parse_args(argv)
+    source = find_run(args.run).resolve()
+    finished = read_finished(source, "count")
+    with q.reading(source / "result.json"):
+        cfg, _ = q.resolve(replace(q.Config(**finished.config), device="cpu"))
+    corpus = corpus_of(source, cfg, finished.shared["data"])
+    with new_run(args.name, f"{plain_name(source)}_counted", "count") as folder:
+        copy_data(source, folder)
+        count_into(folder, finished, corpus, cfg)
+
+
+def count_into(folder, run, corpus, cfg):
+    """Write the members of a Finished run, those that count, and their Gate to `folder`."""
+    splits = ("heldout", run.shared["split"])
+    predictions = q.Predictions(folder, splits)
+    curve = list(run.curve)
+    for i in range(len(curve)):
+        copy_member(run.folder, i, folder, i)
+    tokens = {split: corpus.eval_sequences(split).astype(np.int64) for split in splits}
+    about = {"vocab_size": corpus.vocab_size, "eot": corpus.hashes["eot"], "cfg": cfg}
+    counts = (counting.KneserNey(corpus.splits["train"], **about),
+              counting.Cache(counting.STRENGTHS, **about))
+    for member in counts:
+        n = len(curve)
+        counting.save(folder / f"members/{n}", member, {"member": n})
+        predictions.write(n, {s: member.true_token_probs(tokens[s]) for s in splits})
+        mixed = predictions.mixtures(range(n + 1))
+        curve.append({"member": n, "kind": member.kind, **mixed, **q.hashes_of(folder, n)})
+        q.say(f"member:{n} kind:{member.kind} {splits[1]}_loss:{mixed['loss']:.5f} "
+              f"learned_{splits[1]}_loss:{mixed['learned']:.5f} before:{run.loss:.5f}")
+    buckets = {s: np.concatenate([gate.buckets_of(counts, row[:-1]) for row in tokens[s]])
+               for s in splits}
+    gate.save(folder, buckets)
+    number = gate.number_of_buckets(counts)
+    heldout = np.stack(predictions.of("heldout", range(len(curve))))
+    ends = np.cumsum(corpus.splits["heldout"] == about["eot"])
+    documents = q.cut(ends, cfg.seq_len)[:, 1:].flatten()
+    strength = gate.choose_strength(heldout, buckets["heldout"], number, documents)
+    members, weights = best_members(heldout)
+    fitted = gate.fit_gate(
+        heldout[members], buckets["heldout"], number, np.array(weights), strength)
+    scored = predictions.of(splits[1], members)
+    loss = -float(np.log(fitted.mix(scored, buckets[splits[1]])).mean())
+    finish(folder, curve, predictions, {
+        "config": run.config, "data": run.shared["data"], "counted_of": title(run.folder),
+        "script": q.digest(q.SOURCE)},
+        gate={"buckets": number, "strength": strength, "gap": fitted.gap,
+              "sha256": q.sha256_of(folder / gate.FILE), f"{splits[1]}_loss": loss})
+    q.say(f"weights by context: buckets:{number} strength:{strength} gap:{fitted.gap:.1e} "
+          f"{splits[1]}_loss:{loss:.5f}")

@@ -5,22 +5,22 @@ TensorBoard's files lie in the run's folder (`tensorboard --logdir logs`), wandb
 are sent, trackio's in its own. Steps never go back: what a resumed run repeats is not sent again.
 """
 import importlib
+import json
 import os
 
 import train_q0 as q
 
 MODULES = {
     "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+GROUPS = ("train", "skipped", "member", "uniform", "learned", "final")  # as they come at a step
 PLACES = ("traj", "member", "cycle", "distilled", "members", "k")  # they say what a number is of
 
 
-def numbers(kind, pairs):
-    """{name: number} that an event tells, for a tracker."""
-    group = {"step": "train", "ensemble": pairs.get("prior")}.get(kind, kind)
+def group_of(kind, pairs):
+    """The group of curves that an event's numbers go to."""
     if kind.startswith("final_"):
-        group = "final"
-    return {f"{group}/{name.removeprefix('final_')}": value for name, value in pairs.items()
-            if type(value) in (int, float) and name not in PLACES}
+        return "final"
+    return {"step": "train", "ensemble": pairs.get("prior")}.get(kind, kind)
 
 
 class TensorBoard:
@@ -44,8 +44,8 @@ class Tracker:
         self.kind = kind
         self.curve = None  # under way
         self.trajectory = 0  # that it is of
-        self.sent = None  # the file of its last step
-        self.least = 0  # steps below are in it
+        self.file = None  # that remembers it for a resumed run
+        self.sent = None  # before this launch, at last: step, group, the tracker's step
         self.step = 0  # of the newest event
         os.environ.setdefault("WANDB_CONSOLE", "off")  # log.txt has what is printed
         try:
@@ -59,29 +59,36 @@ class Tracker:
 
     def event(self, *flags, **pairs):
         kind = flags[0] if flags else next(iter(pairs))
-        if kind == "kernels":
+        group = group_of(kind, pairs)
+        if group not in GROUPS:
             return
         trajectory = pairs.get("traj", self.trajectory)
         if self.curve is None or trajectory != self.trajectory:
             self.close()
             self.open(trajectory)
-        if kind == "step":
+        if group == "train":
             self.step, _ = pairs["step"]
-            if self.step < self.least:
-                return
-        elif kind == "member":  # the first event of a run that was stopped at a cycle's end
+        elif group == "member":  # the first event of a run that was stopped at a cycle's end
             cycle = self.run.cycles[pairs["member"]]
             self.step = cycle.steps_before + cycle.steps
-        step = max(self.step, self.least)
-        self.curve.log(numbers(kind, pairs), step=step)
-        self.sent.write_text(str(step))
+        place = [self.step, GROUPS.index(group)]
+        if place <= self.sent[:2]:
+            return
+        values = {f"{group}/{name.removeprefix('final_')}": value for name, value in pairs.items()
+                  if type(value) in (int, float) and name not in PLACES}
+        step = max(self.step, self.sent[2] + 1)
+        self.curve.log(values, step=step)
+        self.file.write_text(json.dumps([*place, step]))
 
     def open(self, trajectory):
         """Begin a trajectory's curve, or go on with it."""
         folder = self.run.folder
         self.trajectory = trajectory
-        self.sent = self.run.state / f"{self.kind}-{trajectory}.txt"
-        self.least = int(self.sent.read_text()) + 1 if self.sent.exists() else 0
+        self.file = self.run.state / f"{self.kind}-{trajectory}.txt"
+        self.sent = [0, 0, -1]
+        if self.file.exists():
+            self.sent = q.load_json(self.file)
+        self.step = self.sent[0]
         if self.kind == "tensorboard":
             self.curve = TensorBoard(self.module, folder / f"tensorboard/{trajectory}")
             return

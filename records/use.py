@@ -9,6 +9,9 @@ import numpy as np
 import torch
 
 import train_q0 as q
+from records.counting import Counting
+from records.gate import load_gate
+from records.gate import read as read_gate
 from records.mixture import load_mixture
 from records.population import (
     FINEWEB, best_members, check_tokenizer, data_efficiency, find_run, format_table,
@@ -60,7 +63,8 @@ def select(argv):
     parser.add_argument(
         "--k", type=int, help="show the members and weights of this inference budget")
     args = parser.parse_args(argv)
-    predictions = load_predictions(find_run(args.run))
+    run = find_run(args.run)
+    predictions = load_predictions(run)
     heldout = predictions["heldout"]
     split = report_split(predictions)
     scored = predictions[split]
@@ -70,6 +74,13 @@ def select(argv):
         loss = mixture_loss(scored[members], weights)
         shown = [f"member:{i} weight:{w:.4f}" for i, w in zip(members, weights)]
         print(f"k:{len(members)} {split}_loss:{loss:.5f}", *shown)
+    found = read_gate(run)
+    if found is not None:
+        buckets, about = found
+        gate = load_gate(run, heldout[members], np.array(weights))
+        loss = -np.log(gate.mix(scored[members], buckets[split])).mean()
+        print(f"k:{len(members)} by_context_{split}_loss:{loss:.5f} buckets:{about['buckets']} "
+              f"strength:{about['strength']} gap:{gate.gap:.1e}")
 
 
 # evaluate ---------------------------------------------------------------------------------------
@@ -117,11 +128,14 @@ def compared(learned):
     M = len(everyone)
     k = len(learned.members)
     best = max(everyone, key=lambda i: np.log(learned.heldout[i]).mean())
-    found = {f"best on held-out: member {best}": replace(learned, members=[best], weights=[1.0]),
-             f"uniform, all {M}": replace(learned, members=everyone, weights=[1 / M] * M)}
+    plain = replace(learned, gate=None)
+    found = {f"best on held-out: member {best}": replace(plain, members=[best], weights=[1.0]),
+             f"uniform, all {M}": replace(plain, members=everyone, weights=[1 / M] * M)}
     if k < M:
-        found[f"uniform, best {k}"] = replace(learned, weights=[1 / k] * k)
-    found[f"learned, {k}"] = learned
+        found[f"uniform, best {k}"] = replace(plain, weights=[1 / k] * k)
+    found[f"learned, {k}"] = plain
+    if learned.gate is not None:
+        found[f"by context, {k}"] = learned
     return found
 
 
@@ -148,7 +162,11 @@ def evaluate_text(learned, files):
     rows = {f"member {i}": -np.log(p.astype(np.float64)) for i, p in by_member.items()}
     for name, mixture in compared(learned).items():
         pairs = zip(mixture.members, mixture.weights)
-        mixed = sum(w * by_member[i].astype(np.float64) for i, w in pairs)
+        if mixture.gate is None:
+            mixed = sum(w * by_member[i].astype(np.float64) for i, w in pairs)
+        else:
+            buckets = learned.buckets(sequences[:, :-1]).flatten()
+            mixed = mixture.gate.mix([by_member[i] for i in mixture.members], buckets)
         rows[name] = -np.log(mixed)
     sizes = token_sizes(learned, first.vocab_size)[targets]
     print(f"{len(targets)} tokens predicted, {sizes.sum()} bytes, {len(set(documents))} documents; "
@@ -165,8 +183,14 @@ def predictions_on(learned, sequences, batch):
     """p(true token) of every member that has weights, float32 [M, N]."""
     world = q.World(device=learned.device)
     batch = min(batch, len(sequences))  # which a member's config may put at any number
-    return np.stack([q.true_token_probs(learned.member(i), sequences, batch, world)
-                     for i in learned.kept])
+    found = []
+    for i in learned.kept:
+        member = learned.member(i)
+        if isinstance(member, Counting):
+            found.append(member.true_token_probs(sequences))
+        else:
+            found.append(q.true_token_probs(member, sequences, batch, world))
+    return np.stack(found)
 
 
 def token_sizes(learned, vocab_size):
@@ -235,7 +259,7 @@ def sample(argv):
                         "every token; without it only where they do not fit into memory")
     args = parser.parse_args(argv)
     mixture = load_mixture(args.run, args.k, args.device, args.samples, args.stream)
-    pieces = mixture.generate(args.prompt, args.tokens, args.temperature, args.top_p, args.seed)
+    pieces = mixture.write(args.prompt, args.tokens, args.temperature, args.top_p, args.seed)
     if args.samples > 1:
         for i, text in enumerate(zip(*pieces)):
             print(f"--- sample {i}", args.prompt + "".join(text), sep="\n")

@@ -72,7 +72,7 @@ class Answers(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path)
         self.server.log.append((self.command, path))
         if self.server.busy:
-            return self.refuse(503, message="too many\nvisitors")
+            return self.refuse(503, message="too many visitors")
         parts = path.strip("/").split("/")
         if parts == ["api", "validate-yaml"]:
             return self.answer(200, {"errors": [], "warnings": []})

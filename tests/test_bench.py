@@ -56,6 +56,11 @@ def test_optimizer_and_attention():
     assert [row["window"] for row in run("attention")] == [16, 32]
 
 
+def test_text():
+    rows = run("text")
+    assert [(row["members"], row["samples"]) for row in rows] == [(1, 1), (8, 1), (8, 8)] * 2
+
+
 def test_compiled():
     assert [row["teacher"] for row in run("compiled")] == [False, True]
 

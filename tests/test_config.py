@@ -284,7 +284,9 @@ def test_help(capsys):
     with pytest.raises(SystemExit):
         q.main(["--preset", "q0", "--help"])
     text = capsys.readouterr().out.split("\noptions:\n")[1]
-    assert "transformer blocks [30]" in " ".join(text.split())
+    words = " ".join(text.split())
+    assert "transformer blocks [30]" in words and "ends in one member [derived: 32]" in words
+    assert "newest members of a trajectory whose weights are kept; without it all [None]" in words
     at = 0
     names = [f.name for f in dataclasses.fields(q.Config)]
     for name in names:  # in their order, each first one under its title

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.special import log_softmax, rel_entr, softmax
-from tiny import VOCAB, build, in_float64, off, random_tokens, seeded
+from tiny import VOCAB, build, in_float64, off, plain_loss, random_tokens, seeded
 from torch.utils._pytree import tree_map_only
 
 import train_q0 as q
@@ -85,7 +85,7 @@ def test_plain_loss_against_numpy(shares, softcap):
     given = without_padding(*given)
     in_numpy = tree_map_only(torch.Tensor, torch.Tensor.numpy, given)
     wanted = loss_reference(*in_numpy)
-    found = q.plain_loss(*given)
+    found = plain_loss(*given)
     assert found == pytest.approx(wanted, rel=1e-12)
 
 
@@ -107,7 +107,7 @@ def test_chunked_loss(dtype, tolerance, shares, softcap, rows, monkeypatch):
     h, w, *rest = without_padding(*given)
     h.requires_grad_()
     w.requires_grad_()
-    wanted = q.plain_loss(h, w, *rest)
+    wanted = plain_loss(h, w, *rest)
     wanted[0].backward()
     for x, y in zip(found, wanted):
         assert off(x, y) < tolerance

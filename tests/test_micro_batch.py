@@ -55,7 +55,7 @@ def test_recompute_saves_memory_and_changes_nothing():
             passes.append([loss, *[weight.grad for weight in model.parameters()]])
             sizes.append(sum(saved.values()))
         assert all(torch.equal(found, wanted) for found, wanted in zip(*passes))
-        assert sizes[1] < 0.7 * sizes[0]
+        assert sizes[1] < 0.75 * sizes[0]
 
 
 # torch.compile: counted with a backend that runs what was traced, which is quick -----------------

@@ -12,7 +12,6 @@ from tiny import SMALL, VOCAB, off, resolved, seeded
 from torch._dynamo.utils import counters
 
 import train_q0 as q
-from records import cost
 
 COEFFICIENTS = [
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -234,33 +233,6 @@ def same_weights(found, wanted):
     """To float32 rounding."""
     for name, master in wanted.masters.items():
         torch.testing.assert_close(found.masters[name], master, rtol=1e-4, atol=1e-5)
-
-
-def test_an_update_in_chunks_is_one_update(monkeypatch):
-    whole = two_steps(published())
-    for weights in (5_000, 20_000):  # less than a matrix, several
-        monkeypatch.setattr(q, "UPDATE_WEIGHTS", weights)
-        same_weights(two_steps(published()), whole)
-
-
-def test_an_update_holds_a_few_chunks_beside_the_weights(monkeypatch):
-    """Not a second copy of all weights, whatever their number."""
-    monkeypatch.setattr(q, "UPDATE_WEIGHTS", 20_000)
-    peaks = []
-    sizes = []
-    for layers in (6, 24):
-        optimizer = published(layers=layers)
-        draw_gradients(optimizer, 0)
-        recorder = cost.Recorder()
-        for bank in optimizer.banks.values():  # what was there before
-            recorder.uses((bank.master_units, bank.grad_units, bank.first, bank.second))
-        with recorder:
-            part = cost.record(recorder, lambda: optimizer.step(1.0, 1.0))
-        peaks.append(part.peak - part.held)
-        sizes.append(sum(master.nbytes for master in optimizer.masters.values()))
-    assert sizes[1] > 3 * sizes[0]
-    assert peaks[1] < 1.3 * peaks[0]  # chunks are whole matrices
-    assert peaks[1] < 0.25 * sizes[1]
 
 
 COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")

@@ -7,11 +7,13 @@ import shlex
 import shutil
 
 import prepare
+import pytest
 import tasks
 import yaml  # huggingface-hub needs it
 from tiny import ROOT, works
 
 import train_q0 as q
+from records.commands import COMMANDS
 
 PAGES = ("README.md", "data/README.md")
 KINDS = {"runs here", "needs lm_eval", "needs a GPU", "needs a network"}
@@ -75,9 +77,29 @@ def test_commands_run(corpus, logs, tmp_path, monkeypatch, capsys, request):
             assert script == "data/tasks.py" and not tasks.main(argv)
 
 
+class Parsed(Exception):
+    """A command has read its flags; it would start now."""
+
+
+def parsed_by(command, monkeypatch):
+    """The command up to there."""
+    def run(argv):
+        parse = q.Parser.parse_args
+
+        def stop(parser, argv):
+            parse(parser, argv)
+            raise Parsed
+        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            patch.setattr(q.Parser, "parse_args", stop)
+            command(argv)
+    return run
+
+
 def test_other_commands_parse(monkeypatch):
     """Those that need a GPU or a network."""
     monkeypatch.setattr(q, "launch", lambda *args: None)
+    for command in ("push", "sample"):
+        monkeypatch.setitem(COMMANDS, command, parsed_by(COMMANDS[command], monkeypatch))
     scripts = set()
     for line in lines_that("needs a GPU", "needs a network"):
         for part in re.split(r"&&|;|\|", line):

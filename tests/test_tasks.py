@@ -372,10 +372,14 @@ def test_loglikelihood(mixture, model, texts):
 
 
 def greedy_tokens(mixture, ids, number):
+    found = []
+    context = ids[-T:]
     for _ in range(number):
-        likeliest = log_p(mixture, [*ids[-T:], 0])[-1].argmax()
-        ids = [*ids, int(likeliest)]
-    return ids[-number:]
+        found.append(int(log_p(mixture, [*context, 0])[-1].argmax()))
+        context = [*context, found[-1]]
+        if len(context) > T:  # half of it is forgotten
+            context = context[T // 2:]
+    return found
 
 
 def test_loglikelihood_rolling(mixture, model, texts):

@@ -227,24 +227,32 @@ def test_sample_command(finished, monkeypatch, capsys):
     assert [how for _, how in printed[:-1]] == [{"end": "", "flush": True}] * 4
 
 
-class Fixed(mixture.Mixture):
-    """Its next token has the distribution `p` whatever came before; `asked` are the contexts."""
-    def log_probs(self, tokens):
+class Fixed:
+    """A reader: the next token has the distribution `p` whatever came before; `asked` came."""
+    seq_len = 64
+
+    def __init__(self, p):
+        self.asked = []
+        self.p = torch.zeros(VOCABULARY)
+        for token, x in p.items():
+            self.p[token] = x
+
+    def read(self, tokens):
         self.asked.append(tokens[0].tolist())
-        return self.p.log().expand(1, tokens.size(1), -1)
+        return self.p.log()[None]
+
+    def repeat(self, n):
+        assert n == 1
 
 
 @pytest.fixture
-def fixed(finished):
-    """fixed({token: probability}) -> Fixed."""
-    known = load_mixture(finished, k=1)
-
+def fixed(finished, monkeypatch):
+    """fixed({token: probability}) -> a mixture that reads so."""
     def make(p):
-        made = Fixed(**{f: getattr(known, f) for f in known.__dataclass_fields__})
-        vars(made).update(asked=[], p=torch.zeros(VOCABULARY))
-        for token, x in p.items():
-            made.p[token] = x
-        return made
+        mixed = load_mixture(finished, k=1)
+        reader = Fixed(p)
+        monkeypatch.setattr(mixture.Mixture, "reader", lambda self: reader)
+        return mixed
     return make
 
 
@@ -263,15 +271,14 @@ def test_frequencies_of_what_is_drawn(options, expected, fixed):
 
 def test_generated_text(fixed):
     """It ends with the document, which is not shown; half a character is never shown as it stands;
-    contexts are the last seq_len tokens so far."""
+    of the prompt the last seq_len tokens are read, then each token once."""
     text = "".join(fixed({97: 0.9, END: 0.1}).generate("ba", 1000))
     assert set(text) == {"a"} and len(text) < 200
     assert "".join(fixed({0xE2: 1.0}).generate("", 1)) == "\ufffd"
     for prompt in ("ba", "b" * 100):
         mixed = fixed({97: 1.0})
         list(mixed.generate(prompt, 2))
-        first = mixed.encode(prompt)
-        assert mixed.asked == [first[-64:], [*first, 97][-64:]]
+        assert mixed.reader().asked == [mixed.encode(prompt)[-64:], [97]]
 
 
 # Tools that read finished runs ------------------------------------------------------------------

@@ -138,6 +138,24 @@ def train(folder, cfg, module=q):
     return found
 
 
+def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
+    """The loss of whole logits; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N]
+    (-1: ignored); teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...].
+    Returns (loss, cross-entropy) in nats per token."""
+    def capped(h, w):
+        z = h @ w.T
+        return softcap * torch.tanh(z / softcap) if softcap else z
+    logits = capped(hidden, head)
+    ce = torch.nn.functional.cross_entropy(logits, targets, ignore_index=-1)
+    if not teacher:
+        return ce, ce
+    p = sum(share * torch.softmax(capped(h, w), dim=-1) for share, h, w in teacher)
+    log_p = torch.log_softmax(p.log() / temperature, dim=-1)
+    log_q = torch.log_softmax(logits / temperature, dim=-1)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
+    return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
+
+
 # A corpus on the disk
 
 WORDS = ("ash birch cedar elm fir oak pine rowan willow yew walks sees under over the a green tall "

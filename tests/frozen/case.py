@@ -22,7 +22,7 @@ RUNS = HERE / "runs.npz"  # whole runs
 
 VOCAB = 100  # padded to 128
 MODEL = dict(
-    preset="tiny", device="cpu", precision="float32", compile=False, attention="matmul",
+    preset="tiny", device="cpu", precision="float32", compile=False, attention="plain",
     layers=6, width=48, head_dim=16, mlp_hidden=64, seq_len=16, batch_tokens=64, micro_batch=4,
     windows="SSSL", short_window=5, unet=True, x0_mix=True, value_embeds=True, attn_gates=True,
     head_mixing=True, smear=True, induction=True, loop_first=3, loop_last=4, loop_passes=3,
@@ -182,7 +182,7 @@ def on_default_corpus(name):
 
 def flags_of(name, data):
     """Arguments of one of the runs, on the corpus in the folder `data`."""
-    fixed = f"--run {name} --preset tiny --device cpu --no-compile --attention matmul --log-every 1"
+    fixed = f"--run {name} --preset tiny --device cpu --no-compile --attention plain --log-every 1"
     return [*fixed.split(), *RUN_FLAGS[name].split(), "--data", str(data)]
 
 

@@ -1,0 +1,239 @@
+"""Members that count, and weights that depend on the context."""
+import collections
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from numpy.testing import assert_allclose
+from pytest import approx
+from safetensors.numpy import load_file
+from tiny import edit_json, fails, flip, predictions_of, read_json, sequences_of, works
+
+import train_q0 as q
+from records import counting, gate
+from records.mixture import load_mixture
+
+V = 7
+EOT = 6
+
+
+def some_text(length=400, seed=0):
+    """Documents of tokens below V, as one array; some are empty."""
+    rng = np.random.default_rng(seed)
+    p = np.array([8, 4, 2, 2, 1, 1, 3])
+    return np.append(EOT, rng.choice(V, length - 1, p=p / p.sum())).astype(np.uint16)
+
+
+# Members ----------------------------------------------------------------------------------------
+
+def plain_kneser_ney(text, order):
+    """p(token after a context), one n-gram at a time."""
+    text = [*text.tolist(), EOT]
+    occurs = [collections.Counter() for _ in range(order + 1)]
+    for end in range(1, len(text)):
+        for n in range(1, order + 1):
+            gram = tuple(text[max(0, end - n + 1):end + 1])
+            if len(gram) == n and EOT not in gram[1:-1]:
+                occurs[n][gram] += 1
+    counts = [None, *occurs[1:]]
+    for n in range(1, order):
+        before = collections.Counter(gram[1:] for gram in occurs[n + 1])
+        counts[n] = {gram: occurs[n][gram] if n > 1 and gram[0] == EOT else before[gram]
+                     for gram in occurs[n]}
+
+    def discount(n, count):
+        times = collections.Counter(counts[n].values())
+        if not all(times[i] for i in (1, 2, 3, 4)):
+            return counting.FEW[min(count, 3)]
+        c = min(count, 3)
+        y = times[1] / (times[1] + 2 * times[2])
+        return min(max(c - (c + 1) * y * times[c + 1] / times[c], 0), c)
+
+    def p(token, context):
+        n = len(context) + 1
+        follow = {g[-1]: c for g, c in counts[n].items() if g[:-1] == context}
+        shorter = p(token, context[1:]) if context else 1 / V
+        if not follow:
+            return shorter
+        total = sum(follow.values())
+        left = sum(discount(n, c) for c in follow.values())
+        mine = follow.get(token, 0)
+        kept = mine - discount(n, mine) if mine else 0
+        return (kept + left * shorter) / total
+    return p
+
+
+def context_in_document(tokens, t, longest):
+    """The last `longest` tokens up to t, from the beginning of the document on."""
+    begin = max([i for i in range(t + 1) if tokens[i] == EOT], default=0)
+    return tuple(tokens[max(begin, t + 1 - longest):t + 1])
+
+
+@pytest.mark.parametrize("length", (12, 400))  # with too few counts for discounts, and enough
+def test_kneser_ney_is_the_plain_one(length):
+    member = counting.KneserNey(some_text(length), V, EOT, order=3)
+    tokens = some_text(40, seed=1)[3:].astype(np.int64)
+    p = plain_kneser_ney(some_text(length), 3)
+    expected = [[p(v, context_in_document(tokens.tolist(), t, 2)) for v in range(V)]
+                for t in range(len(tokens))]
+    assert_allclose(member.probs(tokens), expected, rtol=1e-5)
+
+
+def test_cache_is_the_plain_one():
+    strengths = (3, 0.5, 0.25)
+    member = counting.Cache(strengths, V, EOT)
+    tokens = some_text(60, seed=2)[5:].astype(np.int64)
+    found = member.probs(tokens)
+    for t in range(len(tokens)):
+        text = context_in_document(tokens.tolist(), t, len(tokens))
+        expected = np.full(V, 1 / V)
+        for k, strength in enumerate(strengths):
+            if k > len(text):
+                break
+            context = text[len(text) - k:]
+            after = [text[i + k] for i in range(len(text) - k) if text[i:i + k] == context]
+            counts = np.bincount(after, minlength=V)
+            expected = (counts + strength * expected) / (len(after) + strength)
+        assert_allclose(found[t], expected, rtol=1e-5)
+
+
+def members():
+    return (counting.KneserNey(some_text(), V, EOT), counting.Cache(counting.STRENGTHS, V, EOT))
+
+
+@pytest.mark.parametrize("member", members())
+def test_distribution_of_what_came_before(member):
+    """It sums to 1 and excludes nothing; what follows changes nothing, and depths neither."""
+    tokens = some_text(50, seed=3).astype(np.int64)
+    P = member.probs(tokens)
+    assert P.dtype == np.float32 and P.min() > 0
+    assert_allclose(P.sum(axis=1), 1, atol=1e-6)
+    other = tokens.copy()
+    other[20:] = some_text(50, seed=4)[20:]
+    assert np.array_equal(member.probs(other)[:20], P[:20])
+    assert np.array_equal(member.probs(tokens[:20]), P[:20])
+    depth = member.depth(tokens)
+    assert np.array_equal(member.depth(other)[:20], depth[:20])
+    assert 0 < depth.max() < member.depths
+    sequences = np.stack([tokens, other])
+    batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
+    picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
+    assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
+
+
+# The gate ---------------------------------------------------------------------------------------
+
+def some_predictions(N=600, M=4):
+    """(P, buckets): in bucket 1 another member is the best; bucket 2 has no token."""
+    rng = np.random.default_rng(0)
+    P = rng.uniform(0.05, 0.6, (M, N)).astype(np.float32)
+    buckets = rng.integers(2, size=N)
+    P[0, buckets == 0] += 0.3
+    P[1, buckets == 1] += 0.3
+    return P, buckets
+
+
+@pytest.mark.parametrize("strength", (1e-3, 30, 1e5))
+def test_certificate(strength):
+    """No weights are better by more than the gap says, which is small."""
+    P, _ = some_predictions()
+    v = np.array([0.5, 0.3, 0.2 - 1e-5, 1e-5])
+
+    def loss(w):
+        return -(np.log(w @ P).sum() + strength * (v @ np.log(w))) / (P.shape[1] + strength)
+    w, gap = gate.fit_bucket(P, v, strength)
+    assert w.sum() == approx(1) and (w > 0).all() and gap <= 1e-7
+    rng = np.random.default_rng(1)
+    for other in (*rng.dirichlet(1e3 * w + 1e-3, 50), *rng.dirichlet(np.ones(4), 50)):
+        assert loss(w) <= loss(other.clip(1e-12)) + gap
+
+
+def test_gate_between_prior_and_bucket():
+    """One bucket of all tokens has the prior itself, a bucket without tokens too; without a pull
+    each has the prior of its own tokens, and the loss is lower."""
+    P, buckets = some_predictions()
+    v, _ = q.fit_prior(P)
+    one = gate.fit_gate(P, np.zeros(P.shape[1], dtype=int), 1, v, 100)
+    assert_allclose(one.weights[0], v, atol=1e-5)
+    found = gate.fit_gate(P, buckets, 3, v, 1e-6)
+    assert_allclose(found.weights[2], v, atol=1e-12)
+    own, _ = q.fit_prior(np.ascontiguousarray(P[:, buckets == 1]))
+    assert_allclose(found.weights[1], own, atol=1e-4)
+    assert_allclose(found.mix(P, buckets), (found.weights[buckets].T * P).sum(axis=0))
+    assert np.log(found.mix(P, buckets)).mean() > np.log(v @ P).mean() + 0.01
+
+
+def test_strength_by_documents():
+    """Buckets that say something are pulled little, those that say nothing much."""
+    P, buckets = some_predictions()
+    documents = np.arange(P.shape[1]) // 20
+    assert gate.choose_strength(P, buckets, 2, documents) == gate.STRENGTHS[0]
+    nothing = np.random.default_rng(2).integers(10, size=P.shape[1])
+    assert gate.choose_strength(P, nothing, 10, documents) >= 300
+
+
+# A counted run ----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def counted(finished, base):
+    """(folder, what the command said) of a run and its members that count."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(q, "LOGS", base / "counted")
+        assert q.main(["count", str(finished)]) == 0
+    return base / "counted/first_counted"
+
+
+def test_counted_run(counted, finished, corpus, capsys):
+    """Six members, of which four are the run's, and weights by context that log_probs gives."""
+    cached = predictions_of(counted)
+    assert np.array_equal(cached["val"][:4], predictions_of(finished)["val"])
+    result = read_json(counted / "result.json")
+    assert [entry.get("kind") for entry in result["curve"]] == [None] * 4 + ["kneser_ney", "cache"]
+    mixed = load_mixture(counted)
+    sequences = sequences_of(corpus, "val", 64)
+    rows = sequences[:8]
+    tokens = torch.from_numpy(rows)
+    p = mixed.log_probs(tokens[:, :-1]).exp()
+    assert_allclose(p.sum(-1), 1, atol=1e-5)
+    buckets = load_file(counted / "gate.safetensors")["val"]
+    assert np.array_equal(mixed.buckets(sequences[:, :-1]).flatten(), buckets)
+    expected = mixed.gate.mix(cached["val"][mixed.members], buckets)
+    picked = p.gather(2, tokens[:, 1:, None]).flatten()
+    assert_allclose(picked, expected[:len(picked)], rtol=1e-4)
+    loss = -np.log(expected).mean()
+    assert result["gate"]["val_loss"] == approx(loss, abs=1e-6)
+    assert loss < result["curve"][-1]["learned"] < result["curve"][3]["learned"]
+    out = works(capsys, "evaluate", counted, "--data", corpus / "val.bin")
+    assert f"by context, {len(mixed.members)} {loss:8.5f}" in out
+    out = works(capsys, "select", counted, "--k", 6)
+    assert f"by_context_val_loss:{loss:.5f}" in out
+    out = works(capsys, "sample", counted, "--k", 2, "--tokens", 5, "--seed", 1)
+    assert len(out) > 1
+
+
+@pytest.fixture
+def broken(counted, tmp_path):
+    return shutil.copytree(counted, tmp_path / "broken")
+
+
+def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, logs, capsys):
+    fails(capsys, "has members that count already: count .*first, which", "count", counted)
+    fails(capsys, "count already: average .*first, which", "average", counted)
+    fails(capsys, "count already: pool .*first, which", "pool", counted, finished)
+    fails(capsys, "members that count, which cannot teach", *flags, "--teacher", counted)
+    for name in ("members/4/model.safetensors", "gate.safetensors"):
+        flip(broken / name, -1)
+        fails(capsys, f"{name.split('/model')[0]} is .*damaged: .*sha256", "sample", broken)
+        flip(broken / name, -1)
+    edit_json(broken / "members/5/config.json", kind="oracle")
+    (broken / "result.json").unlink()
+    fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", corpus / "val.bin")
+    data = shutil.copytree(corpus, tmp_path / "other")
+    about = read_json(copied / "result.json")
+    edit_json(copied / "result.json", config={**about["config"], "data": str(data)})
+    flip(data / "dev.bin")
+    fails(capsys, "dev.bin is missing or damaged", "count", copied)
+    shutil.rmtree(data)
+    fails(capsys, "manifest.json is missing", "count", copied)
+    assert not list(logs.glob("*"))

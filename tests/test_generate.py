@@ -1,0 +1,131 @@
+"""Text with cached keys and values, against forward passes over all of the context."""
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from tiny import VOCAB, build, fails, random_tokens, resolved, small, works
+
+import train_q0 as q
+from records import generate, plan
+from records.mixture import Mixture, Text
+
+END = VOCAB - 1
+T = 16
+
+
+class Letters:
+    """An encoding of bytes below 99."""
+    eot_token = END
+    n_vocab = VOCAB
+
+    def encode_ordinary(self, text):
+        return [*text.encode()]
+
+    def decode_single_token_bytes(self, token):
+        return bytes([token])
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """mixed(options) -> a mixture of members with all features, and one of another shape."""
+    folder = tmp_path_factory.mktemp("generate")
+    changes = ({}, {}, dict(windows="L", unet=False, loop_passes=1, smear=False, induction=False))
+    for i, change in enumerate(changes):
+        model = build(i, dropout=0.1, **change)
+        q.save_member(folder / f"members/{i}", model.cfg, VOCAB, dict(model.named_parameters()), {})
+
+    def make(**options):
+        return Mixture(folder, [2, 0, 1], [0.5, 0.3, 0.2], np.ones((3, 1)), [0, 1, 2],
+                       torch.device("cpu"), {}, Letters(), **options)
+    return make
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_log_probs(stream, mixed, capsys, monkeypatch):
+    """At every position, also beyond the context: there the newer half and what follows count."""
+    monkeypatch.setattr(generate, "READ_ROWS", 4)  # a long text is read in parts
+    mixture = mixed(stream=stream)
+    tokens = random_tokens(2, 3 * T)
+    tokens[:, :5] = tokens[:1, :5]
+    reader = mixture.reader()
+    found = [reader.read(tokens[:1, :5]).expand(2, -1)]
+    reader.repeat(2)
+    found += [reader.read(token) for token in tokens[:, 5:].split(1, dim=1)]
+    assert ("read from the disk" in capsys.readouterr().err) == stream
+    start = 0
+    for end, log_p in enumerate(found, start=5):
+        if end - start > T:
+            start += T // 2
+        wanted = mixture.log_probs(tokens[:, start:end])[:, -1]
+        torch.testing.assert_close(log_p, wanted, atol=2e-5, rtol=0)  # float32, other shapes
+
+
+def plain_text(mixture, prompt, tokens, number):
+    """Sample `number` without caches."""
+    text = Text(mixture.encoding, q.seed_of("sample", 7, number))
+    context = mixture.encode(prompt)[-T:]
+    pieces = ""
+    for _ in range(tokens):
+        log_p = mixture.log_probs(torch.tensor([context]))[0, -1]
+        context.append(text.draw(log_p, 1.0, 0.9))
+        pieces += text.piece(context[-1])
+        if len(context) > T:
+            context = context[T // 2:]
+    return pieces + text.piece(None)
+
+
+@pytest.mark.parametrize("prompt", ["", "HARE AND HOUND ARE OLD"])
+def test_samples(prompt, mixed):
+    """Each is what it is without caches, and without the others."""
+    options = dict(tokens=24, top_p=0.9, seed=7)
+    texts = ["".join(text) for text in zip(*mixed(samples=3).write(prompt, **options))]
+    mixture = mixed()
+    assert texts == [plain_text(mixture, prompt, 24, i) for i in range(3)]
+    assert len(set(texts)) == 3
+    assert "".join(mixture.generate(prompt, **options)) == texts[0]
+
+
+def test_sample_command(finished, capsys):
+    asked = ("sample", finished, "--prompt", "bale", "--tokens", 9)
+    one = works(capsys, *asked)
+    two = works(capsys, *asked, "--samples", 2, "--stream")
+    assert two.startswith(f"--- sample 0\n{one}--- sample 1\nbale")
+    for samples in ("0", "some"):
+        fails(capsys, f"--samples: .*{samples}", *asked, "--samples", samples)
+
+
+# Memory -----------------------------------------------------------------------------------------
+
+def nbytes(tensors):
+    return sum(x.nbytes for x in tensors)
+
+
+def test_bytes_of_use(mixed, tmp_path):
+    """Of weights and caches, as `place` counts them, against tensors."""
+    first, second, _ = generate.planned(mixed())
+    part = generate.parts_of(mixed(), 1)[1]
+    assert part.stack.vocab_size == VOCAB and len(part.shares) == 2
+    banks = [getattr(part.stack, name) for name in part.stack.table]
+    weights = nbytes(getattr(bank, "matrices", bank) for bank in banks)
+    kept = part.cache().passes
+    caches = nbytes(x for one in kept for x in (one.keys, one.values))
+    assert 2 * generate.cache_bytes(part.stack.cfg, 1) == caches
+    found = 2 * second.bytes_on(torch.device("cpu"), 1)
+    assert found == pytest.approx(weights + caches, rel=0.2)  # files have mixing, and one block more
+
+
+def test_place():
+    """One device after the other, a tenth of each is left; None where the last is too small."""
+    plans = [SimpleNamespace(shape="a", bytes_on=lambda device, texts: 40 * texts)] * 4
+    found = generate.place(plans, [("x", 100), ("y", 30), ("z", 100)], 1)
+    assert {key: len(group) for key, group in found.items()} == {("x", "a"): 2, ("z", "a"): 2}
+    assert generate.place(plans, [("x", 100), ("z", 80)], 1) is None
+    assert generate.place(plans, [("x", 100), ("z", 100)], 2) is None
+
+
+def test_plan_of_use():
+    cfg = resolved("q0", epochs=256, device="cpu", precision="bfloat16")
+    kept = 128 * 70 * 2 * 2048 * 2048 * 2 / 1e9  # members, passes, k and v, tokens, width, bytes
+    line = plan.use_line(cfg, 50257)
+    assert line.startswith(f"use: 128 members 48") and f" {kept:.3g} GB of keys" in line
