@@ -8,6 +8,7 @@ from pathlib import Path
 
 import train_q0 as q
 from records.mixture import load_mixture
+from records.population import title
 from records.runs import own_folder
 from records.use import K, parser_of
 
@@ -27,6 +28,9 @@ def export(argv):
     if os.path.lexists(args.out):
         raise q.UserError(f"{args.out} exists: give another --out")
     mixture = load_mixture(args.run, args.k, "cpu")
+    if mixture.gate is not None:
+        raise q.UserError(f"{title(mixture.folder)} has members that count, which that model has "
+                          "not: export the run that it was made of")
     with own_folder(args.out.absolute().parent) as folder:
         write_folder(mixture, folder)
         folder.rename(args.out.absolute())

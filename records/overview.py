@@ -53,7 +53,7 @@ def facts_of(folder):
     date = datetime.datetime.fromisoformat(about.get("time", written.isoformat()))
     planned = config["trajectories"] * config["cycles"]
     population = config["population"]
-    for made, word in (("pool_of", "pool"), ("average_of", "mean")):
+    for made, word in (("pool_of", "pool"), ("average_of", "mean"), ("counted_of", "counted")):
         if made in about:
             population += f" {word}"
     split = config.get("report", "val")
