@@ -27,6 +27,10 @@ def export(argv):
     if os.path.lexists(args.out):
         raise q.UserError(f"{args.out} exists: give another --out")
     mixture = load_mixture(args.run, args.k, "cpu")
+    if mixture.gate is not None:
+        raise q.UserError(f"{mixture.folder} has members that count and weights that depend on the "
+                          "context, which the new model cannot have: export the run that was "
+                          "counted")
     with own_folder(args.out.absolute().parent) as folder:
         write_folder(mixture, folder)
         folder.rename(args.out.absolute())
