@@ -8,6 +8,7 @@ from pathlib import Path
 
 import train_q0 as q
 from records.mixture import load_mixture
+from records.population import title
 from records.runs import own_folder
 from records.use import K, parser_of
 
@@ -28,9 +29,8 @@ def export(argv):
         raise q.UserError(f"{args.out} exists: give another --out")
     mixture = load_mixture(args.run, args.k, "cpu")
     if mixture.gate is not None:
-        raise q.UserError(f"{mixture.folder} has members that count and weights that depend on the "
-                          "context, which the new model cannot have: export the run that was "
-                          "counted")
+        raise q.UserError(f"{title(mixture.folder)} has members that count, which that model has "
+                          "not: export the run that it was made of")
     with own_folder(args.out.absolute().parent) as folder:
         write_folder(mixture, folder)
         folder.rename(args.out.absolute())
@@ -46,7 +46,7 @@ def write_folder(mixture, folder):
     if mixture.encoding:
         write_tokenizer(mixture, models[0].cfg.seq_len, folder)
     else:
-        q.say(f"notice: {mixture.folder} has no tokenizer, so the new folder has none")
+        q.say(f"notice: {title(mixture.folder)} has no tokenizer, so the new folder has none")
 
 
 # Weights and settings ----------------------------------------------------------------------------

@@ -229,9 +229,3 @@ def test_nothing_half_written(copied, tmp_path, capsys):
     with_file(f"members/{last}/model.safetensors", flip)(copied)
     fails(capsys, "is missing or damaged", "export", copied, "--out", tmp_path / "new/hf")
     assert not list((tmp_path / "new").iterdir())
-
-
-def test_counted_run(finished, logs, tmp_path, capsys):
-    works(capsys, "count", finished, "--name", "counted")
-    fails(capsys, "has members that count", "export", "counted", "--out", tmp_path / "hf")
-    assert not (tmp_path / "hf").exists()
