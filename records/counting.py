@@ -243,7 +243,13 @@ def build(about, tensors, cfg):
     ValueError for others."""
     shared = {"vocab_size": int(about["vocab_size"]), "eot": int(about["eot"]), "cfg": cfg}
     if about["kind"] == Cache.kind:
-        return Cache(tensors["strengths"].numpy(), **shared)
+        strengths = tensors["strengths"].numpy()
+        if not (strengths > 0).all():
+            raise ValueError("its strengths must be positive")
+        return Cache(strengths, **shared)
     if about["kind"] == KneserNey.kind:
-        return KneserNey(tensors["text"].numpy(), order=int(tensors["order"]), **shared)
+        text = tensors["text"].numpy()
+        if text.max() >= shared["vocab_size"]:
+            raise ValueError(f"its text has token {text.max()}, beyond the vocabulary")
+        return KneserNey(text, order=int(tensors["order"]), **shared)
     raise ValueError(f"this script knows no member of kind {about['kind']}")

@@ -1,5 +1,6 @@
 """`train_q0.py export`: a population as one Hugging Face model. It needs no transformers itself."""
 import ast
+import hashlib
 import os
 import re
 import symtable
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import train_q0 as q
 from records.mixture import load_mixture
+from records.population import title
 from records.runs import own_folder
 from records.use import K, parser_of
 
@@ -15,9 +17,10 @@ EOT = "<|endoftext|>"
 
 
 def export(argv):
-    """Write a folder that AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) and
-    AutoTokenizer load (transformers 5): one model, whose logits are the log-probabilities of the
-    mixture. It is for inference, and no layout of another architecture, such as llama's."""
+    """Write a folder that transformers 5 loads, as AutoModelForCausalLM.from_pretrained(FOLDER,
+    trust_remote_code=True), and AutoTokenizer likewise: one model, whose logits are the
+    log-probabilities of the mixture. It is for inference; other architectures' layouts, such as
+    llama's, do not hold it."""
     parser = parser_of(export)
     parser.add_argument("--k", **K)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -25,6 +28,9 @@ def export(argv):
     if os.path.lexists(args.out):
         raise q.UserError(f"{args.out} exists: give another --out")
     mixture = load_mixture(args.run, args.k, "cpu")
+    if mixture.gate is not None:
+        raise q.UserError(f"{title(mixture.folder)} has members that count, which that model has "
+                          "not: export the run that it was made of")
     with own_folder(args.out.absolute().parent) as folder:
         write_folder(mixture, folder)
         folder.rename(args.out.absolute())
@@ -84,7 +90,7 @@ def write_configs(mixture, models, folder):
         "max_position_embeddings": first.cfg.seq_len,
         "tie_word_embeddings": False,
         **tokens,
-        "script_sha256": q.hashlib.sha256(q.SOURCE.encode()).hexdigest(),
+        "script_sha256": hashlib.sha256(q.SOURCE.encode()).hexdigest(),
         "weights": mixture.weights,
         "members": [q.method_settings(model.cfg) for model in models]})
     q.save_json(folder / "generation_config.json", {**tokens, "use_cache": False})
@@ -120,7 +126,7 @@ def extract(source, names):
     for node in kept:
         parts = [node, *getattr(node, "decorator_list", ())]
         numbers |= {*range(min(part.lineno for part in parts), node.end_lineno + 1)}
-    lines = [line for number, line in enumerate(source.splitlines(), 1)
+    lines = [line for number, line in enumerate(source.split("\n"), 1)
              if number in numbers or not line]
     return re.sub("\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n")
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import train_q0 as q
+from records import gate
 from records.mixture import load_tokenizer
 from records.population import (
     REMOTE, RESULT_BYTES, has_weights, load_predictions, recorded_hashes)
@@ -135,7 +136,9 @@ def other_files(folder, name):
     files += [f"predictions/{i}.safetensors" for i in range(len(members))]
     if "file" in tokenizer:
         files.append("data/tokenizer.tiktoken")
-    if not {"pool_of", "average_of"} & result.keys():  # which have no log
+    if "gate" in result:
+        files.append(gate.FILE)
+    if not {"pool_of", "average_of", "counted_of"} & result.keys():  # which have no log
         files.append("log.txt")
     return files
 
@@ -235,7 +238,8 @@ def upload(repo, private, files, card):
         raise q.UserError(f"hf:{repo} is no run, it has {min(others)}: give another name")
     operations = [CommitOperationAdd("README.md", card.encode())]
     operations += [CommitOperationAdd(name, path) for name, path in files.items()]
-    left = re.compile(r"log\.txt|curve\.png|data/tokenizer\.tiktoken|(members|predictions)/\d+\D.*")
+    left = re.compile(r"log\.txt|curve\.png|gate\.safetensors|data/tokenizer\.tiktoken|"
+                      r"(members|predictions)/\d+\D.*")
     operations += [CommitOperationDelete(name) for name in sorted(there - files.keys())
                    if left.fullmatch(name)]  # of a run that was there before
     with asking(f"hf:{repo}"):
@@ -289,6 +293,8 @@ theirs, `data/manifest.json` the hashes of the text.
 
 
 def origin_of(result):
+    if "counted_of" in result:
+        return "of which the last two count n-grams"
     if "pool_of" in result:
         return f"pooled from {len(result['pool_of'])} runs"
     if "average_of" in result:

@@ -120,9 +120,9 @@ def check_not_counted(about, run, command):
                           f"{about['counted_of']}, which it was made of")
 
 
-def finish(folder, curve, predictions, about, **more):
-    """Print the table of a new run's members and write run.json and result.json, which has `more`.
-    """
+def finish(folder, curve, predictions, about, more=()):
+    """Print the table of a new run's members and write run.json and result.json; `more` is for the
+    result alone."""
     split = predictions.splits[1]
     table, lines = report(predictions, about["data"]["name"])
     if len(curve) > 1:
@@ -130,7 +130,7 @@ def finish(folder, curve, predictions, about, **more):
     q.save_json(folder / "run.json", about)
     result = {f"final_{split}_loss": curve[-1]["learned"], "members": len(curve), "curve": curve,
               "table": table}
-    q.save_json(folder / "result.json", {**result, **more, **about})
+    q.save_json(folder / "result.json", {**result, **dict(more), **about})
 
 
 # pool -------------------------------------------------------------------------------------------
@@ -204,7 +204,6 @@ def read_finished(folder, command):
     split = report_split(load_predictions(folder))
     with q.reading(path):
         about = q.load_json(path)
-        check_not_counted(about, folder, command)
         config = about["config"]
         shared = {k: config[k] for k in ("seq_len", "softcap", "train_tokens")}
         shared["data"] = {k: v for k, v in about["data"].items() if k != "teacher"}
@@ -215,6 +214,7 @@ def read_finished(folder, command):
             raise ValueError(f"final_{split}_loss is {loss}")
         sources = dict(about.get("pool_of", {title(folder): config}))
         run = Finished(folder, about["curve"], loss, config, shared, sources)
+    check_not_counted(about, folder, command)
     return run
 
 
@@ -386,40 +386,48 @@ def count(argv):
 
 def count_into(folder, run, corpus, cfg):
     """Write the members of a Finished run, those that count, and their Gate to `folder`."""
-    splits = ("heldout", run.shared["split"])
-    predictions = q.Predictions(folder, splits)
+    split = run.shared["split"]
+    predictions = q.Predictions(folder, ("heldout", split))
     curve = list(run.curve)
     for i in range(len(curve)):
         copy_member(run.folder, i, folder, i)
-    tokens = {split: corpus.eval_sequences(split).astype(np.int64) for split in splits}
+    rows = {s: corpus.eval_sequences(s).astype(np.int64) for s in predictions.splits}
     about = {"vocab_size": corpus.vocab_size, "eot": corpus.hashes["eot"], "cfg": cfg}
     counts = (counting.KneserNey(corpus.splits["train"], **about),
               counting.Cache(counting.STRENGTHS, **about))
     for member in counts:
         n = len(curve)
         counting.save(folder / f"members/{n}", member, {"member": n})
-        predictions.write(n, {s: member.true_token_probs(tokens[s]) for s in splits})
+        predictions.write(n, {s: member.true_token_probs(rows[s]) for s in rows})
         mixed = predictions.mixtures(range(n + 1))
         curve.append({"member": n, "kind": member.kind, **mixed, **q.hashes_of(folder, n)})
-        q.say(f"member:{n} kind:{member.kind} {splits[1]}_loss:{mixed['loss']:.5f} "
-              f"learned_{splits[1]}_loss:{mixed['learned']:.5f} before:{run.loss:.5f}")
-    buckets = {s: np.concatenate([gate.buckets_of(counts, row[:-1]) for row in tokens[s]])
-               for s in splits}
+        q.say(f"member:{n} kind:{member.kind} {split}_loss:{mixed['loss']:.5f} "
+              f"learned_{split}_loss:{mixed['learned']:.5f}")
+    about_gate, loss = gate_into(folder, counts, rows, predictions)
+    made = {"config": run.config, "data": run.shared["data"], "counted_of": title(run.folder),
+            "script": q.digest(q.SOURCE)}
+    more = {f"final_{split}_loss": loss, "gate": about_gate, "loss_before": run.loss}
+    finish(folder, curve, predictions, made, more)
+    q.say(f"final_{split}_loss:{loss:.5f} before:{run.loss:.5f} buckets:{about_gate['buckets']} "
+          f"strength:{about_gate['strength']} gap:{about_gate['gap']:.1e}")
+
+
+def gate_into(folder, counts, rows, predictions):
+    """Fit the Gate of all members and write the buckets of `rows` {split: sequences}. Returns what
+    the result says of it, and its loss on the second split."""
+    buckets = {s: np.concatenate([gate.buckets_of(counts, row[:-1]) for row in rows[s]])
+               for s in rows}
     gate.save(folder, buckets)
     number = gate.number_of_buckets(counts)
-    heldout = np.stack(predictions.of("heldout", range(len(curve))))
-    ends = np.cumsum(corpus.splits["heldout"] == about["eot"])
-    documents = q.cut(ends, cfg.seq_len)[:, 1:].flatten()
+    eot = counts[0].eot
+    documents = np.cumsum(rows["heldout"] == eot).reshape(rows["heldout"].shape)[:, 1:].flatten()
+    heldout = np.stack(predictions.of("heldout", range(len(predictions.cached))))
     strength = gate.choose_strength(heldout, buckets["heldout"], number, documents)
     members, weights = best_members(heldout)
-    fitted = gate.fit_gate(
+    found = gate.fit_gate(
         heldout[members], buckets["heldout"], number, np.array(weights), strength)
-    scored = predictions.of(splits[1], members)
-    loss = -float(np.log(fitted.mix(scored, buckets[splits[1]])).mean())
-    finish(folder, curve, predictions, {
-        "config": run.config, "data": run.shared["data"], "counted_of": title(run.folder),
-        "script": q.digest(q.SOURCE)},
-        gate={"buckets": number, "strength": strength, "gap": fitted.gap,
-              "sha256": q.sha256_of(folder / gate.FILE), f"{splits[1]}_loss": loss})
-    q.say(f"weights by context: buckets:{number} strength:{strength} gap:{fitted.gap:.1e} "
-          f"{splits[1]}_loss:{loss:.5f}")
+    split = predictions.splits[1]
+    mixed = found.mix(predictions.of(split, members), buckets[split])
+    about = {"buckets": number, "strength": strength, "gap": found.gap,
+             "sha256": q.sha256_of(folder / gate.FILE)}
+    return about, -float(np.log(mixed).mean())

@@ -202,7 +202,7 @@ def test_counted_run(counted, finished, corpus, capsys):
     picked = p.gather(2, tokens[:, 1:, None]).flatten()
     assert_allclose(picked, expected[:len(picked)], rtol=1e-4)
     loss = -np.log(expected).mean()
-    assert result["gate"]["val_loss"] == approx(loss, abs=1e-6)
+    assert result["final_val_loss"] == approx(loss, abs=1e-6)
     assert loss < result["curve"][-1]["learned"] < result["curve"][3]["learned"]
     out = works(capsys, "evaluate", counted, "--data", corpus / "val.bin")
     assert f"by context, {len(mixed.members)} {loss:8.5f}" in out
@@ -222,6 +222,7 @@ def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, lo
     fails(capsys, "count already: average .*first, which", "average", counted)
     fails(capsys, "count already: pool .*first, which", "pool", counted, finished)
     fails(capsys, "members that count, which cannot teach", *flags, "--teacher", counted)
+    fails(capsys, "members that count, which that model has", "export", counted, "--out", tmp_path / "x")
     for name in ("members/4/model.safetensors", "gate.safetensors"):
         flip(broken / name, -1)
         fails(capsys, f"{name.split('/model')[0]} is .*damaged: .*sha256", "sample", broken)

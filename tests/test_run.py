@@ -260,7 +260,7 @@ def test_bad_predictions(run, logs, capsys):
     fails(capsys, "2.safetensors is missing or damaged", "select", "r")
     (folder / "1.safetensors").unlink()
     fails(capsys, "2.safetensors is not of member 1", "select", "r")
-    (folder / "x.safetensors").touch()
+    (folder / "2.safetensors").rename(folder / "x.safetensors")
     fails(capsys, "x.safetensors is not of member", "select", "r")
     shutil.rmtree(folder)
     fails(capsys, "no cached predictions", "select", "r")
