@@ -1,7 +1,6 @@
 """A population as one Hugging Face model, as transformers loads it; its tokenizer."""
 import json
 import types
-from pathlib import Path
 
 import prepare
 import pytest
