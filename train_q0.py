@@ -1841,7 +1841,7 @@ class Trainer:
     def curve_entry(self, cycle):
         """Log and return the losses of the newest member and of all so far."""
         key = f"{self.cfg.report}_loss"
-        so_far = [i for i in range(cycle.member + 1) if self.predictions.has(i)]
+        so_far = [i for i in range(cycle.member + 1) if self.predictions.path(i).exists()]
         mixed = self.predictions.mixtures(so_far)
         entry = {**cycle.place, **mixed, **hashes_of(self.run.folder, cycle.member)}
         self.log.event(**cycle.place, **{key: mixed["loss"]})
@@ -1994,9 +1994,6 @@ class Predictions:
 
     def path(self, member):
         return self.folder / f"{member}.safetensors"
-
-    def has(self, member):
-        return member in self.cached or self.path(member).exists()
 
     def write(self, member, probs):
         write_atomically(self.path(member), lambda tmp: save_file(probs, tmp))
@@ -2523,7 +2520,8 @@ def saved_config(run, given):
         saved = load_json(path)["config"]
         machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
         base = asdict(Config(**{**saved, **machine_bound}))
-    differ = [flag(k) for k, v in given.items() if k not in MACHINE and v != base[k]]
+    differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items()
+              if k not in MACHINE and v != base[k]]
     if differ:
         raise UserError(f"--resume {run} has settings of its own: leave out {', '.join(differ)}")
     return base

@@ -1,5 +1,6 @@
 """`train_q0.py export`: a population as one Hugging Face model. It needs no transformers itself."""
 import ast
+import hashlib
 import os
 import re
 import symtable
@@ -16,9 +17,10 @@ EOT = "<|endoftext|>"
 
 
 def export(argv):
-    """Write a folder that AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True) and
-    AutoTokenizer load (transformers 5): one model, whose logits are the log-probabilities of the
-    mixture. It is for inference, and no layout of another architecture, such as llama's."""
+    """Write a folder that transformers 5 loads, as AutoModelForCausalLM.from_pretrained(FOLDER,
+    trust_remote_code=True), and AutoTokenizer likewise: one model, whose logits are the
+    log-probabilities of the mixture. It is for inference; other architectures' layouts, such as
+    llama's, do not hold it."""
     parser = parser_of(export)
     parser.add_argument("--k", **K)
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="a new folder")
@@ -44,7 +46,7 @@ def write_folder(mixture, folder):
     if mixture.encoding:
         write_tokenizer(mixture, models[0].cfg.seq_len, folder)
     else:
-        q.say(f"notice: {mixture.folder} has no tokenizer, so the new folder has none")
+        q.say(f"notice: {title(mixture.folder)} has no tokenizer, so the new folder has none")
 
 
 # Weights and settings ----------------------------------------------------------------------------
@@ -88,7 +90,7 @@ def write_configs(mixture, models, folder):
         "max_position_embeddings": first.cfg.seq_len,
         "tie_word_embeddings": False,
         **tokens,
-        "script_sha256": q.hashlib.sha256(q.SOURCE.encode()).hexdigest(),
+        "script_sha256": hashlib.sha256(q.SOURCE.encode()).hexdigest(),
         "weights": mixture.weights,
         "members": [q.method_settings(model.cfg) for model in models]})
     q.save_json(folder / "generation_config.json", {**tokens, "use_cache": False})
@@ -124,7 +126,7 @@ def extract(source, names):
     for node in kept:
         parts = [node, *getattr(node, "decorator_list", ())]
         numbers |= {*range(min(part.lineno for part in parts), node.end_lineno + 1)}
-    lines = [line for number, line in enumerate(source.splitlines(), 1)
+    lines = [line for number, line in enumerate(source.split("\n"), 1)
              if number in numbers or not line]
     return re.sub("\n{4,}", "\n\n\n", "\n".join(lines)).strip("\n")
 

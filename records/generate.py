@@ -224,7 +224,8 @@ class Part:
         """sum_k share_k p_k [B, V] of what follows tokens [B, T], read into `cache`; shares [K, B]
         are of all members of the mixture."""
         if self.file:
-            self.stack.fill(0, q.load_tensor_file(self.file))
+            with q.reading(f"member {self.file.parent}"):
+                self.stack.fill(0, q.load_tensor_file(self.file))
             cache.change(self.to_device)
         rows = len(tokens) * len(self.columns)
         for some in tokens.to(self.device).split(max(1, READ_ROWS // rows), dim=1):
@@ -309,7 +310,7 @@ SHAPE = ("seq_len layers width head_dim mlp_hidden softcap windows short_window 
 
 
 @dataclass(frozen=True)
-class Plan:
+class MemberFile:
     """A member that is to be placed."""
     number: int
     column: int  # its place in the mixture
@@ -332,8 +333,9 @@ class Plan:
         return (2 if wide else 1) * self.size + cache_bytes(cfg, texts)
 
 
-def planned(mixture):
-    """The Plan of each member that was trained. Raises UserError where they do not mix or are damaged."""
+def member_files(mixture):
+    """The MemberFile of each member that was trained. Raises UserError where they do not mix or are
+    damaged."""
     found = []
     for column, i in enumerate(mixture.members):
         folder = fetch(mixture.folder, i)
@@ -343,8 +345,9 @@ def planned(mixture):
             if "kind" in about:
                 continue
             file = folder / "model.safetensors"
-            found.append(Plan(i, column, q.Config(**about["config"]), int(about["vocab_size"]),
-                              file, file.stat().st_size))
+            cfg = q.Config(**about["config"])
+            size = file.stat().st_size
+            found.append(MemberFile(i, column, cfg, int(about["vocab_size"]), file, size))
     mixture.check_mix(found)
     return found
 
@@ -364,13 +367,13 @@ def rooms(device):
     return [(device, math.inf)]
 
 
-def place(plans, free, texts):
-    """{(device, shape): [Plan, ...]} that fills one device after the other; None where they do not
+def place(files, free, texts):
+    """{(device, shape): [MemberFile, ...]} that fills one device after the other; None where they do not
     fit. `free` is as of rooms()."""
     found = {}
     free = iter(free)
     device, left = next(free)
-    for one in plans:
+    for one in files:
         while one.bytes_on(device, texts) > 0.9 * left:  # the rest is for what is computed
             device, left = next(free, (None, 0))
             if device is None:
@@ -383,17 +386,17 @@ def place(plans, free, texts):
 def parts_of(mixture, texts, stream=False):
     """The Parts of a mixture that is to read so many texts: stacks, or members that are read from
     the disk one at a time, where they do not fit or `stream` is set. Raises UserError."""
-    plans = planned(mixture)
-    trained = [one.column for one in plans]
+    files = member_files(mixture)
+    trained = [one.column for one in files]
     parts = [CountingPart(mixture.member(i), column)
              for column, i in enumerate(mixture.members) if column not in trained]
     free = rooms(mixture.device)
-    groups = None if stream else place(plans, free, texts)
+    groups = None if stream else place(files, free, texts)
     if groups is None:
-        need = sum(one.bytes_on(mixture.device, texts) for one in plans) / 1e9
-        print(f"notice: {len(plans)} members take {need:.3g} GB, {sum(b for _, b in free) / 1e9:.3g}"
+        need = sum(one.bytes_on(mixture.device, texts) for one in files) / 1e9
+        print(f"notice: {len(files)} members take {need:.3g} GB, {sum(b for _, b in free) / 1e9:.3g}"
               " GB are free: each is read from the disk for every token", file=sys.stderr)
-        return parts + list(streamed(mixture, plans, free[0][0]))
+        return parts + list(streamed(mixture, files, free[0][0]))
     for (device, _), group in groups.items():
         stack = group[0].stack(len(group), device)
         for k, one in enumerate(group):
@@ -402,10 +405,10 @@ def parts_of(mixture, texts, stream=False):
     return parts
 
 
-def streamed(mixture, plans, device):
+def streamed(mixture, files, device):
     """Their Parts; those of one shape use the same stack in turn."""
     stacks = {}
-    for one in plans:
+    for one in files:
         mixture.member(one.number)  # checked once
         if one.shape not in stacks:
             stacks[one.shape] = one.stack(1, device)

@@ -3,6 +3,7 @@ tracker (--track), the cost of its operations (--profile). They listen to the ev
 none of them ends a run: after a fault it is off."""
 import contextlib
 import functools
+import os
 import sys
 import time
 
@@ -164,14 +165,16 @@ class Profile:
             forward_backward(cycle)
 
         self.path = trainer.run.folder / "trace.json"
-        self.device = trainer.world.device.type.upper()
+        self.on_gpu = trainer.world.device.type == "cuda"
         trainer.forward_backward = step
 
     def step(self):
         if self.begun == self.FIRST:
-            kinds = {"CPU", self.device} & {"CPU", "CUDA"}
-            self.profiler = torch.profiler.profile(
-                activities=[getattr(torch.profiler.ProfilerActivity, kind) for kind in kinds])
+            os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # it prints that it starts and stops
+            activities = [torch.profiler.ProfilerActivity.CPU]
+            if self.on_gpu:
+                activities.append(torch.profiler.ProfilerActivity.CUDA)
+            self.profiler = torch.profiler.profile(activities=activities)
             self.profiler.start()
         elif self.begun == self.FIRST + self.STEPS:
             self.close()
@@ -188,16 +191,20 @@ class Profile:
         self.profiler = None
         profiler.stop()
         q.write_atomically(self.path, lambda tmp: profiler.export_chrome_trace(str(tmp)))
-        q.say("\n".join(heaviest(profiler.key_averages(), self.device)))
+        q.say("\n".join(heaviest(profiler.key_averages(), self.on_gpu)))
         q.say(f"profile of {self.begun - self.FIRST} steps: {self.path}, for ui.perfetto.dev")
 
 
-def heaviest(rows, device, count=15):
-    """Lines of a table of what took the most time: on a GPU kernels, else operations."""
-    def seconds(row):
-        return row.self_cpu_time_total / 1e6 if device == "CPU" else row.self_device_time_total / 1e6
-    rows = [row for row in rows if row.device_type.name == device]
-    total = sum(map(seconds, rows))
+def heaviest(averages, on_gpu, count=15):
+    """Lines of a table of what took the most time, without what it called: on a GPU kernels, else
+    operations."""
+    rows = []
+    for row in averages:
+        on_device = row.device_type.name == "CUDA"
+        if on_device == on_gpu and not row.is_user_annotation:
+            spent = row.self_device_time_total if on_gpu else row.self_cpu_time_total
+            rows.append((spent / 1e6, row.count, row.key))
+    total = sum(seconds for seconds, _, _ in rows)
     yield f"{'seconds':>9} {'share':>6} {'calls':>7}  operation"
-    for row in sorted(rows, key=seconds, reverse=True)[:count]:
-        yield f"{seconds(row):9.4f} {seconds(row) / total:6.1%} {row.count:7}  {row.key[:70]}"
+    for seconds, calls, name in sorted(rows, reverse=True)[:count]:
+        yield f"{seconds:9.4f} {seconds / total:6.1%} {calls:7}  {name[:70]}"

@@ -14,15 +14,11 @@ from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutput
 from transformers.utils import can_return_tuple
 
-from train_q0 import GPT, Config, attention_by_window, mixed_probs, sdpa_attention
+from train_q0 import GPT, Config, mixed_probs
 
 
 class Member(GPT):
     """A member. It computes in the dtype that its weights have."""
-    def __init__(self, settings, vocab_size):
-        super().__init__(Config(**settings), vocab_size)
-        self.attend = attention_by_window(sdpa_attention, self.cfg, "cpu")  # works everywhere
-
     def forward(self, tokens, places):
         """Raw logits [B, P, V] at places [B, P] of tokens [B, T]."""
         self.dtype = self.embed.dtype
@@ -43,7 +39,8 @@ class Q0ForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config):
         super().__init__(config)
-        self.members = nn.ModuleList(Member(s, config.vocab_size) for s in config.members)
+        self.members = nn.ModuleList(
+            Member(Config(**settings), config.vocab_size) for settings in config.members)
         self.post_init()
 
     def _init_weights(self, module):

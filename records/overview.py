@@ -1,16 +1,13 @@
 """Commands of train_q0.py about all runs: `runs` lists them."""
 import contextlib
 import datetime
-import math
-import os
 import platform
 import time
 from dataclasses import fields
 
 import train_q0 as q
-from records.plot import entries_of, print_columns
+from records.plot import check_file, entries_of, print_columns
 
-MOST_BYTES = 2 ** 26  # of a result that is read
 SHOWN = ("population", "epochs", "trajectories", "cycles")  # settings
 
 
@@ -31,13 +28,18 @@ def runs(argv):
 
 def line_of(folder):
     """(run, date, population, epochs, members, state, loss) as texts."""
-    name = "".join(c if c.isprintable() else "?" for c in folder.name)
     try:
         with q.reading(folder):
-            return name, *facts_of(folder)
+            return folder.name, *facts_of(folder)
     except q.UserError:
-        date = datetime.datetime.fromtimestamp(os.lstat(folder).st_mtime)
-        return name, f"{date:%Y-%m-%d %H:%M}", "-", "-", "-", "broken", "-"
+        date = "-"
+        with contextlib.suppress(OSError):  # it may be gone
+            date = shown(datetime.datetime.fromtimestamp(folder.stat().st_mtime))
+        return folder.name, date, "-", "-", "-", "broken", "-"
+
+
+def shown(date):
+    return f"{date:%Y-%m-%d %H:%M}"
 
 
 def facts_of(folder):
@@ -58,7 +60,7 @@ def facts_of(folder):
     loss = "-"
     if (folder / "result.json").exists():
         result = read(folder / "result.json")
-        done = planned = int(result["members"])
+        done = planned = len(result["curve"])
         loss = f"{result[f'final_{split}_loss']:.5f}"
         state = "complete"
     else:
@@ -67,19 +69,17 @@ def facts_of(folder):
         if entries:
             loss = f"{entries[-1]['learned']:.5f}"
         state = "running" if any(map(is_held, folder.glob("state/*[0-9].lock"))) else "stopped"
-    return (f"{date:%Y-%m-%d %H:%M}", population, str(config["epochs"]), f"{done}/{planned}", state,
-            loss)
+    return shown(date), population, str(config["epochs"]), f"{done}/{planned}", state, loss
 
 
 def read(path):
-    """A JSON file; what is no file, which might never end, and what is too large is refused."""
-    if not path.is_file() or path.stat().st_size > MOST_BYTES:
-        raise ValueError("it is no regular file, or too large")
+    check_file(path)
     return q.load_json(path)
 
 
 def is_held(path):
     """Whether a launch holds a trajectory's lock (train_q0.Lock); nothing is changed."""
+    check_file(path)
     holder = path.read_text(encoding="utf-8")
     if holder == platform.node() and q.fcntl:
         with open(path, "rb") as file, contextlib.suppress(OSError):

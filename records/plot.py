@@ -19,6 +19,7 @@ import train_q0 as q
 from records.check import read_log, read_table, rule
 from records.population import find_run, plain_name
 
+MOST_BYTES = 2 ** 26  # of a file that is read
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
 LOSS = 2
@@ -105,8 +106,17 @@ def compared(first, curves):
     return cells + f"{above:+.4f} | {required:.4f} | {verdict}"
 
 
+def check_file(path):
+    """Raise ValueError for what might never end, or is too large to be read."""
+    if not path.is_file() or path.stat().st_size > MOST_BYTES:
+        raise ValueError(f"{path.name} is no regular file, or too large")
+
+
 def print_columns(rows):
-    """Rows of texts below one another; the first column to the left, the others to the right."""
+    """Rows of texts below one another; the first column to the left, the others to the right. What
+    files say may be anything: a text is cut, and what would steer a terminal is a ?."""
+    rows = [["".join(c if c.isprintable() else "?" for c in text[:50]) for text in row]
+            for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows)]
     for first, *others in rows:
         cells = [text.rjust(width) for text, width in zip(others, widths[1:])]
@@ -166,7 +176,9 @@ def entries_of(run):
     of all its trajectories. Raises ValueError or KeyError for damaged ones."""
     entries = []
     for path in sorted(run.glob("metrics*.jsonl")):
-        for line in path.read_text(encoding="utf-8").splitlines():
+        check_file(path)
+        *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last may be half written
+        for line in lines:
             event = json.loads(line)
             loss = next((event[key] for key in event if key.endswith("_loss")), None)
             if event["event"] == "member":
@@ -179,9 +191,10 @@ def entries_of(run):
 
 def draw_losses(axis, rows, x, lines):
     """A line for each of lines {name: (style, label)} through rows {x: ..., name: loss}."""
+    size = 4 if len(rows) <= 40 else 2
     for name, (style, label) in lines.items():
         losses = [row[name] for row in rows]
-        axis.plot([row[x] for row in rows], losses, style, markersize=4, label=label)
+        axis.plot([row[x] for row in rows], losses, style, markersize=size, label=label)
 
 
 def draw_curve(path, entries, split, table=None):
@@ -189,7 +202,8 @@ def draw_curve(path, entries, split, table=None):
     prior; at its end also against the number of members (population_table). entries: the `curve`
     of its result. Raises ImportError without matplotlib."""
     from matplotlib.figure import Figure
-    panels = 2 if table else 1
+    several = table is not None and len(table["rows"]) > 1
+    panels = 2 if several else 1
     figure = Figure(figsize=(1 + 5.5 * panels, 4.5), layout="constrained")
     by_epochs, *by_members = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     draw_losses(by_epochs, entries, "epochs", {
@@ -204,13 +218,17 @@ def draw_curve(path, entries, split, table=None):
             "learned": ("D-C2", "k of largest weight, learned prior"),
             "pruned": ("^-C3", "best k, found by pruning")})
         axis.set_xlabel("members k")
-        axis.xaxis.get_major_locator().set_params(integer=True)
+        if len(entries) <= 16:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+        else:
+            axis.set_xscale("log", base=2)
+            axis.xaxis.set_major_formatter("{x:.0f}")
     best = min(entry["loss"] for entry in entries)
     for axis in (by_epochs, *by_members):
         axis.axhline(best, color="gray", linewidth=1, label=f"best single member: {best:.4f}")
         axis.legend()
         axis.grid(alpha=0.3)
-    figure.suptitle(path.parent.name)
+    figure.suptitle(path.parent.name, parse_math=False)
     tmp = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # several launches may draw at once
     figure.savefig(tmp, format="png", dpi=120)
     tmp.replace(path)
@@ -275,8 +293,7 @@ def read_row(paths):
     row = Row([])
     for path in paths:
         with q.reading(f"{path}, which should be the log of a run,"):
-            if not path.is_file():
-                raise ValueError("there is no such file")
+            check_file(path)
             if path.suffix == ".json":
                 row.curves.extend(curves_in(str(path)))
                 continue

@@ -158,15 +158,17 @@ def best_members(heldout, k=None):
 # Members ----------------------------------------------------------------------------------------
 # A population in use: members mix their probabilities token by token.
 
-def load_member(folder, sha256=None, device="cpu"):
+def load_member(folder, precision=None, sha256=None, device="cpu"):
     """The member in `folder`: a frozen GPT in evaluation mode on `device`, or one that counts.
-    Raises UserError where a file is damaged, of another model, or its config.json not the one of hash `sha256`."""
+    Raises UserError where a file is damaged, of another model, or its config.json not the one of
+    hash `sha256`."""
     about, weights = q.read_member(folder, sha256)
     with q.reading(f"member {folder}"):
         cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
         vocab_size = int(about["vocab_size"])
         if "kind" in about:
             return counting.build(about, weights, cfg)
+    cfg = replace(cfg, precision=precision or cfg.precision)
     wanted = {n: row.bank_shape for n, row in q.parameter_table(cfg, vocab_size).items()}
     found = {n: tuple(w.shape) for n, w in weights.items()}
     if found != wanted:  # before anything is allocated

@@ -12,9 +12,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from forks import (
-    CYCLE_ENDS, Fork, at_step, command, differences, disturbed, losses_of, reference, result_of,
-    start)
+from forks import CYCLE_ENDS, Fork, at_step, differences, disturbed, losses_of, result_of, start
 from tiny import edit_json, fails, read_json, works
 
 import train_q0 as q
@@ -220,7 +218,7 @@ def test_profile(trained, capsys, base):
 def test_runs(finished, interrupted, logs, capsys):
     """Their states, told by locks; folders that are no runs, or hostile, stop nothing."""
     shutil.copytree(finished, logs / "done")
-    for name in ("running", "elsewhere", "silent"):
+    for name in ("running", "elsewhere", "silent", "pipes"):
         shutil.copytree(interrupted, logs / name)
     held = q.Lock(logs / "running/state/0.lock")
     assert held.acquire()
@@ -228,6 +226,7 @@ def test_runs(finished, interrupted, logs, capsys):
         lock = logs / f"{name}/state/0.lock"
         lock.write_text("another machine")
         os.utime(lock, (time.time() - age,) * 2)
+    os.mkfifo(logs / "pipes/metrics_trajectory1.jsonl")
     for name in ("empty", "pipe", "endless", "evil\x1b[2J", "huge"):
         (logs / name).mkdir()
     os.mkfifo(logs / "pipe/run.json")
@@ -248,7 +247,7 @@ def test_runs(finished, interrupted, logs, capsys):
     states = {line.split()[0]: line.split()[-2] for line in lines[1:]}
     assert states == {
         "done": "complete", "x": "stopped", "running": "running", "elsewhere": "running",
-        "silent": "stopped", "empty": "broken", "pipe": "broken", "endless": "broken",
+        "silent": "stopped", "pipes": "broken", "empty": "broken", "pipe": "broken", "endless": "broken",
         "evil?[2J": "broken", "huge": "broken"}
     learned = [e for e in plot.entries_of(interrupted)][-1]["learned"]
     assert re.search(rf"^x +\S+ \S+ +q0 +6 +2/3 +stopped +{learned:.5f}$", out, re.M)

@@ -112,7 +112,7 @@ def test_select(run, repo, monkeypatch, capsys):
     """The run's table again, without a forward pass; and the members of a budget."""
     folder, stdout = run
     monkeypatch.setattr(q, "LOGS", repo / "logs")
-    monkeypatch.setattr(q, "GPT", None)
+    monkeypatch.setattr(q.GPT, "forward", None)
     assert table_of(works(capsys, "select", "first")) == table_of(stdout)
     *_, of_2, _, of_4, _ = [line.split() for line in table_of(stdout)]
     *_, last = works(capsys, "select", "first", "--k", 2).splitlines()
@@ -260,7 +260,7 @@ def test_bad_predictions(run, logs, capsys):
     fails(capsys, "2.safetensors is missing or damaged", "select", "r")
     (folder / "1.safetensors").unlink()
     fails(capsys, "2.safetensors is not of member 1", "select", "r")
-    (folder / "x.safetensors").touch()
+    (folder / "2.safetensors").rename(folder / "x.safetensors")
     fails(capsys, "x.safetensors is not of member", "select", "r")
     shutil.rmtree(folder)
     fails(capsys, "no cached predictions", "select", "r")
