@@ -27,6 +27,7 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
     python train_q0.py average RUN                        one model: mean weights of newest members
     python train_q0.py pool RUN RUN                       one population of several runs
+    python train_q0.py count RUN                          with members that count n-grams
     python train_q0.py push RUN USER/NAME                 to the hub; hf:USER/NAME is a RUN then
     python train_q0.py export RUN --k 4 --out FOLDER      one Hugging Face model: the mixture
     python train_q0.py compare RUN RUN                    settings, losses and curves side by side
