@@ -252,7 +252,8 @@ def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, lo
     fails(capsys, "count already: average .*first, which", "average", counted)
     fails(capsys, "count already: pool .*first, which", "pool", counted, finished)
     fails(capsys, "members that count, which cannot teach", *flags, "--teacher", counted)
-    fails(capsys, "members that count, which that model has", "export", counted, "--out", tmp_path / "x")
+    out = tmp_path / "exported"
+    fails(capsys, "members that count, which that model has", "export", counted, "--out", out)
     for name in ("members/4/model.safetensors", "gate.safetensors"):
         flip(broken / name, -1)
         fails(capsys, f"{name.split('/model')[0]} is .*damaged: .*sha256", "sample", broken)
@@ -264,7 +265,8 @@ def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, lo
         fails(capsys, f"gate.* damaged: .*{said}", "sample", broken)
     edit_json(broken / "members/6/config.json", kind="oracle")
     (broken / "result.json").unlink()
-    fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", corpus / "val.bin")
+    val = corpus / "val.bin"
+    fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", val)
     data = shutil.copytree(corpus, tmp_path / "other")
     about = read_json(copied / "result.json")
     edit_json(copied / "result.json", config={**about["config"], "data": str(data)})
