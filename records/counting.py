@@ -281,10 +281,12 @@ def build(about, tensors, cfg):
     """The member of a config.json and its tensors {name: torch tensor}. Raises KeyError or
     ValueError for others."""
     shared = {"vocab_size": int(about["vocab_size"]), "eot": int(about["eot"]), "cfg": cfg}
+    if not 0 <= shared["eot"] < shared["vocab_size"] <= 2 ** 16:  # before anything is allocated
+        raise ValueError("its tokens are no 16-bit numbers, or its eot none of them")
     if about["kind"] == Cache.kind:
         strengths = tensors["strengths"].numpy()
-        if not (strengths > 0).all():
-            raise ValueError("its strengths must be positive")
+        if strengths.ndim != 1 or not 0 < strengths.min() <= strengths.max() < np.inf:
+            raise ValueError("its strengths must be positive numbers")
         return Cache(strengths, **shared)
     for kind in (KneserNey, Undiscounted):
         if about["kind"] != kind.kind:

@@ -8,7 +8,7 @@ import torch
 from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.numpy import load_file
-from tiny import edit_json, fails, flip, predictions_of, read_json, sequences_of, works
+from tiny import VOCABULARY, edit_json, fails, flip, predictions_of, read_json, sequences_of, works
 
 import train_q0 as q
 from records import counting, gate
@@ -263,9 +263,11 @@ def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, lo
                          ({"strength": -1}, "is not positive")):
         edit_json(broken / "result.json", gate={**about, **change})
         fails(capsys, f"gate.* damaged: .*{said}", "sample", broken)
-    edit_json(broken / "members/6/config.json", kind="oracle")
     (broken / "result.json").unlink()
     val = corpus / "val.bin"
+    edit_json(broken / "members/6/config.json", vocab_size=2 ** 40)
+    fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", val)
+    edit_json(broken / "members/6/config.json", vocab_size=VOCABULARY, kind="oracle")
     fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", val)
     data = shutil.copytree(corpus, tmp_path / "other")
     about = read_json(copied / "result.json")
