@@ -123,7 +123,19 @@ def read(run):
     with q.reading(run / FILE):
         if q.sha256_of(run / FILE) != about["sha256"]:
             raise ValueError("the sha256 is not the recorded one")
-        return load_file(run / FILE), about
+        buckets = load_file(run / FILE)
+        check(buckets, about["buckets"], about["strength"])
+        return buckets, about
+
+
+def check(buckets, number, strength):
+    """Raise ValueError or TypeError where {split: buckets [N]} of `number`, or a strength, are not
+    of a gate."""
+    if not 0 < strength < math.inf:
+        raise ValueError(f"a strength of {strength} is not positive")
+    for split, found in buckets.items():
+        if found.dtype != np.uint8 or not found.max() < number <= 256:
+            raise ValueError(f"{split} does not hold buckets below {number}")
 
 
 def load_gate(run, P, v):

@@ -242,10 +242,10 @@ class Part:
 class Context:
     """The tokens of B texts, for a member that reads them anew each time."""
     def __init__(self):
-        self.forget()
+        self.tokens = torch.empty(1, 0, dtype=torch.long)
 
     def forget(self):
-        self.tokens = torch.empty(1, 0, dtype=torch.long)
+        self.tokens = self.tokens[:, :0]
 
     def change(self, function):
         self.tokens = function(self.tokens)
@@ -368,8 +368,8 @@ def rooms(device):
 
 
 def place(files, free, texts):
-    """{(device, shape): [MemberFile, ...]} that fills one device after the other; None where they do not
-    fit. `free` is as of rooms()."""
+    """{(device, shape): [MemberFile, ...]} that fills one device after the other; None where they
+    do not fit. `free` is as of rooms()."""
     found = {}
     free = iter(free)
     device, left = next(free)
@@ -394,8 +394,9 @@ def parts_of(mixture, texts, stream=False):
     groups = None if stream else place(files, free, texts)
     if groups is None:
         need = sum(one.bytes_on(mixture.device, texts) for one in files) / 1e9
-        print(f"notice: {len(files)} members take {need:.3g} GB, {sum(b for _, b in free) / 1e9:.3g}"
-              " GB are free: each is read from the disk for every token", file=sys.stderr)
+        room = sum(left for _, left in free) / 1e9
+        print(f"notice: {len(files)} members take {need:.3g} GB, {room:.3g} GB are free: each is "
+              "read from the disk for every token", file=sys.stderr)
         return parts + list(streamed(mixture, files, free[0][0]))
     for (device, _), group in groups.items():
         stack = group[0].stack(len(group), device)

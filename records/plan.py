@@ -11,6 +11,7 @@ import train_q0 as q
 from records.generate import cache_bytes
 from records import recipes
 from records.population import load_teacher
+from records.use import number
 
 H100_FLOPS = 989e12  # a second, dense bf16
 PUBLISHED_MFU = 0.26  # our count for the published run
@@ -158,13 +159,16 @@ def text_of(cfg):
 def plan(argv):
     """Print what a run would do: members, steps, FLOPs, memory, disk and time."""
     cfg, why, args = q.parse_config(
-        argv, gpus=dict(type=int, help="estimate for this many H100s [the device at hand]"),
-        mfu=dict(type=float, help=f"share of peak FLOP/s [{PUBLISHED_MFU} on GPUs, as published; "
-                                  f"{CPU_MFU} here]"),
+        argv, gpus=dict(type=number(int, 1, 1_000_000), help="estimate for this many H100s [the "
+                        "device at hand]"),
+        mfu=dict(type=number(float, 1e-6, 1), help="share of peak FLOP/s "
+                 f"[{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
         modelled=dict(action="store_true", help="with --gpus: time by a model of every kernel, "
                       "which takes up to a minute, in place of an assumed share of the peak"),
-        k=dict(type=int, metavar="K", help="models at inference: names the population to train"),
-        memory=dict(type=float, help="GB per device [80 with --gpus, else this machine's]"))
+        k=dict(type=number(int, 1, math.inf), metavar="K",
+               help="models at inference: names the population to train"),
+        memory=dict(type=number(float, 1e-3, 1e6),
+                    help="GB per device [80 with --gpus, else this machine's]"))
     if args.modelled and not args.gpus:
         raise q.UserError("--modelled is of H100s: give --gpus N")
     on_gpus = bool(args.gpus) or cfg.device == "cuda"
@@ -199,7 +203,5 @@ def plan(argv):
     lines.append(f"estimated time: {time} for {flops:.3g} FLOPs at {mfu:.0%} of "
                  f"{speed / 1e12:.3g} TFLOP/s ({device})")
     if args.k is not None:
-        if args.k < 1:
-            raise q.UserError(f"--k {args.k} is fewer than one model")
         lines += recipes.advice(cfg, args.k)
     print("\n".join(lines))

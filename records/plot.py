@@ -168,7 +168,8 @@ def draw(path, rows):
     by_epochs.set_ylabel("loss under the learned prior (nats per token)")
     by_epochs.legend()
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    kind = path.suffix[1:] or "png"  # without one matplotlib writes to another name
+    figure.savefig(path, format=kind, dpi=110)
 
 
 def entries_of(run):
@@ -292,6 +293,8 @@ def read_row(paths):
     """A Row of logs and pools' curves. Raises UserError for what is neither."""
     row = Row([])
     for path in paths:
+        if (path.parent / "result.json").exists() and not path.exists():
+            raise q.UserError(f"{path.parent} was made of other runs and has no log: compare those")
         with q.reading(f"{path}, which should be the log of a run,"):
             check_file(path)
             if path.suffix == ".json":

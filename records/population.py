@@ -12,7 +12,7 @@ import torch
 
 import train_q0 as q
 from records import counting
-from records.gate import load_gate
+from records.gate import load_gate, number_of_buckets
 
 
 # A run's folder ---------------------------------------------------------------------------------
@@ -201,7 +201,11 @@ class Population:
     def counting(self):
         """The members that count of a counted run, which are its last ones."""
         M = len(self.heldout)
-        return [self.member(i) for i in range(M - 3, M)]
+        found = [self.member(i) for i in range(M - 3, M)]
+        with q.reading(f"the gate of {title(self.folder)}"):
+            if number_of_buckets(found) != len(self.gate.weights):
+                raise ValueError("it has other buckets than the last members make")
+        return found
 
     @property
     def digest(self):

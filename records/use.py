@@ -78,7 +78,8 @@ def select(argv):
     if found is not None:
         buckets, about = found
         gate = load_gate(run, heldout[members], np.array(weights))
-        loss = -np.log(gate.mix(scored[members], buckets[split])).mean()
+        with q.reading(f"the gate of {run}"):
+            loss = -np.log(gate.mix(scored[members], buckets[split])).mean()
         print(f"k:{len(members)} by_context_{split}_loss:{loss:.5f} buckets:{about['buckets']} "
               f"strength:{about['strength']} gap:{gate.gap:.1e}")
 

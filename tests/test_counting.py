@@ -232,6 +232,16 @@ def test_counted_run(counted, finished, corpus, capsys):
     assert len(out) > 1
 
 
+def test_two_texts_beyond_the_context(counted, corpus):
+    rows = torch.from_numpy(sequences_of(corpus, "val", 64)[:2])
+    mixed = load_mixture(counted)
+    reader = mixed.reader()
+    reader.read(rows[:1, :64])
+    reader.repeat(2)
+    seen = torch.cat((rows[:1, 32:64].expand(2, -1), rows[:, :1]), dim=1)
+    assert_allclose(reader.read(rows[:, :1]), mixed.log_probs(seen)[:, -1], rtol=1e-4)
+
+
 @pytest.fixture
 def broken(counted, tmp_path):
     return shutil.copytree(counted, tmp_path / "broken")
@@ -248,6 +258,11 @@ def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, lo
         flip(broken / name, -1)
         fails(capsys, f"{name.split('/model')[0]} is .*damaged: .*sha256", "sample", broken)
         flip(broken / name, -1)
+    about = read_json(broken / "result.json")["gate"]
+    for change, said in (({"buckets": 13}, "other buckets"), ({"buckets": 3}, "below 3"),
+                         ({"strength": -1}, "is not positive")):
+        edit_json(broken / "result.json", gate={**about, **change})
+        fails(capsys, f"gate.* damaged: .*{said}", "sample", broken)
     edit_json(broken / "members/6/config.json", kind="oracle")
     (broken / "result.json").unlink()
     val = corpus / "val.bin"

@@ -54,4 +54,5 @@ def test_plan_recommends(capsys):
     out = works(capsys, "plan", "--epochs", 64, "--k", 2)
     assert "for 64 epochs and the best 2 members: chain+q0, loss 3.7356 (measured), q0" in out
     assert "python train_q0.py --epochs 32 --population chain --run A" in out
-    fails(capsys, "--k 0 is fewer than one model", "plan", "--k", 0)
+    for wrong in ("--k 0", "--gpus 0", "--mfu -1", "--memory nan"):
+        fails(capsys, f"{wrong.split()[0]}: .* is out of range", "plan", *wrong.split())

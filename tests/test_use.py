@@ -335,6 +335,10 @@ def test_plot(finished, tmp_path, capsys):
     fails(capsys, "no runs or files match nothing", "compare", "a=nothing")
     fails(capsys, "there is a row first already", "compare", finished, finished)
     fails(capsys, r"x.doc is not drawn: .*doc", "compare", finished, "--out", tmp_path / "x.doc")
+    works(capsys, "compare", finished, "--out", tmp_path / "plain")
+    assert (tmp_path / "plain").is_file()
+    (tmp_path / "result.json").touch()
+    fails(capsys, "made of other runs and has no log: compare those", "compare", tmp_path)
 
 
 def test_compare_settings(trained, logs, capsys):
