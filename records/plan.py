@@ -26,7 +26,7 @@ def activation_bytes(cfg, width_bytes):
     order = q.layer_order(cfg)
     value = sum(q.has_value_embed(cfg, i) for i in order) / len(order)
     dropped = 2 if cfg.dropout > 0 else 0
-    streams = 8 + dropped + cfg.x0_mix + value + cfg.attn_gates
+    streams = 4 + dropped + cfg.x0_mix + value + cfg.attn_gates
     token = width_bytes * (D * streams + 5 * cfg.mlp_hidden)
     if cfg.compile:
         streams = 6 + cfg.x0_mix + cfg.attn_gates

@@ -88,7 +88,7 @@ def test_plan_names_a_micro_batch_that_fits(capsys):
     argv = ("plan", "--preset", "q0", "--gpus", 8)
     too_large = works(capsys, *argv, "--micro-batch", 8)
     assert "does not fit in 80 GB: use --micro-batch 4" in too_large
-    assert "does not fit" not in works(capsys, *argv, "--micro-batch", 4)
+    assert "does not fit in" not in works(capsys, *argv, "--micro-batch", 4)
 
 
 def test_plan_states_memory_and_the_resume_state(capsys):
