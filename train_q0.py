@@ -27,6 +27,7 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py sample RUN --prompt "The"          text from the mixture, token by token
     python train_q0.py average RUN                        one model: mean weights of newest members
     python train_q0.py pool RUN RUN                       one population of several runs
+    python train_q0.py count RUN                          add members that count n-grams
     python train_q0.py push RUN USER/NAME                 to the hub; hf:USER/NAME is a RUN then
     python train_q0.py export RUN --k 4 --out FOLDER      one Hugging Face model: the mixture
     python train_q0.py compare RUN RUN                    settings, losses and curves side by side
@@ -120,7 +121,7 @@ MOMENTUM = 0.95  # Muon's, Nesterov
 LR_RESID = 0.00025  # peak lr of residual and skip scalars
 LR_X0 = 0.025  # peak lr of x0 scalars
 LR_MIXING = 0.02  # peak lr of head mixing and smear
-LAUNCH_BOUND = 150e6  # parameters in the blocks; of 12.6M an H100 spent most of a step on launches
+LAUNCH_BOUND = 150e6  # parameters in the blocks; at 12.6M an H100 spent most of a step launching
 
 def knob(default, why, low=0, high=1e37, choices=""):
     """A Config field: its default, what it is, inclusive bounds of a number, the words allowed."""
@@ -353,7 +354,7 @@ def derive_machine(cfg):
     if gpu or torch.cpu._is_avx512_bf16_supported():
         yield "precision", "bfloat16", "supported here"
     yield "precision", "float32", "no bfloat16 instructions here: slower"
-    yield "compile", gpu, "a GPU is in use" if gpu else "gained 2 to 6% on a CPU"
+    yield "compile", gpu, "a GPU is in use" if gpu else "on a CPU it gains 2 to 6%"
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
     small = gpu and parameters < LAUNCH_BOUND
     yield "graphs", small, f"for a GPU and fewer than {LAUNCH_BOUND:.3g} parameters in blocks"
@@ -685,7 +686,8 @@ def rotate(x, cos, sin):
 
 
 def attention(x, w, cos, sin, attend, cfg, shift):
-    """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]."""
+    """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]. `attend` is a kernel of the
+    layer's window, `shift` gives what belongs to the token before."""
     B, T, D = x.shape
     heads = (B, T, D // cfg.head_dim, cfg.head_dim)
     q, k, v = F.linear(x, w["qkv"].flatten(0, 1)).view(B, T, 3, *heads[2:]).unbind(2)
@@ -749,6 +751,7 @@ class GPT(nn.Module):
         self.windows = layer_windows(cfg)
         self.order = layer_order(cfg)
         self.attend = attention_by_window(sdpa_attention, cfg, "cpu")  # works everywhere
+        # others take their place: compiled ones in training, cached ones in records/generate.py
         self.block = block
         self.blend = blend
         self.shifted = shifted
@@ -770,7 +773,8 @@ class GPT(nn.Module):
         return list(found.values())
 
     def run_block(self, i, x, w, T, window):
-        """Block with the weights `w`; layer i may be recomputed in the backward pass."""
+        """Block with the weights `w`; with --recompute the backward pass runs looped layers, or all
+        where none is, a second time."""
         cfg = self.cfg
         looped = cfg.loop_passes == 1 or cfg.loop_first <= i <= cfg.loop_last
         inputs = (x, w, self.cos[:T], self.sin[:T], self.attend[window], cfg, self.training)
@@ -922,7 +926,7 @@ def choose_attention(cfg, device):
 # never all logits at once. `training_loss`, at the end, is what the training loop calls.
 
 CHUNK_LOGITS = 2 ** 24  # logits of a product; each adds once to the gradient of the whole head
-PIECE_LOGITS = 2 ** 20  # of these in float32 at a time, near the caches, where there is no kernel
+PIECE_LOGITS = 2 ** 19  # of these in float32 at a time, near the caches, where there is no kernel
 GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher
 KERNEL_CAP = 30  # the kernel sums exp(x) of larger logits at most: e^30 V is far from overflow
 LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads load as 16 bytes; no spills
@@ -1027,11 +1031,12 @@ def use_triton(device_type):
 
 
 def soft_capped(z, softcap):
-    """Raw logits z to soft-capped ones in float32; 0: none."""
+    """softcap * tanh(z / softcap) in float32, of raw logits z, up to a constant that no softmax
+    sees; softcap 0: z."""
     z = z.float()
     if not softcap:
         return z
-    return (z * (2 / softcap)).sigmoid() * (2 * softcap) - softcap  # faster than tanh
+    return (z * (2 / softcap)).sigmoid() * (2 * softcap)  # faster than tanh
 
 
 def mean_loss(z, teacher_z, target, scale, softcap, weight, temperature):
@@ -1770,6 +1775,7 @@ class Trainer:
         if logged:
             self.log_step(cycle)
         unsaved = time.perf_counter() - self.last_save
+        # 1: to save; 2: to save and stop
         asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
         if logged or asked:
@@ -1958,8 +1964,8 @@ def empty_member(cfg, vocab_size):
 
 
 def read_member(folder, sha256=None):
-    """(config.json, {bank: tensor}) of a member. Raises UserError where a file is damaged, or its
-    config.json not the one of hash `sha256`."""
+    """(config.json, {bank: tensor}) of a member. Raises UserError where a file is damaged, or the
+    hash of config.json is not `sha256`."""
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
         check_format(about)
@@ -2022,7 +2028,8 @@ class Predictions:
 
 
 def hashes_of(run, member):
-    """sha256 of a member's config.json, which has that of its weights, and of its predictions."""
+    """sha256 of a member's config.json, which has that of its weights, and of its predictions;
+    `run` is a folder."""
     return {"config": sha256_of(run / f"members/{member}/config.json"),
             "predictions": sha256_of(run / f"predictions/{member}.safetensors")}
 

@@ -1,7 +1,7 @@
-"""Members that count: n-grams of the training text, and of the document so far.
+"""Members that count: n-grams of the training text, smoothed twice, and of the document so far.
 
 They cost no epoch. As every member, each gives a distribution over the vocabulary after every
-token, so a prior mixes them with the trained ones. `train_q0.py count RUN` adds both to a run.
+token, so a prior mixes them with the trained ones. `train_q0.py count RUN` adds them to a run.
 """
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from safetensors.numpy import save_file
 
 import train_q0 as q
 
-ORDER = 4  # the longest n-grams of the training text
+PULL = 0.3  # of shorter contexts, in tokens
 STRENGTHS = (3.0, 0.3, 0.1)  # of the cache after 0, 1 and 2 tokens
 FEW = (0, 0.5, 1.0, 1.5)  # discounts of a text so small that none can be estimated
 
@@ -84,26 +84,25 @@ def discounts(number):
 
 
 class Grams:
-    """Smoothed n-grams of one length; those of a context are one slice."""
-    def __init__(self, keys, number, contexts, vocab_size):
+    """Smoothed n-grams of one length; those of a context are one slice. p = share of the n-gram
+    plus what is left to its context times p in the next shorter one."""
+    def __init__(self, keys, share, left, vocab_size):
         self.keys = keys
         self.last = keys % vocab_size  # [G]
-        whose = keys // vocab_size
-        total = np.bincount(whose, number, minlength=contexts).clip(min=1)
-        taken = discounts(number)[number.clip(max=3)]
-        left = np.bincount(whose, taken, minlength=contexts) / total
-        self.starts = np.searchsorted(whose, np.arange(contexts + 1))  # and the end [contexts + 1]
-        self.share = ((number - taken) / total[whose]).astype(np.float32)  # of p [G]
-        self.left = left.astype(np.float32)  # for the next shorter context [contexts]
+        contexts = np.arange(len(left) + 1)
+        self.starts = np.searchsorted(keys // vocab_size, contexts)  # and the end [C + 1]
+        self.share = share.astype(np.float32)  # [G]
+        self.left = left.astype(np.float32)  # [C]
 
 
-class KneserNey(Counting):
-    """Interpolated modified Kneser-Ney n-grams (Chen and Goodman 1998) of a text of documents, each
-    of which begins with eot. It predicts the eot that ends a document, and sees nothing before."""
-    kind = "kneser_ney"
+class NGrams(Counting):
+    """n-grams of a text of documents, each of which begins with eot. They predict the eot that ends
+    a document, and see nothing before it."""
+    order = 0  # of the longest
 
-    def __init__(self, text, vocab_size, eot, order=ORDER, cfg=None):
+    def __init__(self, text, vocab_size, eot, order=None, cfg=None):
         super().__init__(vocab_size, eot, cfg)
+        order = order or self.order
         self.tensors = {"text": text, "order": np.array([order])}
         text = np.append(text, eot).astype(np.int64)
         counts = count_grams(text, vocab_size, eot, order)
@@ -113,13 +112,21 @@ class KneserNey(Counting):
         self.unigram = unigram.astype(np.float32)
         self.grams = []
         contexts = vocab_size
-        for i, found in enumerate(counts):
-            number = found.number
-            if i + 1 < len(counts):  # the longest alone are counted as they are, and beginnings
-                different = np.bincount(counts[i + 1].suffix, minlength=len(number))
-                number = np.where(found.opens, number, different)
-            self.grams.append(Grams(found.keys, number, contexts, vocab_size))
+        for found, number in zip(counts, self.numbers(counts)):
+            whose = found.keys // vocab_size
+            total = np.bincount(whose, number, minlength=contexts)
+            share, left = self.smoothed(number, total, whose)
+            self.grams.append(Grams(found.keys, share, left, vocab_size))
             contexts = len(number)
+
+    def numbers(self, counts):
+        """How often each n-gram is taken to be there: [[G], ...] of [Counts]."""
+        raise NotImplementedError
+
+    def smoothed(self, number, total, whose):
+        """(share [G], left [C]) of n-grams counted `number` times [G], `total` in a context [C];
+        `whose` [G] is the context."""
+        raise NotImplementedError
 
     def contexts(self, tokens):
         """Numbers of the contexts of 1, 2, ... tokens that end at each of tokens [T] and are in the
@@ -160,6 +167,38 @@ class KneserNey(Counting):
     def depth(self, tokens):
         """How many tokens of context the text knows at each of tokens [T]."""
         return (self.contexts(tokens) >= 0).sum(axis=0)
+
+
+class KneserNey(NGrams):
+    """Interpolated modified Kneser-Ney (Chen and Goodman 1998)."""
+    kind = "kneser_ney"
+    order = 4
+
+    def numbers(self, counts):
+        """The longest n-grams and beginnings of documents are counted as they are, others by the
+        different tokens before them."""
+        found = []
+        for shorter, longer in zip(counts, counts[1:]):
+            different = np.bincount(longer.suffix, minlength=len(shorter.keys))
+            found.append(np.where(shorter.opens, shorter.number, different))
+        return [*found, counts[-1].number]
+
+    def smoothed(self, number, total, whose):
+        taken = discounts(number)[number.clip(max=3)]
+        left = np.bincount(whose, taken, minlength=len(total)) / total.clip(min=1)
+        return (number - taken) / total[whose], left
+
+
+class Undiscounted(NGrams):
+    """Long n-grams that trust what they count: p_k = (c + PULL p_(k-1)) / (n + PULL)."""
+    kind = "undiscounted"
+    order = 8
+
+    def numbers(self, counts):
+        return [found.number for found in counts]
+
+    def smoothed(self, number, total, whose):
+        return number / (total + PULL)[whose], PULL / (total + PULL)
 
 
 # n-grams of the document so far -----------------------------------------------------------------
@@ -249,9 +288,16 @@ def build(about, tensors, cfg):
         if strengths.ndim != 1 or not 0 < strengths.min() <= strengths.max() < np.inf:
             raise ValueError("its strengths must be positive numbers")
         return Cache(strengths, **shared)
-    if about["kind"] == KneserNey.kind:
+    for kind in (KneserNey, Undiscounted):
+        if about["kind"] != kind.kind:
+            continue
         text = tensors["text"].numpy()
         if text.max() >= shared["vocab_size"]:
             raise ValueError(f"its text has token {text.max()}, beyond the vocabulary")
-        return KneserNey(text, order=int(tensors["order"]), **shared)
+        return kind(text, order=int(tensors["order"]), **shared)
     raise ValueError(f"this script knows no member of kind {about['kind']}")
+
+
+def members_of(text, **about):
+    """All members that count, for a training text."""
+    return (KneserNey(text, **about), Undiscounted(text, **about), Cache(STRENGTHS, **about))

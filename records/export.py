@@ -46,7 +46,7 @@ def write_folder(mixture, folder):
     if mixture.encoding:
         write_tokenizer(mixture, models[0].cfg.seq_len, folder)
     else:
-        q.say(f"notice: {mixture.folder} has no tokenizer, so the new folder has none")
+        q.say(f"notice: {title(mixture.folder)} has no tokenizer, so the new folder has none")
 
 
 # Weights and settings ----------------------------------------------------------------------------

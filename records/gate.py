@@ -93,14 +93,14 @@ def choose_strength(P, buckets, number, documents):
 
 def buckets_of(counting, tokens):
     """Bucket [T] of the context that ends at each of tokens [T]: how many of its last tokens the
-    training text knows together, and how many the document so far. `counting` are the KneserNey
-    and the Cache that say so."""
-    ngrams, cache = counting
+    training text knows together, up to 3, and how many the document so far. `counting` are the
+    members that count."""
+    ngrams, _, cache = counting
     return ngrams.depth(tokens) * cache.depths + cache.depth(tokens)
 
 
 def number_of_buckets(counting):
-    ngrams, cache = counting
+    ngrams, _, cache = counting
     return ngrams.depths * cache.depths
 
 

@@ -5,6 +5,7 @@ are known before: nothing that comes from the hub is unpickled or run."""
 import contextlib
 import functools
 import math
+import os
 import re
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -27,11 +28,13 @@ LOG_IN = "log in with a token that may do this (hf auth login, or HF_TOKEN)"
 # The client of the hub --------------------------------------------------------------------------
 
 def client():
+    """Of the hub at HF_ENDPOINT as it is now; the library read it when it was imported."""
     try:
         from huggingface_hub import HfApi
     except ImportError as e:
         raise q.UserError(f"no client of the hub: pip install huggingface-hub ({e})") from None
-    return HfApi()
+    endpoint = os.environ.get("HF_ENDPOINT", "").rstrip("/")
+    return HfApi(endpoint=endpoint or None)
 
 
 @contextlib.contextmanager
@@ -221,8 +224,8 @@ def check_member(folder, sha256):
 
 
 def upload(repo, private, files, card):
-    """Commit files {name: path} and the card. One commit, so that nobody sees half of a run:
-    upload_folder makes several of many files. Raises UserError where the repository holds something
+    """Commit files {name: path} and the card, at once, so that nobody sees half of a run:
+    upload_folder makes a commit of every 250 files, and of every five minutes. Raises UserError where the repository holds something
     else, or others could see what is private."""
     hub = client()
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete

@@ -199,12 +199,12 @@ class Population:
 
     @functools.cached_property
     def counting(self):
-        """The KneserNey and the Cache of a counted run: its last members."""
-        last = len(self.heldout)
-        found = self.member(last - 2), self.member(last - 1)
+        """The members that count of a counted run, which are its last ones."""
+        M = len(self.heldout)
+        found = [self.member(i) for i in range(M - 3, M)]
         with q.reading(f"the gate of {title(self.folder)}"):
             if number_of_buckets(found) != len(self.gate.weights):
-                raise ValueError("it has other buckets than the last two members make")
+                raise ValueError("it has other buckets than the last members make")
         return found
 
     @property

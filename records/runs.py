@@ -393,8 +393,7 @@ def count_into(folder, run, corpus, cfg):
         copy_member(run.folder, i, folder, i)
     rows = {s: corpus.eval_sequences(s).astype(np.int64) for s in predictions.splits}
     about = {"vocab_size": corpus.vocab_size, "eot": corpus.hashes["eot"], "cfg": cfg}
-    counts = (counting.KneserNey(corpus.splits["train"], **about),
-              counting.Cache(counting.STRENGTHS, **about))
+    counts = counting.members_of(corpus.splits["train"], **about)
     for member in counts:
         n = len(curve)
         counting.save(folder / f"members/{n}", member, {"member": n})

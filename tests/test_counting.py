@@ -80,6 +80,24 @@ def test_kneser_ney_is_the_plain_one(length):
     assert_allclose(member.probs(tokens), expected, rtol=1e-5)
 
 
+def test_undiscounted_is_the_plain_one():
+    """What follows each context in its documents, pulled to the next shorter one."""
+    text = some_text(60)
+    member = counting.Undiscounted(text, V, EOT, order=3)
+    tokens = some_text(40, seed=1)[3:].astype(np.int64)
+    found = member.probs(tokens)
+    text = [*text.tolist(), EOT]
+    for t in range(len(tokens)):
+        expected = member.unigram
+        for k in (1, 2):
+            context = context_in_document(tokens.tolist(), t, k)
+            after = [text[i] for i in range(k, len(text))
+                     if len(context) == k and context_in_document(text, i - 1, k) == context]
+            counts = np.bincount(after, minlength=V) if after else np.zeros(V)
+            expected = (counts + counting.PULL * expected) / (len(after) + counting.PULL)
+        assert_allclose(found[t], expected, rtol=1e-5)
+
+
 def test_cache_is_the_plain_one():
     strengths = (3, 0.5, 0.25)
     member = counting.Cache(strengths, V, EOT)
@@ -99,7 +117,7 @@ def test_cache_is_the_plain_one():
 
 
 def members():
-    return (counting.KneserNey(some_text(), V, EOT), counting.Cache(counting.STRENGTHS, V, EOT))
+    return counting.members_of(some_text(), vocab_size=V, eot=EOT)
 
 
 @pytest.mark.parametrize("member", members())
@@ -116,6 +134,7 @@ def test_distribution_of_what_came_before(member):
     depth = member.depth(tokens)
     assert np.array_equal(member.depth(other)[:20], depth[:20])
     assert 0 < depth.max() < member.depths
+    assert_allclose(member.next_probs(tokens), P[-1], rtol=1e-5)
     sequences = np.stack([tokens, other])
     batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
     picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
@@ -185,11 +204,12 @@ def counted(finished, base):
 
 
 def test_counted_run(counted, finished, corpus, capsys):
-    """Six members, of which four are the run's, and weights by context that log_probs gives."""
+    """Seven members, of which four are the run's, and weights by context that log_probs gives."""
     cached = predictions_of(counted)
     assert np.array_equal(cached["val"][:4], predictions_of(finished)["val"])
     result = read_json(counted / "result.json")
-    assert [entry.get("kind") for entry in result["curve"]] == [None] * 4 + ["kneser_ney", "cache"]
+    assert [entry.get("kind") for entry in result["curve"]] == [
+        None, None, None, None, "kneser_ney", "undiscounted", "cache"]
     mixed = load_mixture(counted)
     sequences = sequences_of(corpus, "val", 64)
     rows = sequences[:8]
@@ -206,7 +226,7 @@ def test_counted_run(counted, finished, corpus, capsys):
     assert loss < result["curve"][-1]["learned"] < result["curve"][3]["learned"]
     out = works(capsys, "evaluate", counted, "--data", corpus / "val.bin")
     assert f"by context, {len(mixed.members)} {loss:8.5f}" in out
-    out = works(capsys, "select", counted, "--k", 6)
+    out = works(capsys, "select", counted, "--k", 7)
     assert f"by_context_val_loss:{loss:.5f}" in out
     out = works(capsys, "sample", counted, "--k", 2, "--tokens", 5, "--seed", 1)
     assert len(out) > 1
@@ -232,7 +252,8 @@ def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, lo
     fails(capsys, "count already: average .*first, which", "average", counted)
     fails(capsys, "count already: pool .*first, which", "pool", counted, finished)
     fails(capsys, "members that count, which cannot teach", *flags, "--teacher", counted)
-    fails(capsys, "members that count, which that model has", "export", counted, "--out", tmp_path / "x")
+    out = tmp_path / "exported"
+    fails(capsys, "members that count, which that model has", "export", counted, "--out", out)
     for name in ("members/4/model.safetensors", "gate.safetensors"):
         flip(broken / name, -1)
         fails(capsys, f"{name.split('/model')[0]} is .*damaged: .*sha256", "sample", broken)
@@ -243,10 +264,11 @@ def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, lo
         edit_json(broken / "result.json", gate={**about, **change})
         fails(capsys, f"gate.* damaged: .*{said}", "sample", broken)
     (broken / "result.json").unlink()
-    edit_json(broken / "members/5/config.json", vocab_size=2 ** 40)
-    fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", corpus / "val.bin")
-    edit_json(broken / "members/5/config.json", vocab_size=VOCABULARY, kind="oracle")
-    fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", corpus / "val.bin")
+    val = corpus / "val.bin"
+    edit_json(broken / "members/6/config.json", vocab_size=2 ** 40)
+    fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", val)
+    edit_json(broken / "members/6/config.json", vocab_size=VOCABULARY, kind="oracle")
+    fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", val)
     data = shutil.copytree(corpus, tmp_path / "other")
     about = read_json(copied / "result.json")
     edit_json(copied / "result.json", config={**about["config"], "data": str(data)})

@@ -1,7 +1,6 @@
 """A population as one Hugging Face model, as transformers loads it; its tokenizer."""
 import json
 import types
-from pathlib import Path
 
 import prepare
 import pytest
@@ -104,8 +103,10 @@ def made(tmp_path):
             q.save_member(
                 saved, small(precision=precision), VOCAB, build(key).state_dict(), {})
             models.append(load_member(saved))
-        return Made(tmp_path, [0, 1], [0.3, 0.7], None, models, torch.device("cpu"),
-                    {"eot": 0, "vocab_size": VOCAB}, None)
+        return Made(
+            tmp_path, members=[0, 1], weights=[0.3, 0.7], heldout=None, kept=models,
+            device=torch.device("cpu"), gate=None, manifest={"eot": 0, "vocab_size": VOCAB},
+            encoding=None)
     return make
 
 
@@ -118,8 +119,8 @@ def test_features_and_precision(made, tmp_path, capsys):
         out = tmp_path / precision
         out.mkdir()
         mixture = made(precision)
-        export.write_folder(mixture, out)
         wanted[precision] = mixture.log_probs(tokens)
+        export.write_folder(mixture, out)
         assert_close(load(out)(tokens).logits, wanted[precision], **SAME)
     other = load(tmp_path / "float32", dtype=torch.bfloat16)
     assert_close(other(tokens).logits, wanted["bfloat16"], **SAME)
@@ -142,7 +143,7 @@ def test_one_model(finished, logs, tmp_path, capsys):
 def test_code_stands_alone(folder):
     """It imports nothing of this repository, which whoever loads it does not have."""
     found = transformers.dynamic_module_utils.get_imports(folder / "modeling_q0.py")
-    assert set(found) == {"__future__", "dataclasses", "hashlib", "math", "torch", "transformers"}
+    assert set(found) <= {"__future__", "dataclasses", "hashlib", "math", "torch", "transformers"}
 
 
 # Text -------------------------------------------------------------------------------------------
@@ -174,7 +175,7 @@ def test_pipeline(mixture, folder):
     write = transformers.pipeline("text-generation", model=folder, trust_remote_code=True)
     found, = write("dore belo", max_new_tokens=5, do_sample=False)
     pieces = mixture.generate("dore belo", 5, temperature=0)
-    assert found["generated_text"] == "dore belo" + "".join(piece for piece, in pieces)
+    assert found["generated_text"] == "dore belo" + "".join(pieces)
 
 
 # ranks of no training: merges make no `bde`, so it stands alone; `abcd` comes before its parts

@@ -62,7 +62,7 @@ def trained(corpus, tmp_path_factory):
 @pytest.fixture
 def client(trained, tmp_path, monkeypatch):
     """Settings of the hub's client, as a user's environment would make them; it read that when it
-    was imported. Returns a function that points it at an address."""
+    was imported."""
     disable_progress_bars()
     monkeypatch.setattr(q, "LOGS", shutil.copytree(trained, tmp_path / "logs"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -70,21 +70,15 @@ def client(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     # xet moves large files through another service, in a protocol of its own: here by LFS, which
     # the client falls back to without hf_xet
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
     monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
     monkeypatch.setenv("NO_PROXY", "*")
 
-    def use(url):
-        monkeypatch.setattr(constants, "ENDPOINT", url)
-        template = url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-    return use
-
 
 @pytest.fixture
-def empty_hub(client):
+def empty_hub(client, monkeypatch):
     with hub_server.running() as server:
-        client(server.url)
+        monkeypatch.setenv("HF_ENDPOINT", server.url)
         yield server
 
 
@@ -286,7 +280,7 @@ def test_models_that_are_no_population(damage, message, hub, capsys):
     fails(capsys, message, "sample", pinned(hub, "alice/x"), "--tokens", 1)
 
 
-def test_models_that_are_not_found(hub, client, capsys, monkeypatch):
+def test_models_that_are_not_found(hub, capsys, monkeypatch):
     for name, message in (
             ("hf:alice", "hf:alice is not the name of a run on the hub"),
             ("hf:alice/one@../../x", "is not the name of a run on the hub"),
@@ -302,7 +296,7 @@ def test_models_that_are_not_found(hub, client, capsys, monkeypatch):
     fails(capsys, "no such model on the hub, or a private one: .* log in", "select", "hf:alice/one")
     hub.busy = True
     fails(capsys, "the hub answered 503 .too many visitors.: try again", "select", "hf:alice/two")
-    client("http://127.0.0.1:9")  # where nobody listens
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     fails(capsys, "hf:alice/one: .*refused .no network", "select", "hf:alice/one")
     fails(capsys, "hf:alice/new: .*refused .no network", "push", "one", "alice/new")
     capsys.readouterr()

@@ -112,7 +112,7 @@ def test_select(run, repo, monkeypatch, capsys):
     """The run's table again, without a forward pass; and the members of a budget."""
     folder, stdout = run
     monkeypatch.setattr(q, "LOGS", repo / "logs")
-    monkeypatch.setattr(q, "GPT", None)
+    monkeypatch.setattr(q.GPT, "forward", None)
     assert table_of(works(capsys, "select", "first")) == table_of(stdout)
     *_, of_2, _, of_4, _ = [line.split() for line in table_of(stdout)]
     *_, last = works(capsys, "select", "first", "--k", 2).splitlines()
