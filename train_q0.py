@@ -321,8 +321,9 @@ def derive_recipe(cfg):
     """What is tuned or published for the population."""
     boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
-    weight = 0.45 if cfg.teacher else weight
-    yield "distill_weight", weight, f"population {cfg.population}, --teacher {cfg.teacher}"
+    if cfg.teacher:
+        yield "distill_weight", 0.45, "--teacher is given"
+    yield "distill_weight", weight, f"population {cfg.population}"
     members = cfg.trajectories * cfg.cycles
     untaught = LENGTHS[cfg.preset]["untaught"]
     after = 1 if cfg.population == "chain" else max(1, round(untaught * members / cfg.epochs))
@@ -1030,6 +1031,11 @@ def use_triton(device_type):
     return True
 
 
+def loss_in_triton(device_type, softcap, temperature):
+    """Whether a loss under this cap goes through the kernel."""
+    return 0 < softcap <= KERNEL_CAP * min(1, temperature) and use_triton(device_type)
+
+
 def soft_capped(z, softcap):
     """softcap * tanh(z / softcap) in float32, of raw logits z, up to a constant that no softmax
     sees; softcap 0: z."""
@@ -1106,7 +1112,7 @@ class ChunkedLoss(torch.autograd.Function):
         ce_total = 0.0
         rows_loss = rows_loss_in_torch
         chunk = CHUNK_LOGITS
-        if 0 < softcap <= KERNEL_CAP * min(1, temperature) and use_triton(head.device.type):
+        if loss_in_triton(head.device.type, softcap, temperature):
             rows_loss = rows_loss_in_triton
             chunk = GPU_CHUNK_LOGITS
         rows = max(1, chunk // len(head))
@@ -1598,9 +1604,12 @@ class Trainer:
         self.mean = {}  # of the weights over a cycle's end, where --average asks for it
         if world.leader and cfg.average:
             self.mean = {n: torch.zeros_like(p) for n, p in self.optimizer.masters.items()}
-        self.kernels = {"attention": attention, "triton": use_triton(world.device.type),
-                        "compiled": cfg.compile, "graphs": cfg.graphs,
-                        "device": world.device.type, "processes": world.size}
+        device = world.device.type
+        triton_used = loss_in_triton(device, cfg.softcap, cfg.distill_temperature)
+        if use_triton(device) and not triton_used:
+            say("notice: the loss has no Triton kernel for this --softcap and is slower", "stderr")
+        self.kernels = {"attention": attention, "triton": triton_used, "compiled": cfg.compile,
+                        "graphs": cfg.graphs, "device": device, "processes": world.size}
         self.predictions = Predictions(run.folder, ("heldout", cfg.report))
         self.set_up_micro_batch()
         started = time.perf_counter()
@@ -2742,14 +2751,14 @@ def summarize(trainer, states):
         if entry["of"] != n:  # fitted before the other trajectories' members were there
             entry |= predictions.mixtures(range(n))
     flops = run_flops(cfg, trainer.run.cycles, trainer.corpus.vocab_size, trainer.population)
+    total = sum(flops.values())
     seconds = sum(at.train_seconds for at in states)
     return {f"final_{cfg.report}_loss": curve[-1]["learned"], "members": len(curve),
-            "k": len(curve), "epochs": cfg.epochs, "flops": sum(flops.values()),
-            "teacher_flops": flops["teacher"], "tflops": sum(flops.values()) / seconds / 1e12,
+            "k": len(curve), "epochs": cfg.epochs, "flops": total,
+            "teacher_flops": flops["teacher"], "tflops": total / seconds / 1e12,
             f"uniform_{cfg.report}_loss": curve[-1]["uniform"],
             f"last_member_{cfg.report}_loss": curve[-1]["loss"],
-            "train_seconds": seconds,
-            "eval_seconds": sum(at.eval_seconds for at in states),
+            "train_seconds": seconds, "eval_seconds": sum(at.eval_seconds for at in states),
             "peak_memory_mb": peak_memory_mb(trainer.world.device)}, curve
 
 

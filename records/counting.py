@@ -264,6 +264,9 @@ class Cache(Counting):
         return found
 
 
+KINDS = KneserNey, Undiscounted, Cache  # a counted run has one of each, in this order
+
+
 # On the disk ------------------------------------------------------------------------------------
 
 def save(folder, member, place):
@@ -288,7 +291,7 @@ def build(about, tensors, cfg):
         if strengths.ndim != 1 or not 0 < strengths.min() <= strengths.max() < np.inf:
             raise ValueError("its strengths must be positive numbers")
         return Cache(strengths, **shared)
-    for kind in (KneserNey, Undiscounted):
+    for kind in KINDS[:-1]:
         if about["kind"] != kind.kind:
             continue
         text = tensors["text"].numpy()

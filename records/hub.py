@@ -161,7 +161,7 @@ def find_run_json(name, repo, revision):
             hub.model_info(repo, revision=revision)  # fails at once, a download after many tries
         except errors.HfHubHTTPError:
             raise
-        except Exception:
+        except Exception:  # its versions share no class for a network that is not there
             if cached is None:
                 raise
             return cached, True
@@ -225,8 +225,8 @@ def check_member(folder, sha256):
 
 def upload(repo, private, files, card):
     """Commit files {name: path} and the card, at once, so that nobody sees half of a run:
-    upload_folder makes a commit of every 250 files, and of every five minutes. Raises UserError where the repository holds something
-    else, or others could see what is private."""
+    upload_folder makes a commit of every 250 files, and of every five minutes. Raises UserError
+    where the repository holds something else, or others could see what is private."""
     hub = client()
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete
     with asking(f"hf:{repo}"):
@@ -297,7 +297,7 @@ theirs, `data/manifest.json` the hashes of the text.
 
 def origin_of(result):
     if "counted_of" in result:
-        return "of which the last two count n-grams"
+        return "of which the last ones count n-grams"
     if "pool_of" in result:
         return f"pooled from {len(result['pool_of'])} runs"
     if "average_of" in result:

@@ -201,7 +201,7 @@ class Population:
     def counting(self):
         """The members that count of a counted run, which are its last ones."""
         M = len(self.heldout)
-        found = [self.member(i) for i in range(M - 3, M)]
+        found = [self.member(i) for i in range(M - len(counting.KINDS), M)]
         with q.reading(f"the gate of {title(self.folder)}"):
             if number_of_buckets(found) != len(self.gate.weights):
                 raise ValueError("it has other buckets than the last members make")

@@ -198,6 +198,19 @@ def test_the_kernel_is_trusted_after_a_trial_run(loss, reason, monkeypatch, caps
 
 
 @outside
+@pytest.mark.parametrize("softcap, T, fits", [(30, 1.2, True), (0, 1, False), (16, 0.5, False)])
+def test_a_cap_without_a_kernel_is_told(softcap, T, fits, flags, monkeypatch, capsys):
+    kernel = q.loss_in_triton
+    monkeypatch.setattr(q, "use_triton", lambda device_type: True)
+    assert kernel("cuda", softcap, T) == fits
+    monkeypatch.setattr(q, "rows_loss_in_triton", q.rows_loss_in_torch)
+    assert q.main([*flags, "--softcap", str(softcap), "--distill-temperature", str(T)]) == 0
+    out, error = capsys.readouterr()
+    assert f"triton:{fits}" in out
+    assert ("no Triton kernel for this --softcap" in error) != fits
+
+
+@outside
 def test_a_gpu_without_triton_says_so_once(monkeypatch, capsys):
     assert not q.use_triton("cpu")
     monkeypatch.setattr(q, "triton", None)
