@@ -12,7 +12,7 @@ import train_q0 as q
 
 MODULES = {
     "tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
-GROUPS = ("train", "skipped", "member", "uniform", "learned", "final")  # as they come at a step
+GROUPS = ("train", "member", "uniform", "learned", "final")  # as they come at a step
 PLACES = ("traj", "member", "cycle", "distilled", "members", "k")  # they say what a number is of
 
 
