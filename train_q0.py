@@ -2055,7 +2055,7 @@ class Progress:
     curve: list = field(default_factory=list)  # an entry a member
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
-    log: list = field(default_factory=list)  # bytes of the log and of the metrics
+    log: int = 0  # bytes of the log
     kernels: dict = field(default_factory=dict)
 
 
@@ -2189,17 +2189,16 @@ class Run:
                 say(f"notice: {e}: going back to the one before", "stderr")
         return None
 
-    def log_files(self, trajectory):
-        """(log, metrics) of a trajectory. The first writes the run's; the others' are joined to it
-        at the end."""
+    def log_file(self, trajectory):
+        """Where a trajectory's log goes. The first trajectory's is the run's; the others are
+        appended to it at the end."""
         part = f"_trajectory{trajectory}" if trajectory else ""
-        return self.folder / f"log{part}.txt", self.folder / f"metrics{part}.jsonl"
+        return self.folder / f"log{part}.txt"
 
-    def open_log(self, trajectory, sizes=()):
-        """The log of a trajectory, anew or where log and metrics had `sizes` bytes: what followed
-        comes again."""
-        log = Log(*self.log_files(trajectory), sizes or (0, 0), self.listeners)
-        if not sizes and trajectory == 0:
+    def open_log(self, trajectory, size=0):
+        """The log of a trajectory, cut to its first `size` bytes: what followed comes again."""
+        log = Log(self.log_file(trajectory), size, self.listeners)
+        if not size and trajectory == 0:
             line = "=" * 100
             log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
         if self.edited:
@@ -2378,50 +2377,37 @@ def say(text, to="stdout"):
 
 
 class Log:
-    """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
-    def __init__(self, path, metrics_path, sizes, listeners=()):
-        """Go on where the files had `sizes` bytes. `listeners`: see records/live.py."""
+    """log.txt of a run or of one of its trajectories, and the terminal."""
+    def __init__(self, path, size=0, listeners=()):
+        """Go on after the first `size` bytes. `listeners`: see records/live.py."""
         self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
-        self.metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
-        for file, size in zip((self.text, self.metrics), sizes):
-            file.truncate(min(size, os.fstat(file.fileno()).st_size))
+        self.text.truncate(min(size, self.text.tell()))
 
     def position(self):
-        """Bytes of the log and of the metrics, on the disk as is the state that holds them."""
-        for file in (self.text, self.metrics):
-            os.fsync(file.fileno())
-        return [os.fstat(file.fileno()).st_size for file in (self.text, self.metrics)]
+        """Bytes written so far; they are on the disk before the state that holds the number."""
+        os.fsync(self.text.fileno())
+        return self.text.tell()
 
     def line(self, text):
         self.text.write(text + "\n")
         say(text)
 
-    def record(self, *flags, **pairs):
-        """Write key:value pairs, where a pair of numbers is a/b, and in the metrics JSON. Returns
-        the line."""
-        kind = flags[0] if flags else next(iter(pairs))
-        self.metrics.write(json.dumps({"event": kind, **pairs}) + "\n")
-        line = " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
-        self.text.write(line + "\n")
-        return line
-
     def event(self, *flags, **pairs):
-        """Record key:value pairs, show and tell them."""
-        say(self.record(*flags, **pairs))
+        """Write and show key:value pairs, and tell the listeners."""
+        self.line(event_line(*flags, **pairs))
         for listener in self.listeners:
             listener.event(*flags, **pairs)
 
-    def append(self, parts, curve, key):
-        """Add the files of another trajectory; its ensembles anew, as by now more members may have
+    def append(self, part, curve, key):
+        """Add the log of another trajectory; its ensembles anew, as by now more members may have
         come before it."""
-        for file, part in zip((self.text, self.metrics), parts):
-            for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.startswith(("ensemble ", '{"event": "ensemble"')):
-                    file.write(line)
+        for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
+            if not line.startswith("ensemble "):
+                self.text.write(line)
         for entry in curve:
             for pairs in ensembles(entry, key):
-                self.record("ensemble", **pairs)
+                self.text.write(event_line("ensemble", **pairs) + "\n")
 
 
 def ensembles(entry, key):
@@ -2431,7 +2417,12 @@ def ensembles(entry, key):
     yield {"members": n, "k": n, "prior": "learned", key: entry["learned"], "gap": entry["gap"]}
 
 
+def event_line(*flags, **pairs):
+    return " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
+
+
 def shown(key, value):
+    """A value as the log has it: a pair of numbers is a/b."""
     if isinstance(value, float):
         return f"{value:.5f}" if key.endswith(("loss", "gap")) else f"{value:.4g}"
     if isinstance(value, tuple):
@@ -2725,7 +2716,7 @@ def finish_run(trainer, about):
         log = run.open_log(0, states[0].log)
         numbers, curve = summarize(trainer, states)
         for at in states[1:]:  # as if one launch had trained all in turn
-            log.append(run.log_files(at.trajectory), at.curve, f"{cfg.report}_loss")
+            log.append(run.log_file(at.trajectory), at.curve, f"{cfg.report}_loss")
         log.event(**numbers)
         result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
         try:
@@ -2736,8 +2727,7 @@ def finish_run(trainer, about):
             say(f"notice: there is no table and no curve.png: {one_line(e)}", "stderr")
         save_json(run.folder / "result.json", result)  # last: the run is complete
         for j in trajectories[1:]:
-            for part in run.log_files(j):
-                part.unlink()
+            run.log_file(j).unlink()
     say(f"written to {run.folder}")
 
 

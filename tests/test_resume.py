@@ -60,9 +60,7 @@ def test_the_reference_is_worth_comparing(base):
     assert curve[-1]["learned"] < curve[0]["loss"] - 0.1
     assert [entry["distilled"] for entry in curve] == [0, 1, 1]
     assert sorted(states_of(run)) == ["0-000000015", "0-000000015-done"]
-    for name, kind in (
-            ("predictions/2.safetensors", "weights"), ("log.txt", "log"),
-            ("metrics.jsonl", "metrics")):
+    for name, kind in (("predictions/2.safetensors", "weights"), ("log.txt", "log")):
         copy = shutil.copytree(run, run.with_name("copy"), dirs_exist_ok=True)
         raw = bytearray((copy / name).read_bytes())
         raw[raw.rfind(b"_loss") + 10] ^= 1  # a digit, or a byte of the head
@@ -223,9 +221,8 @@ def test_the_log_goes_on_where_the_state_left_it(longer, base, interrupted, logs
         resume(logs).good()
         assert b"\0" not in log.read_bytes()
         return
-    for name in ("log.txt", "metrics.jsonl"):
-        with open(interrupted / name, "a") as file:
-            file.write("what was logged after the state\nhalf a li")
+    with open(interrupted / "log.txt", "a") as file:
+        file.write("what was logged after the state\nhalf a li")
     resume(logs, "--log-every", "2").good()
     assert [step for step, _ in steps_of(interrupted)] == [*range(1, 13), 14, 15]
     assert "half a li" not in log_of(interrupted)
