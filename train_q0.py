@@ -41,7 +41,6 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran
 
 import argparse
-import collections
 import contextlib
 import ctypes
 import datetime
@@ -53,7 +52,6 @@ import json
 import math
 import os
 import platform
-import re
 import shutil
 import signal
 import subprocess
@@ -63,10 +61,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 
 try:
     import fcntl
-    import resource
-except ImportError:  # Windows: launches do not see each other; the peak of memory is not known
+except ImportError:  # Windows: launches do not see each other
     fcntl = None
-    resource = None
 # OpenMP's threads sleep while they wait: spinning, they take the cores from every other process.
 # Read when torch loads; the one thing an import changes, and a setting of the user's stays.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -1446,46 +1442,6 @@ def plan_cycles(cfg, train_tokens):
     return cycles
 
 
-def forward_flops(cfg, vocab_size):
-    """FLOPs per token of a forward pass, counted from the weights; all passes of a loop, and the
-    keys that are seen."""
-    T = cfg.seq_len
-    order = layer_order(cfg)
-    passes = collections.Counter(f"blocks.{i}" for i in order)
-    windows = [layer_windows(cfg)[i] for i in order]
-    heads = 1
-    if cfg.mtp_weight:
-        passes["mtp_block"] = 1
-        windows.append(T)
-        heads = 2
-    products = heads * vocab_size * cfg.width
-    for name, row in parameter_table(cfg, vocab_size).items():
-        uses = sum(passes[block] for block in row.blocks) if row.blocks else 1
-        if name == "value":  # one product for all passes of a loop
-            uses = len(row.blocks)
-        if row.product:
-            products += uses * math.prod(row.shape)
-    keys = sum(w * (2 * T + 1 - w) for w in windows) / (2 * T)
-    return 2 * products + 4 * cfg.width * keys
-
-
-def flops_per_token(cfg, vocab_size):
-    """(training, teacher) FLOPs per token: a backward pass is two forward ones, a teacher has no
-    multi-token block."""
-    teacher = forward_flops(replace(cfg, mtp_weight=0.0), vocab_size)
-    return 3 * forward_flops(cfg, vocab_size), teacher
-
-
-def run_flops(cfg, cycles, vocab_size, population=None):
-    """FLOPs of all training steps by part; the teacher is one member or a population."""
-    teachers = [model.cfg for model in population.models] if population else [cfg]
-    model, _ = flops_per_token(cfg, vocab_size)
-    teacher = sum(flops_per_token(of, vocab_size)[1] for of in teachers)
-    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
-    taught = sum(c.steps * c.rows for c in cycles if c.distilled) * cfg.seq_len
-    return {"model": model * tokens, "teacher": teacher * taught}
-
-
 # Prior ------------------------------------------------------------------------------------------
 # Weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate.
 
@@ -2108,12 +2064,13 @@ def locked(path):
 
 class Run:
     """The folder of a run, for a launch that trains trajectories of it."""
-    def __init__(self, folder, identity, cycles, header):
+    def __init__(self, folder, identity, cycles, about):
         self.folder = folder
         self.state = folder / "state"
         self.identity = identity  # a state of another configuration or other data is refused
         self.cycles = cycles  # of all trajectories
-        self.header = header  # of the log
+        self.about = about  # {key: value} at the head of the log: command, settings, data
+        self.plan = ""  # what follows it there: lines that say what the run will do
         self.edited = False  # whether it began with another script
         self.listeners = []  # to the events of its logs
         self.lock = None
@@ -2200,7 +2157,8 @@ class Run:
         log = Log(self.log_file(trajectory), size, self.listeners)
         if not size and trajectory == 0:
             line = "=" * 100
-            log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
+            head = json.dumps(self.about, indent=1)
+            log.text.write(f"{SOURCE}{line}\n{head}\n{self.plan}\n{line}\n")
         if self.edited:
             log.line("notice: from here on the script is another one (--allow-edited)")
         return log
@@ -2399,16 +2357,6 @@ class Log:
         for listener in self.listeners:
             listener.event(*flags, **pairs)
 
-    def append(self, part, curve, key):
-        """Add the log of another trajectory; its ensembles anew, as by now more members may have
-        come before it."""
-        for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
-            if not line.startswith("ensemble "):
-                self.text.write(line)
-        for entry in curve:
-            for pairs in ensembles(entry, key):
-                self.text.write(event_line("ensemble", **pairs) + "\n")
-
 
 def ensembles(entry, key):
     """What the log says of a curve's entry: the losses of all members so far."""
@@ -2428,27 +2376,6 @@ def shown(key, value):
     if isinstance(value, tuple):
         return f"{value[0]}/{value[1]}"
     return value
-
-
-def machine(world):
-    """Versions and hardware, for the log."""
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, TypeError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    gpu = "none"
-    if world.device.type == "cuda":
-        gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "system": platform.platform(), "cpu": cpu,
-            "threads": torch.get_num_threads(), "gpu": gpu, "processes": world.size}
-
-
-def peak_memory_mb(device):
-    """Of the GPU's allocator, or of this process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    unit = 2 ** 20 if sys.platform == "darwin" else 1024
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # Commands ---------------------------------------------------------------------------------------
@@ -2554,23 +2481,6 @@ def check_plain(option, name):
         raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
 
 
-def describe(cfg, why, epoch_tokens, vocab_size):
-    """Lines that say what a run will do and why."""
-    cycles = sum(plan_cycles(cfg, epoch_tokens), [])
-    table = parameter_table(cfg, vocab_size)
-    params = sum(math.prod(row.bank_shape) for row in table.values())
-    model, teacher = flops_per_token(cfg, vocab_size)
-    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
-    lines = [f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()]
-    return lines + [
-        f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {len(cycles)} "
-        f"members, {cfg.epochs} epochs (first cycle {cycles[0].epochs}, last {cycles[-1].epochs}), "
-        f"{sum(c.distilled for c in cycles)} members distilled",
-        f"steps: {sum(c.steps for c in cycles)} of {cfg.batch_tokens} tokens "
-        f"({cfg.edge_batch_tokens} at the edges), {tokens} tokens in all, {epoch_tokens} an epoch",
-        f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher"]
-
-
 def command_train(argv):
     """Train, or go on with a run, in as many processes as torchrun started."""
     cfg, why, args = parse_config(
@@ -2603,13 +2513,13 @@ def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     if args.run is not None:
         check_plain("--run", args.run)
-    heard_by = []
+    listeners = []
     if world.leader:
         try:
-            from records.live import listeners
-            heard_by = listeners(args)
+            from records import live
+            listeners = live.listeners(cfg, why, args)
         except ImportError as e:
-            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
+            say(f"notice: no result, curve, status line, --track: {one_line(e)}", "stderr")
         prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
@@ -2619,36 +2529,33 @@ def launch(cfg, why, args, world):
         population = load_teacher(cfg, corpus.vocab_size, world.device)
         corpus.hashes["teacher"] = population.digest
     world.agree(corpus.hashes)
-    epoch_tokens = corpus.train_sequences * cfg.seq_len
-    cycles = plan_cycles(cfg, epoch_tokens)
+    cycles = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     name = args.resume or args.run or world.broadcast_object(world.leader and new_name())
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
-             "machine": machine(world), "config": asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes}, "script": digest(SOURCE)}
-    lines = "\n".join(describe(cfg, why, epoch_tokens, corpus.vocab_size))
+             "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes},
+             "script": digest(SOURCE)}
     run = Run(find_run(name) if args.resume else LOGS / name,
-              {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
-              f"{json.dumps(about, indent=1)}\n{lines}")
-    run.listeners = heard_by
+              {**method_settings(cfg), **corpus.hashes}, sum(cycles, []), about)
+    run.listeners = listeners
     if world.leader:
-        open_run(run, about, find_data(cfg), args.allow_edited)
+        open_run(run, find_data(cfg), args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
             say(f"{name} is complete: {run.folder}")
         return
-    if world.leader:
-        say(lines)
+    for listener in listeners:
+        listener.open(run, corpus, world)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
-        for listener in run.listeners:
+        for listener in listeners:
             listener.start(trainer)
         train(trainer, cycles)
-        if world.leader:
-            finish_run(trainer, about)
+        for listener in listeners:
+            listener.finish(trainer)
     finally:
         run.release()
-        for listener in run.listeners:
+        for listener in listeners:
             listener.close()
 
 
@@ -2673,7 +2580,7 @@ def prepare_default_data(cfg):
         sys.exit(done.returncode)
 
 
-def open_run(run, about, data, allow_edited=False):
+def open_run(run, data, allow_edited):
     """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
     a run of other settings or data, or of another script (`allow_edited`: its log will say so)."""
     folder = run.folder
@@ -2685,7 +2592,7 @@ def open_run(run, about, data, allow_edited=False):
                 saved = load_json(folder / "run.json")
                 identity = {**saved["config"], **saved["data"]}
             differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
-            run.edited = saved.get("script") != about["script"]
+            run.edited = saved.get("script") != run.about["script"]
             if run.edited and not allow_edited:
                 differ.append("the script (--allow-edited goes on; then it is no record)")
             if differ:
@@ -2696,60 +2603,7 @@ def open_run(run, about, data, allow_edited=False):
                 copy = functools.partial(shutil.copyfile, data / file)
                 write_atomically(folder / "data" / file, copy)
         if not (folder / "run.json").exists():
-            save_json(folder / "run.json", about)
-
-
-def finish_run(trainer, about):
-    """Where every trajectory is done, write the log's end and the result: the final loss first,
-    then what each number of members is worth."""
-    run = trainer.run
-    cfg = trainer.cfg
-    trajectories = range(cfg.trajectories)
-    if not all(run.is_done(j) for j in trajectories):
-        say(f"other launches train {run.folder.name}: the last to finish writes the result; one "
-            f"on another machine counts as gone after {SILENT_SECONDS // 60} silent minutes")
-        return
-    with locked(run.state / "result.lock"):
-        if (run.folder / "result.json").exists():  # another launch ended just now
-            return
-        states = [run.load_state(j)[0] for j in trajectories]
-        log = run.open_log(0, states[0].log)
-        numbers, curve = summarize(trainer, states)
-        for at in states[1:]:  # as if one launch had trained all in turn
-            log.append(run.log_file(at.trajectory), at.curve, f"{cfg.report}_loss")
-        log.event(**numbers)
-        result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
-        try:
-            from records.population import finish
-            result["table"], lines = finish(trainer, curve)
-            log.line("\n".join(lines))
-        except ImportError as e:
-            say(f"notice: there is no table and no curve.png: {one_line(e)}", "stderr")
-        save_json(run.folder / "result.json", result)  # last: the run is complete
-        for j in trajectories[1:]:
-            run.log_file(j).unlink()
-    say(f"written to {run.folder}")
-
-
-def summarize(trainer, states):
-    """({name: number} for the log's last line, curve) of a run whose trajectories are all done."""
-    cfg = trainer.cfg
-    predictions = trainer.predictions
-    curve = [entry for at in states for entry in at.curve]
-    for n, entry in enumerate(curve, 1):
-        predictions.load(entry["member"], entry["predictions"])
-        if entry["of"] != n:  # fitted before the other trajectories' members were there
-            entry |= predictions.mixtures(range(n))
-    flops = run_flops(cfg, trainer.run.cycles, trainer.corpus.vocab_size, trainer.population)
-    total = sum(flops.values())
-    seconds = sum(at.train_seconds for at in states)
-    return {f"final_{cfg.report}_loss": curve[-1]["learned"], "members": len(curve),
-            "k": len(curve), "epochs": cfg.epochs, "flops": total,
-            "teacher_flops": flops["teacher"], "tflops": total / seconds / 1e12,
-            f"uniform_{cfg.report}_loss": curve[-1]["uniform"],
-            f"last_member_{cfg.report}_loss": curve[-1]["loss"],
-            "train_seconds": seconds, "eval_seconds": sum(at.eval_seconds for at in states),
-            "peak_memory_mb": peak_memory_mb(trainer.world.device)}, curve
+            save_json(folder / "run.json", run.about)
 
 
 def find_command(name):

@@ -10,6 +10,8 @@ import torch
 import train_q0 as q
 from records.generate import cache_bytes
 from records import recipes
+from records.flops import flops_per_token, run_flops
+from records.launch import describe
 from records.population import load_teacher
 from records.use import number
 
@@ -182,7 +184,7 @@ def plan(argv):
             why[name] = "on a GPU"
     epoch_tokens, vocab_size, eval_tokens = text_of(cfg)
     population = load_teacher(cfg, vocab_size, torch.device("cpu")) if cfg.teacher else None
-    lines = q.describe(cfg, why, epoch_tokens, vocab_size)
+    lines = describe(cfg, why, epoch_tokens, vocab_size)
     room = 80e9 if on_gpus else math.inf
     if args.memory:
         room = 1e9 * args.memory
@@ -192,8 +194,8 @@ def plan(argv):
     lines.append(disk_line(cfg, vocab_size, eval_tokens))
     lines.append(use_line(cfg, vocab_size))
     cycles = sum(q.plan_cycles(cfg, epoch_tokens), [])
-    flops = sum(q.run_flops(cfg, cycles, vocab_size, population).values())
-    flops += q.flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens
+    flops = sum(run_flops(cfg, cycles, vocab_size, population).values())
+    flops += flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens
     speed, mfu, device = speed_of(cfg, gpus, on_gpus, args.mfu)
     if args.modelled:
         seconds = modelled_seconds(cfg, vocab_size, gpus, cycles, eval_tokens)

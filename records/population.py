@@ -338,17 +338,6 @@ def report(predictions, corpus_name):
     return table, lines
 
 
-def finish(trainer, curve):
-    """What `report` returns of a run that has ended; draws its curve.png."""
-    table, lines = report(trainer.predictions, trainer.corpus.name)
-    try:
-        from records.plot import draw_curve
-        draw_curve(trainer.run.folder / "curve.png", curve, trainer.cfg.report, table)
-    except ImportError as e:
-        q.say(f"notice: curve.png is not made: {q.one_line(e)}", "stderr")
-    return table, lines
-
-
 def format_table(table, split, members=None):
     """A population_table as lines of text; `members` are their numbers, if not 0, 1, 2, ..."""
     lines = [f"{'k':>4} {'uniform':>9} {'learned':>9} {'pruned':>9}   {split} loss of k members"]

@@ -108,7 +108,7 @@ def state_with(*names, **changes):
 def load_state(run, killed):
     """(Progress, file of its tensors) of the newest whole state in `run`, a copy of `killed`."""
     identity = read_json(killed / JSON)["body"]["identity"]
-    return q.Run(run, identity, [], "").load_state(0)
+    return q.Run(run, identity, [], {}).load_state(0)
 
 
 DAMAGED_STATES = {  # what is done to the newest state

@@ -46,11 +46,10 @@ def test_status_line(wide, narrow, tmp_path, monkeypatch):
         stream = open(os.dup(other_end), "w", buffering=1, encoding="utf-8")
         monkeypatch.setattr(sys, name, stream)
     resize(terminal, wide)
-    listeners = live.listeners(SimpleNamespace(track=None, profile=False))[1:]
-    assert len(listeners) == 1
+    *_, status = live.listeners(None, {}, SimpleNamespace(track=None, profile=False))
     stream = sys.stdout
-    listeners[0].start(None)
-    log = q.Log(tmp_path / "log.txt", 0, listeners)
+    status.start(None)
+    log = q.Log(tmp_path / "log.txt", 0, [status])
     step = dict(traj=0, cycle=(1, 2), loss=3.25, eta="0:01:00")
     for i in range(1, 5):
         log.event(step=(i, 4), **step, **{"tok/s": 48_000})
@@ -58,7 +57,7 @@ def test_status_line(wide, narrow, tmp_path, monkeypatch):
             q.say("notice: it is late", "stderr")
             log.event(member=0, val_loss=3.5)
             resize(terminal, narrow)
-    listeners[0].close()
+    status.close()
     assert sys.stdout is stream
     q.say("the end")
     text = ""
