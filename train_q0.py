@@ -52,9 +52,7 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -2517,10 +2515,9 @@ def launch(cfg, why, args, world):
     if world.leader:
         try:
             from records import live
-            listeners = live.listeners(cfg, why, args)
+            listeners = live.begin(cfg, why, args)
         except ImportError as e:
             say(f"notice: no result, curve, status line, --track: {one_line(e)}", "stderr")
-        prepare_default_data(cfg)
     world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
     population = None
@@ -2539,7 +2536,7 @@ def launch(cfg, why, args, world):
               {**method_settings(cfg), **corpus.hashes}, sum(cycles, []), about)
     run.listeners = listeners
     if world.leader:
-        open_run(run, find_data(cfg), args.allow_edited)
+        open_run(run, args.allow_edited)
     if world.broadcast_object((run.folder / "result.json").exists()):
         if world.leader:
             say(f"{name} is complete: {run.folder}")
@@ -2569,41 +2566,25 @@ def new_name():
         time.sleep(1)
 
 
-def prepare_default_data(cfg):
-    """Fetch the default corpus where it is missing. Ends where that fails."""
-    folder = find_data(cfg)
-    if cfg.data != Config.data or (folder / "manifest.json").exists():
-        return
-    say(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)")
-    done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"])
-    if done.returncode:  # it said why
-        sys.exit(done.returncode)
-
-
-def open_run(run, data, allow_edited):
+def open_run(run, allow_edited):
     """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
     a run of other settings or data, or of another script (`allow_edited`: its log will say so)."""
-    folder = run.folder
-    for part in ("state", "predictions", "data"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    with locked(folder / "state/setup.lock"):
-        if (folder / "run.json").exists():
-            with reading(folder / "run.json"):
-                saved = load_json(folder / "run.json")
-                identity = {**saved["config"], **saved["data"]}
-            differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
-            run.edited = saved.get("script") != run.about["script"]
-            if run.edited and not allow_edited:
-                differ.append("the script (--allow-edited goes on; then it is no record)")
-            if differ:
-                raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
-                                "--run name, or the settings, data and script it began with")
-        for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
-            if (data / file).exists() and not (folder / "data" / file).exists():
-                copy = functools.partial(shutil.copyfile, data / file)
-                write_atomically(folder / "data" / file, copy)
-        if not (folder / "run.json").exists():
-            save_json(folder / "run.json", run.about)
+    path = run.folder / "run.json"
+    for part in ("state", "predictions"):
+        (run.folder / part).mkdir(parents=True, exist_ok=True)
+    with locked(run.state / "setup.lock"):
+        if not path.exists():
+            save_json(path, run.about)
+    with reading(path):
+        saved = load_json(path)
+        identity = {**saved["config"], **saved["data"]}
+    differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+    run.edited = saved.get("script") != run.about["script"]
+    if run.edited and not allow_edited:
+        differ.append("the script (--allow-edited goes on; then it is no record)")
+    if differ:
+        raise UserError(f"{run.folder} exists and differs in {', '.join(differ)}: give another "
+                        "--run name, or the settings, data and script it began with")
 
 
 def find_command(name):

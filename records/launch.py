@@ -1,10 +1,13 @@
-"""What a launch does beside training: it says what it will do and on what machine, and writes the
-result of a run once every trajectory is done. Without it train_q0.py trains, saves, logs and
-resumes; a later launch that has it writes the result."""
+"""What a launch does beside training: it fetches the default corpus, says what it will do and on
+what machine, and writes the result of a run once every trajectory is done. Without it train_q0.py
+trains, saves, logs and resumes; a later launch that has it writes the result."""
 import contextlib
+import functools
 import math
 import platform
 import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -32,6 +35,7 @@ class Report:
         run.about["machine"] = machine(world)
         run.plan = "\n".join(describe(self.cfg, self.why, epoch_tokens, corpus.vocab_size))
         q.say(run.plan)
+        copy_data(q.find_data(self.cfg), run)
 
     def finish(self, trainer):
         """Write the result where every trajectory is done."""
@@ -49,6 +53,27 @@ class Report:
 
 
 # At the start -----------------------------------------------------------------------------------
+
+def fetch_default_corpus(cfg):
+    """Download the default corpus where it is missing. Exits where that fails."""
+    folder = q.find_data(cfg)
+    if cfg.data != q.Config.data or (folder / "manifest.json").exists():
+        return
+    q.say(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)")
+    done = subprocess.run([sys.executable, q.ROOT / "data/prepare.py", "wiki"])
+    if done.returncode:  # it said why
+        sys.exit(done.returncode)
+
+
+def copy_data(data, run):
+    """Copy what turns tokens into text to the folder of a run, which several launches may open."""
+    (run.folder / "data").mkdir(exist_ok=True)
+    with q.locked(run.state / "setup.lock"):
+        for file in ("manifest.json", "tokenizer.tiktoken"):
+            if (data / file).exists() and not (run.folder / "data" / file).exists():
+                copy = functools.partial(shutil.copyfile, data / file)
+                q.write_atomically(run.folder / "data" / file, copy)
+
 
 def describe(cfg, why, epoch_tokens, vocab_size):
     """Lines that say what a run will do, and why."""

@@ -1,5 +1,5 @@
-"""What a launch does beside training. Its listeners hear of it when its run is open (`open`), before
-the first step (`start`), at each event of its log (`event`, as the log itself), after the last step
+"""What a launch does beside training. Its listeners hear when its run is open (`open`), before the
+first step (`start`), of each event of its log (`event`, as the log itself), after the last step
 (`finish`) and when it ends in any way (`close`); each has the methods that it needs. One writes the
 result (records/launch.py). The others show a run under way: a status line on a terminal, curve.png
 at every member, curves in a tracker (--track), the cost of its operations (--profile). None of
@@ -14,13 +14,13 @@ import torch
 
 import train_q0 as q
 from records import plot
-from records.launch import Report
+from records.launch import Report, fetch_default_corpus
 from records.track import Tracker
 
 
-def listeners(cfg, why, args):
-    """Those of a launch; `why` has the reasons of its settings. Raises UserError where one lacks
-    its library."""
+def begin(cfg, why, args):
+    """The listeners of a launch, whose default corpus is there then; `why` has the reasons of its
+    settings. Raises UserError where a listener lacks its library."""
     found = [Curve()]
     if args.track:
         found.append(Tracker(args.track))
@@ -28,6 +28,7 @@ def listeners(cfg, why, args):
         found.append(Profile())
     if sys.stdout and sys.stdout.isatty():
         found.append(Status())
+    fetch_default_corpus(cfg)
     return [Listener(Report(cfg, why)), *map(Guarded, found)]
 
 

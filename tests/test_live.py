@@ -46,7 +46,7 @@ def test_status_line(wide, narrow, tmp_path, monkeypatch):
         stream = open(os.dup(other_end), "w", buffering=1, encoding="utf-8")
         monkeypatch.setattr(sys, name, stream)
     resize(terminal, wide)
-    *_, status = live.listeners(None, {}, SimpleNamespace(track=None, profile=False))
+    *_, status = live.begin(q.Config(data="x"), {}, SimpleNamespace(track=None, profile=False))
     stream = sys.stdout
     status.start(None)
     log = q.Log(tmp_path / "log.txt", 0, [status])
