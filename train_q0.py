@@ -408,8 +408,7 @@ def read_shard(path, vocab_size, sha256=None):
         if header != [SHARD_MAGIC, SHARD_VERSION, len(tokens)]:
             raise ValueError(f"it is not a token shard, or not a whole one: it begins {header}, "
                              f"{len(tokens)} tokens follow")
-        if sha256 not in (None, sha256_of(path)):
-            raise ValueError("its sha256 is not the manifest's")
+        check_sha256(path, sha256)
         if len(tokens) and tokens.max() >= vocab_size:
             raise ValueError(f"it holds token {tokens.max()}, beyond the vocabulary of "
                              f"{vocab_size}")
@@ -1903,6 +1902,12 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def check_sha256(path, sha256):
+    """Raise ValueError where a file is not the recorded one; None: nothing is recorded."""
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise ValueError(f"the sha256 of {path.name} is not the recorded one")
+
+
 def check_format(saved):
     if saved.get("format") != FORMAT:
         raise UserError(f"it is of format {saved.get('format', 1)}, this script reads {FORMAT}: "
@@ -1932,18 +1937,15 @@ def read_member(folder, sha256=None):
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
         check_format(about)
-        if sha256 not in (None, sha256_of(folder / "config.json")):
-            raise ValueError("the sha256 of config.json is not the recorded one")
-        if sha256_of(folder / "model.safetensors") != about["sha256"]:
-            raise ValueError("the sha256 of model.safetensors is not that of config.json")
+        check_sha256(folder / "config.json", sha256)
+        check_sha256(folder / "model.safetensors", about["sha256"])
         return about, load_tensor_file(folder / "model.safetensors")
 
 
 def read_predictions(path, sha256=None):
     """{split: float32 [tokens]} of a member. Raises UserError for a missing or damaged file."""
     with reading(f"predictions {path}"):
-        if sha256 is not None and sha256_of(path) != sha256:
-            raise ValueError("the sha256 is not the recorded one")
+        check_sha256(path, sha256)
         found = load_file(path)
         if len(found) != 2 or "heldout" not in found:
             raise ValueError("it must hold heldout and one more split")
@@ -1968,15 +1970,11 @@ class Predictions:
         write_atomically(self.path(member), lambda tmp: save_file(probs, tmp))
         self.cached[member] = probs
 
-    def load(self, member, sha256=None):
-        """Read a member's file anew. Raises UserError where it is missing or damaged."""
-        self.cached[member] = read_predictions(self.path(member), sha256)
-
     def of(self, split, members):
-        """[float32 [tokens], ...] of `members`."""
+        """[float32 [tokens], ...] of `members`. Raises UserError as read_predictions does."""
         for member in members:
             if member not in self.cached:
-                self.load(member)
+                self.cached[member] = read_predictions(self.path(member))
         return [self.cached[member][split] for member in members]
 
     def mixtures(self, members):
@@ -2129,8 +2127,9 @@ class Run:
                 with reading(f"state {path}"):
                     saved = load_json(path)
                     body = saved["body"]
-                    if digest(body) != saved["sha256"] or sha256_of(tensors) != body["tensors"]:
-                        raise ValueError("a sha256 does not match")
+                    if digest(body) != saved["sha256"]:
+                        raise ValueError("its sha256 does not match")
+                    check_sha256(tensors, body["tensors"])
                     check_format(body)
                     at = Progress(**body["at"])
                     if (body["identity"], at.trajectory) != (self.identity, trajectory):
@@ -2285,11 +2284,8 @@ def set_by_torchrun(name, alone):
 @contextlib.contextmanager
 def set_up_world(cfg):
     """Context of the processes that torchrun started, or of one."""
-    rank = set_by_torchrun("RANK", 0)
     size = set_by_torchrun("WORLD_SIZE", 1)
-    if rank >= size:
-        raise UserError(f"environment variable RANK is {rank}, but WORLD_SIZE is {size}: unset "
-                        "both if you meant one process")
+    rank = set_by_torchrun("RANK", 0) if size > 1 else 0
     check_divides(cfg, size)
     device = torch.device(cfg.device)
     if cfg.device == "cuda":
@@ -2468,9 +2464,7 @@ def find_run(name):
     for folder in (LOGS / name, Path(name)):
         if folder.is_dir():
             return folder
-    runs = sorted(LOGS.glob("[!.]*"), key=lambda run: -run.stat().st_mtime)
-    newest = "".join(f"; there is {run.name}" for run in runs[:3])
-    raise UserError(f"no run {name} under {LOGS}{newest}")
+    raise UserError(f"no run {name} under {LOGS}: the command `runs` lists what there is")
 
 
 def check_plain(option, name):
@@ -2491,20 +2485,13 @@ def command_train(argv):
         track=dict(choices=["tensorboard", "wandb", "trackio"], help="draw its curves there, too"),
         profile=dict(action="store_true", help="time every operation of a few steps: a table, and "
                      "a trace in the run's folder"))
-    Stopped.signal = 0
-    before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
-              for number in SIGNALS
-              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves it
-    try:
-        with set_up_world(cfg) as world:
-            for number in before:
-                heard = suspend if number.name == "SIGTSTP" else Stopped.heard
-                signal.signal(number, heard)
-            launch(cfg, why, args, world)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores some
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)  # while ranks join, no Python runs that could hear
+    with set_up_world(cfg) as world:
+        for number in numbers:
+            signal.signal(number, suspend if number.name == "SIGTSTP" else Stopped.heard)
+        launch(cfg, why, args, world)
 
 
 def launch(cfg, why, args, world):
@@ -2527,7 +2514,8 @@ def launch(cfg, why, args, world):
         corpus.hashes["teacher"] = population.digest
     world.agree(corpus.hashes)
     cycles = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
-    name = args.resume or args.run or world.broadcast_object(world.leader and new_name())
+    now = world.broadcast_object(f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
+    name = args.resume or args.run or now
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes},
@@ -2554,16 +2542,6 @@ def launch(cfg, why, args, world):
         run.release()
         for listener in listeners:
             listener.close()
-
-
-def new_name():
-    """A name that no other run has: the time, once it is not taken."""
-    while True:
-        name = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        with contextlib.suppress(FileExistsError):
-            (LOGS / name).mkdir(parents=True)
-            return name
-        time.sleep(1)
 
 
 def open_run(run, allow_edited):
@@ -2617,9 +2595,6 @@ def main(argv=None):
     except Stopped:
         say("stopped; its state is saved: go on with --resume and the run's name", "stderr")
         return 128 + Stopped.signal
-    except KeyboardInterrupt:
-        say("interrupted", "stderr")
-        return 130
     except Exception as e:
         full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not full and "allocate memory" not in str(e):

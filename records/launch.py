@@ -136,7 +136,8 @@ def curve_of(trainer, states):
     predictions = trainer.predictions
     curve = [entry for at in states for entry in at.curve]
     for n, entry in enumerate(curve, 1):
-        predictions.load(entry["member"], entry["predictions"])
+        i = entry["member"]
+        predictions.cached[i] = q.read_predictions(predictions.path(i), entry["predictions"])
         if entry["of"] != n:  # fitted before the members of other trajectories were there
             entry |= predictions.mixtures(range(n))
     return curve

@@ -282,7 +282,7 @@ def test_stopped_student_goes_on(three, trained, flags, logs, monkeypatch, capsy
     def heard(*args):
         calls.append(1)
         if len(calls) == 9:
-            q.Stopped.signal = 15
+            patch.setattr(q.Stopped, "signal", 15)
         return training_loss(*args)
 
     calls = []
