@@ -2504,7 +2504,7 @@ def launch(cfg, why, args, world):
             from records import live
             listeners = live.begin(cfg, why, args)
         except ImportError as e:
-            say(f"notice: no result, curve, status line, --track: {one_line(e)}", "stderr")
+            say(f"notice: without records/ a launch only trains: {one_line(e)}", "stderr")
     world.broadcast_object(None)  # the others wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
     population = None

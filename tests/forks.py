@@ -188,8 +188,8 @@ def start(base, logs, *more, plant=None):
     return Fork(logs, *command(base, *more), plant=plant)
 
 
-def resume(logs, *more):
-    return Fork(logs, "--resume", "x", *more)
+def resume(logs, *more, plant=None):
+    return Fork(logs, "--resume", "x", *more, plant=plant)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import torch
 
 import tiny
 import train_q0 as q
-from forks import Fork, at_step, command, reference, resume, start, weights_of
+from forks import Fork, at_step, command, disturbed, reference, resume, start, weights_of
 from tiny import fails
 
 # Leftovers of torchrun --------------------------------------------------------------------------
@@ -97,6 +97,25 @@ def test_files_lost_and_files_of_others(base, logs):
     resume(logs).good()
     assert manifest.read_bytes() == text
     assert all(file.exists() for file in others)
+
+
+def test_the_script_alone(base, logs):
+    """Without records/ beside it it trains and goes on; a later launch that has them writes the
+    result."""
+    def plant():
+        sys.modules["records.live"] = None
+
+    def dies():
+        plant()
+        at_step(9)()
+
+    start(base, logs, plant=dies).dies()
+    fork = resume(logs, plant=plant).good()
+    assert "resuming trajectory 0 at step 5" in fork.out
+    assert "notice: without records/ a launch only trains: " in fork.err
+    assert not (logs / "x/result.json").exists()
+    assert "written to" in resume(logs).good().out
+    assert not disturbed(base, logs, kinds=("weights", "result", "states"))
 
 
 # Signals and outputs ----------------------------------------------------------------------------
