@@ -61,8 +61,8 @@ try:
     import fcntl
 except ImportError:  # Windows: launches do not see each other
     fcntl = None
-# OpenMP's threads sleep while they wait: spinning, they take the cores from every other process.
-# Read when torch loads; the one thing an import changes, and a setting of the user's stays.
+# OpenMP threads that wait shall sleep: spinning, they take the cores from all other processes.
+# Torch reads this when it loads; the import changes nothing else, and the user's setting wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
@@ -83,12 +83,12 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # on a CPU,
 
 ROOT = Path(__file__).resolve().parent
 LOGS = Path(os.environ.get("Q0_LOGS", ROOT / "logs"))  # elsewhere where the checkout is read-only
-WARM_UP_MINUTES = 30  # compiling may take longer than a step may hang
-JOIN_TIME = datetime.timedelta(minutes=5)  # in which all processes of a launch are there
+WARM_UP_MINUTES = 30  # before compiling counts as hanging
+JOIN_TIME = datetime.timedelta(minutes=5)  # for all processes of a launch to join
 
 
 class UserError(Exception):
-    """A mistake the user can mend. One line: what is wrong, where, and what to do."""
+    """A mistake that the user can fix. One line: what is wrong, where, and what to do."""
 
 
 def one_line(e):
@@ -100,7 +100,7 @@ def one_line(e):
 
 @contextlib.contextmanager
 def reading(what, advice=""):
-    """Turn all that opening and parsing a missing, damaged or hostile file raises into one line."""
+    """Turn what a missing, damaged or hostile file raises when it is read into a UserError."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError,
@@ -124,8 +124,8 @@ def knob(default, why, low=0, high=1e37, choices=""):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, by default of the preset `tiny`. None and "auto": as `resolve`
-    derives them, or none."""
+    """All settings of a run. The defaults are those of preset `tiny`; `resolve` replaces None and
+    "auto" by what follows from the others."""
     preset: str = knob(
         "tiny", "settings and data; on a GPU the largest that fits", choices="tiny small q0")
     population: str = knob("q0", "kind of population", choices="q0 snapshots chain ensemble single")
@@ -157,9 +157,9 @@ class Config:
         150_000, "whole training documents up to about this many tokens; 0: all of them")
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
     batch_tokens: int = knob(
-        2048, "tokens per step; with edge batches in the middle half of the cycles", low=1)
+        2048, "tokens per step, in the middle half of the cycles", low=1)
     edge_batch_tokens: int | None = knob(
-        None, "tokens per step in the first and last quarter of the cycles, of two in both", low=1)
+        None, "tokens per step in the first and last quarter of the cycles", low=1)
     micro_batch: int = knob(8, "sequences per forward pass", low=1)
     report: str = knob(
         "val", "split to report on; choose between settings on dev", choices="val dev")
@@ -180,9 +180,9 @@ class Config:
         True, "gated projection of the embedding added to the values of every second layer")
     attn_gates: bool = knob(False, "input-dependent output gate per attention head")
     head_mixing: bool = knob(False, "learned mixing of the heads of q, k and v")
-    smear: bool = knob(True, "adds a learned share of the token before to each embedding")
+    smear: bool = knob(True, "adds a learned share of the previous token's embedding to each")
     induction: bool = knob(
-        True, "half of the heads start out looking for what followed the same token")
+        True, "half of the heads start out looking for what followed the same token before")
     loop_first: int = knob(0, "first looped layer")
     loop_last: int = knob(0, "last looped layer")
     loop_passes: int = knob(1, "how often the looped layers run in all", low=1, high=100)
@@ -193,7 +193,7 @@ class Config:
     lr_embed: float = knob(0.0375, "peak lr of the embedding")
     lr_head: float = knob(0.02, "peak lr of the head")
     weight_decay: float | None = knob(
-        None, "of matrices, embedding, head; times lr and place in the cycle")
+        None, "of matrices, embedding and head; times lr and the multiplier of the step")
     lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", high=1)
     wd_start: float | None = knob(None, "decay multiplier at a cycle's start")
     wd_end: float | None = knob(None, "decay multiplier at a cycle's end")
@@ -268,7 +268,7 @@ PRESETS = {
 NEEDS = {"q0": 56, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
 
 # Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
-LENGTHS = {  # in epochs: a trajectory, a cycle, a member that starts afresh; before distillation
+LENGTHS = {  # in epochs: a trajectory, a cycle, a member from scratch; until distillation starts
     "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
     "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
     "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
@@ -288,8 +288,8 @@ POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
     "q0": ("perturb", 0.45, RESTARTED)}
 
 def derive_budget(cfg):
-    """(field, value, reason) of what the epochs buy: of trajectories and cycles, where one is
-    given, the other gets the rest. Raises UserError as `resolve` does."""
+    """Yield (field, value, reason): the trajectories and cycles that the epochs pay for. Where one
+    is given, the other gets the rest. Raises UserError as `resolve` does."""
     length = LENGTHS[cfg.preset]
     restarts = cfg.population in ("q0", "snapshots")
     left = max(1, cfg.epochs // ((cfg.trajectories or 1) * (cfg.cycles or 1)))
@@ -312,7 +312,7 @@ def derive_budget(cfg):
     yield "cycles", C, reason
 
 def derive_recipe(cfg):
-    """What is tuned or published for the population."""
+    """What was tuned, or published, for the population."""
     boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
     if cfg.teacher:
@@ -329,7 +329,7 @@ def derive_recipe(cfg):
         yield name, value, f"{cfg.population}, {each} epochs a member, {cfg.epochs} in all"
 
 def derive_sizes(cfg):
-    """What follows from other sizes, and the device."""
+    """What follows from other sizes; the device."""
     yield "edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens"
     yield "short_window", cfg.seq_len // 2, "half of --seq-len"
     hidden = 256 * math.ceil(8 * cfg.width / 3 / 256)
@@ -1864,8 +1864,8 @@ def captured(function, what):
 
 
 # Members, predictions, resume state -------------------------------------------------------------
-# All of a run is files in its folder: members (bf16 weights + configuration), their p(true token),
-# the states that --resume goes on from, and the locks that say which launch trains what.
+# A run is a folder: members (bf16 weights and configuration), their p(true token), the states that
+# --resume goes on from, and locks that say which launch trains what.
 
 FORMAT = 3  # of members and states: 1 had no banks of weights, 2 hashes of weights alone
 OWN_SCRIPT = "use the train_q0.py at the head of its run's log"
@@ -1873,7 +1873,7 @@ OWN_SCRIPT = "use the train_q0.py at the head of its run's log"
 
 def write_atomically(path, write):
     """Call write(temporary path), then rename it: a reader sees the old file or the new one."""
-    tmp = path.with_name(f"{path.name}.tmp")  # of one name: what a kill left is overwritten
+    tmp = path.with_name(f"{path.name}.tmp")  # a fixed name: the next try overwrites a leftover
     try:
         write(tmp)
         with open(tmp, "rb+") as f:
@@ -1915,7 +1915,7 @@ def check_format(saved):
 
 
 def save_member(folder, cfg, vocab_size, weights, position):
-    """Write `weights` {bank: tensor} in bf16 with all that is needed to load them; `position` says
+    """Write `weights` {bank: tensor} in bf16, and all that is needed to load them; `position` says
     where in the run they were taken."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
@@ -1926,7 +1926,7 @@ def save_member(folder, cfg, vocab_size, weights, position):
 
 
 def empty_member(cfg, vocab_size):
-    """A frozen GPT in evaluation mode, in the precision of `cfg`; its weights are to be filled."""
+    """A frozen GPT in evaluation mode, in the precision of `cfg`; its weights are not set yet."""
     model = GPT(cfg, vocab_size)
     return model.to(model.dtype).eval().requires_grad_(False)
 
@@ -2011,12 +2011,12 @@ class Progress:
     kernels: dict = field(default_factory=dict)
 
 
-SILENT_SECONDS = 900  # after which a holder on another machine counts as gone
+SILENT_SECONDS = 900  # until a holder on another machine counts as gone
 
 
 class Lock:
-    """A file that one launch holds; the system lets go of it when the process ends. Where locks do
-    not reach other machines, the file's text and time tell: its holder renews it at every step."""
+    """A file that one launch has locked; the system frees it when the process ends. As such locks
+    may not reach other machines, the holder also writes its name and renews the time each step."""
     def __init__(self, path):
         self.path = path
         self.file = open(path, "a+", encoding="utf-8")
@@ -2072,7 +2072,8 @@ class Run:
         self.lock = None
 
     def claim(self, trajectory, world):
-        """Whether this launch trains the trajectory: it is neither done nor held by another."""
+        """Whether this launch trains the trajectory, which nobody has done and nobody else holds.
+        """
         if world.leader:
             lock = Lock(self.state / f"{trajectory}.lock")
             if lock.acquire():
@@ -2082,7 +2083,7 @@ class Run:
         return world.broadcast_object(self.lock is not None)
 
     def alive(self, hang_minutes):
-        """Say that this launch is at work: to its own watchdog, and to others."""
+        """Tell its own watchdog, and other launches, that this one is at work."""
         reset_watchdog(hang_minutes)
         if self.lock:
             self.lock.renew()
@@ -2098,13 +2099,13 @@ class Run:
         return named_done and self.load_state(trajectory)[0].done  # which may be damaged
 
     def generations(self, trajectory, kind=".json"):
-        """Files of a trajectory's states, newest first: each JSON file is beside its tensors."""
+        """Files of a trajectory's states, newest first; each JSON is beside its tensors."""
         files = self.state.glob(f"{trajectory}-{9 * '[0-9]'}*{kind}")
         return sorted(files, key=lambda file: file.stem, reverse=True)
 
     def save_state(self, at, tensors):
-        """Write a state: the tensors first, then the JSON that makes it valid; only then the last
-        but one is deleted."""
+        """Write a state: its tensors, then the JSON that makes it valid. Then delete all but the
+        two newest."""
         done = "-done" if at.done else ""
         path = self.state / f"{at.trajectory}-{at.step:09}{done}.json"
         tensor_file = path.with_suffix(".safetensors")
@@ -2113,13 +2114,13 @@ class Run:
                 "tensors": sha256_of(tensor_file)}
         save_json(path, {"body": body, "sha256": digest(body)})
         keep = [f.stem for f in self.generations(at.trajectory)[:2]]
-        for old in self.generations(at.trajectory, ""):  # half-written ones of a kill, too
+        for old in self.generations(at.trajectory, ""):  # also what a kill left half written
             if old.name.partition(".")[0] not in keep:
                 old.unlink()
 
     def load_state(self, trajectory):
-        """(Progress, file of its tensors) of the newest whole state of a trajectory, or None where
-        it has none. Says so where it falls back; raises UserError where no state is whole."""
+        """(Progress, file of its tensors) of a trajectory's newest state that is whole; None if
+        there are no states. Raises UserError if none of them is whole."""
         files = self.generations(trajectory)
         for path in files:
             tensors = path.with_suffix(".safetensors")
@@ -2162,13 +2163,13 @@ class Run:
 
 
 # Processes --------------------------------------------------------------------------------------
-# All ranks of a launch train one trajectory after the other. Trajectories do not communicate, so
-# side by side means several launches of one run, on one machine or many: each takes the next that
-# is neither done nor held, and whoever finishes the last one fits the prior.
+# All ranks of a launch train one trajectory after the other. Trajectories do not communicate, so to
+# train them side by side start several launches of one run, on one machine or many: each takes the
+# next trajectory that nobody has done or holds, and who finishes the last one writes the result.
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a launch. With size 1 every exchange is the identity."""
+    """The ranks of a launch. With one rank every exchange is the identity."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
@@ -2197,7 +2198,7 @@ class World:
             dist.all_reduce(tensor)
 
     def largest(self, value):
-        """The largest of the ranks' ints; no device is waited for."""
+        """The ranks' largest int. It is on the CPU: no device is waited for."""
         box = torch.tensor(value)
         if self.size > 1:
             dist.all_reduce(box, op=dist.ReduceOp.MAX)
@@ -2237,13 +2238,13 @@ class World:
                                 "process with the same flags and data")
 
 
-SIGNALS = [number for number in signal.Signals  # also of a closed terminal, and a cluster's
+SIGNALS = [number for number in signal.Signals  # of users, closed terminals and schedulers
            if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP")]
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop at the next step; a second one of its kind kills."""
-    signal = 0  # that was heard
+    """A signal asked the run to stop after the step; a second one kills."""
+    signal = 0  # the one that was heard
 
     @classmethod
     def heard(cls, number, frame):
@@ -2253,7 +2254,7 @@ class Stopped(Exception):
 
 
 def suspend(number, frame):
-    """Ctrl-Z: the time until the run is woken does not count as hanging."""
+    """Ctrl-Z: the time until the run continues does not count as hanging."""
     faulthandler.cancel_dump_traceback_later()
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -2283,7 +2284,7 @@ def set_by_torchrun(name, alone):
 
 @contextlib.contextmanager
 def set_up_world(cfg):
-    """Context of the processes that torchrun started, or of one."""
+    """Yield the World of the processes that torchrun started, or of this one alone."""
     size = set_by_torchrun("WORLD_SIZE", 1)
     rank = set_by_torchrun("RANK", 0) if size > 1 else 0
     check_divides(cfg, size)
@@ -2291,7 +2292,7 @@ def set_up_world(cfg):
     if cfg.device == "cuda":
         device = torch.device("cuda", set_by_torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
-        # of a bf16 model only products of bf16 values are in float32: TF32's 11 bits hold their 8
+        # what a bf16 model multiplies in float32 are bf16 values: TF32's 11 bits hold their 8
         torch.backends.cuda.matmul.allow_tf32 = cfg.precision == "bfloat16"
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # keep freed memory: returning it to the system cost 3-9% of a step of tiny
@@ -2308,7 +2309,7 @@ def set_up_world(cfg):
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIME))
     except (ValueError, dist.DistError) as e:
         raise UserError(f"the other {size - 1} processes are not there: {one_line(e)}") from None
-    # a store that torchrun keeps over a restart still holds the addresses of the processes before
+    # torchrun may keep its store over a restart, with the addresses of the processes before
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     patience = datetime.timedelta(minutes=max(WARM_UP_MINUTES, cfg.hang_minutes))
@@ -2321,7 +2322,7 @@ def set_up_world(cfg):
 # Log --------------------------------------------------------------------------------------------
 
 def say(text, to="stdout"):
-    """Print `text`; where that output is closed or full, a run goes on without it."""
+    """Print `text`; if that output is closed or full, the run goes on without it."""
     try:
         print(text, file=getattr(sys, to), flush=True)
     except (OSError, RuntimeError):  # or a signal came while another line was printed
@@ -2353,7 +2354,7 @@ class Log:
 
 
 def ensembles(entry, key):
-    """What the log says of a curve's entry: the losses of all members so far."""
+    """The events of a curve's entry: losses of all members so far, mixed in two ways."""
     n = entry["of"]
     yield {"members": n, "k": n, "prior": "uniform", key: entry["uniform"]}
     yield {"members": n, "k": n, "prior": "learned", key: entry["learned"], "gap": entry["gap"]}
@@ -2380,8 +2381,8 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_parser(extra, preset):
-    """Parser with a flag for each Config field, with the defaults of `preset` in its help, after
-    those of `extra` {name: options}."""
+    """A parser of the flags `extra` {name: options} and of one for each Config field; its help
+    shows the defaults of `preset`."""
     p = Parser(prog="train_q0.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, options in extra.items():
@@ -2487,7 +2488,7 @@ def command_train(argv):
                      "a trace in the run's folder"))
     numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores some
     for number in numbers:
-        signal.signal(number, signal.SIG_DFL)  # while ranks join, no Python runs that could hear
+        signal.signal(number, signal.SIG_DFL)  # Python hears nothing while the ranks join
     with set_up_world(cfg) as world:
         for number in numbers:
             signal.signal(number, suspend if number.name == "SIGTSTP" else Stopped.heard)
@@ -2545,8 +2546,8 @@ def launch(cfg, why, args, world):
 
 
 def open_run(run, allow_edited):
-    """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
-    a run of other settings or data, or of another script (`allow_edited`: its log will say so)."""
+    """Make a run's folder, or join the launches that share it. Raises UserError if it holds a run
+    of other settings, other data or, without `allow_edited`, another script."""
     path = run.folder / "run.json"
     for part in ("state", "predictions"):
         (run.folder / part).mkdir(parents=True, exist_ok=True)
