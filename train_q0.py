@@ -2060,7 +2060,7 @@ def locked(path):
 
 class Run:
     """The folder of a run, for a launch that trains trajectories of it."""
-    def __init__(self, folder, identity, cycles, about):
+    def __init__(self, folder, identity, cycles, about, listeners=()):
         self.folder = folder
         self.state = folder / "state"
         self.identity = identity  # a state of another configuration or other data is refused
@@ -2068,7 +2068,7 @@ class Run:
         self.about = about  # {key: value} at the head of the log: command, settings, data
         self.plan = ""  # what follows it there: lines that say what the run will do
         self.edited = False  # whether it began with another script
-        self.listeners = []  # to the events of its logs
+        self.listeners = listeners  # to the events of its logs: records/live.py
         self.lock = None
 
     def claim(self, trajectory, world):
@@ -2095,8 +2095,8 @@ class Run:
 
     def is_done(self, trajectory):
         newest = self.generations(trajectory)[:1]
-        named_done = bool(newest) and newest[0].stem.endswith("-done")
-        return named_done and self.load_state(trajectory)[0].done  # which may be damaged
+        named_done = any(file.stem.endswith("-done") for file in newest)
+        return named_done and self.load_state(trajectory)[0].done  # the newest may be damaged
 
     def generations(self, trajectory, kind=".json"):
         """Files of a trajectory's states, newest first; each JSON is beside its tensors."""
@@ -2332,7 +2332,7 @@ def say(text, to="stdout"):
 class Log:
     """log.txt of a run or of one of its trajectories, and the terminal."""
     def __init__(self, path, size=0, listeners=()):
-        """Go on after the first `size` bytes. `listeners`: see records/live.py."""
+        """Go on after the first `size` bytes."""
         self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
         self.text.truncate(min(size, self.text.tell()))
@@ -2458,7 +2458,7 @@ def saved_config(run, given):
 
 def find_data(cfg):
     folder = Path(cfg.data)
-    return folder if folder.is_absolute() or folder.exists() else ROOT / folder
+    return folder if folder.exists() else ROOT / folder
 
 
 def find_run(name):
@@ -2470,7 +2470,7 @@ def find_run(name):
 
 def check_plain(option, name):
     """Raise UserError where `name` cannot be the name of a new run."""
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".."):
         raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
 
 
@@ -2506,7 +2506,9 @@ def launch(cfg, why, args, world):
             listeners = live.begin(cfg, why, args)
         except ImportError as e:
             say(f"notice: without records/ a launch only trains: {one_line(e)}", "stderr")
-    world.broadcast_object(None)  # the others wait for the data
+    now = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
+    name = args.resume or args.run or now
+    name = world.broadcast_object(name)  # the other ranks also wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
     population = None
     if cfg.teacher:
@@ -2515,20 +2517,18 @@ def launch(cfg, why, args, world):
         corpus.hashes["teacher"] = population.digest
     world.agree(corpus.hashes)
     cycles = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
-    now = world.broadcast_object(f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}")
-    name = args.resume or args.run or now
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes},
              "script": digest(SOURCE)}
-    run = Run(find_run(name) if args.resume else LOGS / name,
-              {**method_settings(cfg), **corpus.hashes}, sum(cycles, []), about)
-    run.listeners = listeners
+    folder = find_run(name) if args.resume else LOGS / name
+    identity = {**method_settings(cfg), **corpus.hashes}
+    run = Run(folder, identity, sum(cycles, []), about, listeners)
     if world.leader:
         open_run(run, args.allow_edited)
-    if world.broadcast_object((run.folder / "result.json").exists()):
+    if world.broadcast_object((folder / "result.json").exists()):
         if world.leader:
-            say(f"{name} is complete: {run.folder}")
+            say(f"{name} is complete: {folder}")
         return
     for listener in listeners:
         listener.open(run, corpus, world)
