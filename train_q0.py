@@ -1942,20 +1942,6 @@ def read_member(folder, sha256=None):
         return about, load_tensor_file(folder / "model.safetensors")
 
 
-def read_predictions(path, sha256=None):
-    """{split: float32 [tokens]} of a member. Raises UserError for a missing or damaged file."""
-    with reading(f"predictions {path}"):
-        check_sha256(path, sha256)
-        found = load_file(path)
-        if len(found) != 2 or "heldout" not in found:
-            raise ValueError("it must hold heldout and one more split")
-        for split, p in found.items():
-            one_each = p.dtype == np.float32 and p.ndim == 1 and p.size > 0
-            if not one_each or not 0 < p.min() <= p.max() <= 1:
-                raise ValueError(f"{split} does not hold one probability per token")
-    return found
-
-
 class Predictions:
     """p(true token) of a run's members, read from its folder as they appear."""
     def __init__(self, folder, splits):
@@ -1971,10 +1957,12 @@ class Predictions:
         self.cached[member] = probs
 
     def of(self, split, members):
-        """[float32 [tokens], ...] of `members`. Raises UserError as read_predictions does."""
+        """[float32 [tokens], ...] of `members`. Raises UserError where one's file cannot be read.
+        """
         for member in members:
             if member not in self.cached:
-                self.cached[member] = read_predictions(self.path(member))
+                with reading(f"predictions {self.path(member)}"):
+                    self.cached[member] = load_file(self.path(member))
         return [self.cached[member][split] for member in members]
 
     def mixtures(self, members):
@@ -2231,11 +2219,11 @@ class World:
             dist.all_gather_object(abouts, about)
         first = abouts[0]
         for rank, other in enumerate(abouts):
-            bad = [k for k in {**first, **other} if other.get(k) != first.get(k)]
-            if bad:
-                raise UserError(f"rank {rank} differs from rank 0 in {bad[0]}: "
-                                f"{other.get(bad[0])}, not {first.get(bad[0])}; start every "
-                                "process with the same flags and data")
+            for key in {**first, **other}:
+                if other.get(key) != first.get(key):
+                    raise UserError(
+                        f"rank {rank} differs from rank 0 in {key}: {other.get(key)}, not "
+                        f"{first.get(key)}; start every process with the same flags and data")
 
 
 SIGNALS = [number for number in signal.Signals  # of users, closed terminals and schedulers
@@ -2569,13 +2557,10 @@ def open_run(run, allow_edited):
 def find_command(name):
     """The function of a command that does not train."""
     try:
-        from records.commands import COMMANDS
+        from records.commands import find
     except ModuleNotFoundError as e:
         raise UserError(f"{name} needs records/ beside this script: {e}") from None
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name}: {suggestion(name, COMMANDS)}give flags to train, "
-                        f"or one of {', '.join(COMMANDS)}")
-    return COMMANDS[name]
+    return find(name)
 
 
 def main(argv=None):

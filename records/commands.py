@@ -44,3 +44,12 @@ COMMANDS = {
     "compare": for_terminals(plot.compare),
     "export": for_terminals(export.export),
 }
+
+
+def find(name):
+    """A command. Raises UserError where there is none of that name."""
+    if name not in COMMANDS:
+        near = q.suggestion(name, COMMANDS)
+        raise q.UserError(f"unknown command {name}: {near}give flags to train, or one of "
+                          f"{', '.join(COMMANDS)}")
+    return COMMANDS[name]

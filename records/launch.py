@@ -137,7 +137,8 @@ def curve_of(trainer, states):
     curve = [entry for at in states for entry in at.curve]
     for n, entry in enumerate(curve, 1):
         i = entry["member"]
-        predictions.cached[i] = q.read_predictions(predictions.path(i), entry["predictions"])
+        predictions.cached[i] = population.read_predictions(
+            predictions.path(i), entry["predictions"])
         if entry["of"] != n:  # fitted before the members of other trajectories were there
             entry |= predictions.mixtures(range(n))
     return curve

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 import train_q0 as q
 from records import counting
@@ -92,6 +93,20 @@ def what_is_missing(run, member):
             "trains it, or go on with it (--resume)")
 
 
+def read_predictions(path, sha256=None):
+    """{split: float32 [tokens]} of a member. Raises UserError for a missing or damaged file."""
+    with q.reading(f"predictions {path}"):
+        q.check_sha256(path, sha256)
+        found = load_file(path)
+        if len(found) != 2 or "heldout" not in found:
+            raise ValueError("it must hold heldout and one more split")
+        for split, p in found.items():
+            one_each = p.dtype == np.float32 and p.ndim == 1 and p.size > 0
+            if not one_each or not 0 < p.min() <= p.max() <= 1:
+                raise ValueError(f"{split} does not hold one probability per token")
+    return found
+
+
 def load_predictions(run):
     """p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError."""
     files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
@@ -106,7 +121,7 @@ def load_predictions(run):
             raise q.UserError(f"{file} is not of member {i}: the run is not complete: "
                               f"{what_is_missing(run, i)}")
     hashes = recorded_hashes(run, "predictions", len(files))
-    members = [q.read_predictions(f, sha256) for f, sha256 in zip(files, hashes)]
+    members = [read_predictions(f, sha256) for f, sha256 in zip(files, hashes)]
     lengths = [{split: len(p) for split, p in member.items()} for member in members]
     for file, found in zip(files, lengths):
         if found != lengths[0]:
