@@ -2369,15 +2369,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_parser(extra, preset):
-    """A parser of the flags `extra` {name: options} and of one for each Config field; its help
+    """A parser of the flags `extra` {names: options} and of one for each Config field; its help
     shows the defaults of `preset`."""
     p = Parser(prog="train_q0.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, options in extra.items():
-        names = [flag(name), "--name"] if name == "run" else [flag(name)]
-        p.add_argument(*names, **options)
-    base = Config(**{**PRESETS.get(preset, {}), "preset": preset})
-    derived, _ = resolve(base)
+    for names, options in extra.items():
+        p.add_argument(*names.split(), **options)
+    defaults, why = resolve(Config(**{**PRESETS.get(preset, {}), "preset": preset}))
     kinds = {"bool": dict(action=argparse.BooleanOptionalAction)}
     for of in (int, float, str):
         kinds[of.__name__] = dict(type=of, metavar=of.__name__.upper())
@@ -2385,10 +2383,9 @@ def config_parser(extra, preset):
         text = f.metadata["why"]
         if f.metadata["choices"]:
             text += f" ({', '.join(f.metadata['choices'])})"
-        default = getattr(base, f.name)
-        value = getattr(derived, f.name)
-        if value != default:
-            default = f"derived: {value}"
+        default = getattr(defaults, f.name)
+        if f.name in why:
+            default = f"derived: {default}"
         if f.name in GROUPS:
             group = p.add_argument_group(GROUPS[f.name])
         group.add_argument(flag(f.name), help=f"{text} [{default}]", **kinds[f.type.split(" ")[0]])
@@ -2401,14 +2398,15 @@ def suggestion(word, known):
     return f"did you mean {near[0]}? " if near else ""
 
 
-def parse_config(argv, **extra):
-    """Config from flags, defaults from the preset. Returns (cfg, reasons, namespace)."""
+def parse_config(argv, extra={}):
+    """Config from flags, defaults from the preset; `extra` are more flags {names: options}. Returns
+    (cfg, reasons, namespace)."""
     preset = dict(zip(argv, argv[1:])).get("--preset", "tiny")
     known, unknown = config_parser(extra, preset).parse_known_args(argv)
     if unknown:
         near = suggestion(unknown[0].split("=")[0], map(flag, vars(known)))
         raise UserError(f"unknown argument {unknown[0]}: {near}see --help")
-    given = {k: v for k, v in vars(known).items() if v is not None and k not in extra}
+    given = {k: v for k, v in vars(known).items() if v is not None and hasattr(Config, k)}
     reason = "given"
     if getattr(known, "resume", None) is not None:
         given = {**saved_config(known.resume, given), **given}
@@ -2464,16 +2462,20 @@ def check_plain(option, name):
 
 def command_train(argv):
     """Train, or go on with a run, in as many processes as torchrun started."""
-    cfg, why, args = parse_config(
-        argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; launches "
-                       "of one name and the same flags share its trajectories; under torchrun say "
-                       "--name"),
-        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"),
-        allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
-                          "run cannot be a record"),
-        track=dict(choices=["tensorboard", "wandb", "trackio"], help="draw its curves there, too"),
-        profile=dict(action="store_true", help="time every operation of a few steps: a table, and "
-                     "a trace in the run's folder"))
+    cfg, why, args = parse_config(argv, {
+        "--run --name": dict(
+            metavar="NAME", help="name of the run under logs/ [the time]; launches of one name and "
+            "the same flags share its trajectories; under torchrun say --name"),
+        "--resume": dict(
+            metavar="RUN", help="go on with a run that was stopped, with its own settings"),
+        "--allow-edited": dict(
+            action="store_true", help="go on though the script was edited since; the run cannot be "
+            "a record"),
+        "--track": dict(
+            choices=["tensorboard", "wandb", "trackio"], help="draw its curves there, too"),
+        "--profile": dict(
+            action="store_true", help="time every operation of a few steps: a table, and a trace "
+            "in the run's folder")})
     numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores some
     for number in numbers:
         signal.signal(number, signal.SIG_DFL)  # Python hears nothing while the ranks join

@@ -160,17 +160,22 @@ def text_of(cfg):
 
 def plan(argv):
     """Print what a run would do: members, steps, FLOPs, memory, disk and time."""
-    cfg, why, args = q.parse_config(
-        argv, gpus=dict(type=number(int, 1, 1_000_000), help="estimate for this many H100s [the "
-                        "device at hand]"),
-        mfu=dict(type=number(float, 1e-6, 1), help="share of peak FLOP/s "
-                 f"[{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
-        modelled=dict(action="store_true", help="with --gpus: time by a model of every kernel, "
-                      "which takes up to a minute, in place of an assumed share of the peak"),
-        k=dict(type=number(int, 1, math.inf), metavar="K",
-               help="models at inference: names the population to train"),
-        memory=dict(type=number(float, 1e-3, 1e6),
-                    help="GB per device [80 with --gpus, else this machine's]"))
+    cfg, why, args = q.parse_config(argv, {
+        "--gpus": dict(
+            type=number(int, 1, 1_000_000), help="estimate for this many H100s [the device at "
+            "hand]"),
+        "--mfu": dict(
+            type=number(float, 1e-6, 1), help="share of peak FLOP/s "
+            f"[{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
+        "--modelled": dict(
+            action="store_true", help="with --gpus: time by a model of every kernel, which takes "
+            "up to a minute, in place of an assumed share of the peak"),
+        "--k": dict(
+            type=number(int, 1, math.inf), metavar="K", help="models at inference: names the "
+            "population to train"),
+        "--memory": dict(
+            type=number(float, 1e-3, 1e6), help="GB per device [80 with --gpus, else this "
+            "machine's]")})
     if args.modelled and not args.gpus:
         raise q.UserError("--modelled is of H100s: give --gpus N")
     on_gpus = bool(args.gpus) or cfg.device == "cuda"
