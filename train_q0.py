@@ -292,18 +292,20 @@ def derive_budget(cfg):
     is given, the other gets the rest. Raises UserError as `resolve` does."""
     length = LENGTHS[cfg.preset]
     restarts = cfg.population in ("q0", "snapshots")
-    left = max(1, cfg.epochs // ((cfg.trajectories or 1) * (cfg.cycles or 1)))
-    J = 1
+    J = cfg.trajectories or 1
+    C = cfg.cycles or 1
+    each = max(1, cfg.epochs // (J * C))
     if restarts and not cfg.trajectories:
-        J = max(1, left // length["trajectory"])
-    each = left // J
+        J = max(1, each // length["trajectory"])
+        each //= J
     member = length["cycle" if restarts else "member"]
     many = 1  # below 6 epochs one member is better than two
     if each >= 6:
         many = max(2, (each + (member - 1) // 2) // member)  # the nearest number
-    J, C = {"single": (1, 1), "ensemble": (many, 1)}.get(cfg.population, (J, many))
-    J = cfg.trajectories or J
-    C = cfg.cycles or C
+    if cfg.population == "ensemble":
+        J = cfg.trajectories or many
+    elif cfg.population != "single":
+        C = cfg.cycles or many
     if cfg.epochs < J * C:
         raise UserError(f"--epochs {cfg.epochs} are fewer than one for each of {J} trajectories x "
                         f"{C} cycles: give --epochs {J * C}, or fewer of them")
