@@ -1463,7 +1463,7 @@ def mixture_losses(P, weights):
     return (total / N).numpy()
 
 
-def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
+def fit_prior(P, tolerance=1e-7, start=None):
     """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex: (w float64 [M], gap).
 
     P [M, N] > 0. The certificate: F(w) - min F <= gap = log(max_i g_i), where
@@ -1471,7 +1471,7 @@ def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
     F(c w) = F(w) - log c, minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself;
     its conditions are 1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step
     towards w z = mu with mu ever smaller. `start` [M] > 0: weights close to the optimum, which
-    save half of the passes.
+    save half of the passes; from others the gap may stay above the tolerance.
     """
     M, N = P.shape
     if not ((P > 0) & (P < np.inf)).all():
@@ -1485,7 +1485,7 @@ def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
     z = mu / w
     best = w
     best_gap = math.inf
-    for _ in range(max_passes):
+    for _ in range(100):
         # where z / w is large it alone decides the step, and no Hessian is needed
         active = (z < 10 * w) | (M <= FEW_MEMBERS)
         g = torch.zeros_like(w)
@@ -1510,8 +1510,6 @@ def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
         w = keep_positive(w, dw)
         w = w / w.sum()
         z = keep_positive(z, dz)
-    if start is not None and best_gap > tolerance:  # it was far from the optimum
-        return fit_prior(P.numpy(), tolerance, max_passes)
     return best.numpy(), best_gap
 
 

@@ -132,9 +132,21 @@ def load_predictions(run):
 
 # Selection --------------------------------------------------------------------------------------
 
+TOLERANCE = 1e-7  # of fit_prior
+
+
 def mixture_loss(P, w):
     """Nats per token of the mixture of P [M, N] (or M rows) with weights w [M]."""
     return float(q.mixture_losses(P, [w])[0])
+
+
+def fit_from(P, start):
+    """The prior of P [M, N] and its gap; weights close to it save passes where members are many."""
+    if len(P) > q.FEW_MEMBERS:
+        w, gap = q.fit_prior(P, start=start)
+        if gap <= TOLERANCE:
+            return w, gap
+    return q.fit_prior(P)
 
 
 def pruned(heldout, weights=None):
@@ -157,8 +169,7 @@ def pruned(heldout, weights=None):
         if not left:
             return
         members = members[:left]
-        start = w[:left] if left > q.FEW_MEMBERS else None
-        w, _ = q.fit_prior(heldout[members], start=start)
+        w, _ = fit_from(heldout[members], w[:left])
 
 
 def best_members(heldout, k=None):

@@ -103,7 +103,7 @@ def test_the_script_alone(base, logs):
     """Without records/ beside it it trains and goes on; a later launch that has them writes the
     result."""
     def plant():
-        sys.modules["records.live"] = None
+        sys.modules["records"] = None
 
     def dies():
         plant()
