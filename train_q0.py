@@ -2409,7 +2409,7 @@ def parse_config(argv, extra={}):
     given = {k: v for k, v in vars(known).items() if v is not None and hasattr(Config, k)}
     reason = "given"
     if getattr(known, "resume", None) is not None:
-        given = {**saved_config(known.resume, given), **given}
+        given = {**saved_config(known.resume), **given}
     elif "preset" not in given:
         given["preset"], reason = default_preset(given.get("device"))
     cfg, why = resolve(Config(**{**PRESETS.get(given["preset"], {}), **given}))
@@ -2428,18 +2428,12 @@ def default_preset(device):
     return preset, f"the largest that fits the GPU's {room:.0f} GB"
 
 
-def saved_config(run, given):
-    """Settings of a run that is resumed. Raises UserError where `given` ones differ."""
+def saved_config(run):
+    """Settings of a run that is resumed, for the machine at hand."""
     path = find_run(run) / "run.json"
+    machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
     with reading(path, "; start a new run"):
-        saved = load_json(path)["config"]
-        machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
-        base = asdict(Config(**{**saved, **machine_bound}))
-    differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items()
-              if k not in MACHINE and v != base[k]]
-    if differ:
-        raise UserError(f"--resume {run} has settings of its own: leave out {', '.join(differ)}")
-    return base
+        return asdict(Config(**{**load_json(path)["config"], **machine_bound}))
 
 
 def find_data(cfg):
