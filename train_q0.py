@@ -2302,7 +2302,6 @@ def set_up_world(cfg):
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     patience = datetime.timedelta(minutes=max(WARM_UP_MINUTES, cfg.hang_minutes))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    world.agree({**method_settings(cfg), "train_q0.py": digest(SOURCE)})
     yield world
     dist.destroy_process_group()
 
@@ -2499,14 +2498,14 @@ def launch(cfg, why, args, world):
         from records.population import load_teacher
         population = load_teacher(cfg, corpus.vocab_size, world.device)
         corpus.hashes["teacher"] = population.digest
-    world.agree(corpus.hashes)
+    identity = {**method_settings(cfg), **corpus.hashes}
+    world.agree({**identity, "train_q0.py": digest(SOURCE)})
     cycles = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
              "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes},
              "script": digest(SOURCE)}
     folder = find_run(name) if args.resume else LOGS / name
-    identity = {**method_settings(cfg), **corpus.hashes}
     run = Run(folder, identity, sum(cycles, []), about, listeners)
     if world.leader:
         open_run(run, args.allow_edited)
