@@ -459,7 +459,8 @@ class Corpus:
 
 def load_corpus(folder, seq_len, train_tokens):
     """Read and check a corpus. Raises UserError for what is missing, damaged or too small."""
-    advice = "; prepare the data first (python data/prepare.py wiki, or fineweb)"
+    advice = ("; prepare the data first (python data/prepare.py fineweb, or wiki for --preset "
+              "tiny)")
     with reading(folder / "manifest.json", advice):
         manifest = load_json(folder / "manifest.json")
         vocab_size = int(manifest["vocab_size"])
@@ -2416,14 +2417,11 @@ def parse_config(argv, extra={}):
 
 
 def default_preset(device):
-    """(preset, reason) of a run that names none. Raises UserError where its data are missing."""
+    """(preset, reason) of a run that names none."""
     if not torch.cuda.is_available() or device in ("cpu", "mps"):
         return "tiny", "no GPU in use"
     room = torch.cuda.get_device_properties(0).total_memory / 1e9
     preset = next(name for name, needed in NEEDS.items() if needed <= room)
-    if preset != "tiny" and not (ROOT / PUBLISHED["data"] / "manifest.json").exists():
-        raise UserError("a GPU but no FineWeb shards: run python data/prepare.py fineweb, or give "
-                        "--preset tiny")
     return preset, f"the largest that fits the GPU's {room:.0f} GB"
 
 
