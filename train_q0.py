@@ -2084,18 +2084,17 @@ class Run:
 
     def is_done(self, trajectory):
         newest = self.generations(trajectory)[:1]
-        named_done = any(file.stem.endswith("-done") for file in newest)
+        named_done = any(file.stem.endswith("_done") for file in newest)
         return named_done and self.load_state(trajectory)[0].done  # the newest may be damaged
 
     def generations(self, trajectory, kind=".json"):
         """Files of a trajectory's states, newest first; each JSON is beside its tensors."""
-        files = self.state.glob(f"{trajectory}-{9 * '[0-9]'}*{kind}")
-        return sorted(files, key=lambda file: file.stem, reverse=True)
+        return sorted(self.state.glob(f"{trajectory}-{9 * '[0-9]'}*{kind}"), reverse=True)
 
     def save_state(self, at, tensors):
         """Write a state: its tensors, then the JSON that makes it valid. Then delete all but the
         two newest."""
-        done = "-done" if at.done else ""
+        done = "_done" if at.done else ""  # sorts behind .json
         path = self.state / f"{at.trajectory}-{at.step:09}{done}.json"
         tensor_file = path.with_suffix(".safetensors")
         write_atomically(tensor_file, lambda tmp: save_tensors(tensors, tmp))

@@ -59,7 +59,7 @@ def test_the_reference_is_worth_comparing(base):
     assert len(steps_of(run)) == 15
     assert curve[-1]["learned"] < curve[0]["loss"] - 0.1
     assert [entry["distilled"] for entry in curve] == [0, 1, 1]
-    assert sorted(states_of(run)) == ["0-000000015", "0-000000015-done"]
+    assert sorted(states_of(run)) == ["0-000000015", "0-000000015_done"]
     for name, kind in (("predictions/2.safetensors", "weights"), ("log.txt", "log")):
         copy = shutil.copytree(run, run.with_name("copy"), dirs_exist_ok=True)
         raw = bytearray((copy / name).read_bytes())
@@ -84,7 +84,7 @@ SLOW = {
     "fit of the prior": (CYCLE_ENDS, planted(q, "fit_prior", 2), 10),
     "tensors written, not synced": (EVERY_STEP, planted(os, "fsync", 20), None),
     "predictions": (CYCLE_ENDS, half_written(r"predictions/1\.", 1), 10),
-    "done, not yet saved": (EVERY_STEP, half_written("-done.json$", 1), 15)}
+    "done, not yet saved": (EVERY_STEP, half_written("_done.json$", 1), 15)}
 RARE = [pytest.param(moment, marks=pytest.mark.slow) for moment in SLOW]
 
 
@@ -230,7 +230,7 @@ def test_the_log_goes_on_where_the_state_left_it(longer, base, interrupted, logs
 def test_keep_members(base, logs):
     """Weights of the newest alone, predictions of all. Killed after the last evaluation, and the
     newest state is damaged: the one before needs an older member."""
-    plant = half_written("-done.safetensors$", 1)
+    plant = half_written("_done.safetensors$", 1)
     start(base, logs, "--keep-members", "1", plant=plant).dies()
     assert sorted(states_of(logs / "x")) == ["0-000000010", "0-000000015"]
     (logs / "x/state/0-000000015.json").write_text("{}")
