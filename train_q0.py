@@ -32,8 +32,9 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py export RUN --k 4 --out FOLDER      one Hugging Face model: the mixture
     python train_q0.py compare RUN RUN                    settings, losses and curves side by side
 
-Top to bottom: config, data, model, loss, optimizer, schedule, prior, training loop; then members
-and resume state, processes, log, commands.
+Copied elsewhere this file trains, logs, saves and resumes; results, curves and the commands need
+records/ beside it. Top to bottom: config, data, model, loss, optimizer, schedule, prior, training
+loop; then members and resume state, processes, log, commands.
 """
 from __future__ import annotations
 
