@@ -45,6 +45,8 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(ROOT))
 import train_q0 as q
 from records import cost, plan
+from records.flops import flops_per_token
+from records.launch import machine
 from records.mixture import Mixture, Text
 
 CUDA = torch.cuda.is_available()
@@ -412,7 +414,7 @@ class Training:
         self.trainer.share.fill_(1 / self.count)
         shape = (cfg.micro_batch, cfg.seq_len + 1)
         self.tokens = torch.randint(vocab, shape, device=world.device)
-        self.flops, teacher = q.flops_per_token(cfg, vocab)  # a token
+        self.flops, teacher = flops_per_token(cfg, vocab)  # a token
         if taught:
             self.flops += teacher
 
@@ -589,7 +591,7 @@ def scaling(shapes=SHAPES):
             continue
         speed = json.loads(lines[0])["tokens/s"]
         base = base or speed
-        flops, _ = q.flops_per_token(tiny(**changes), 2048)
+        flops, _ = flops_per_token(tiny(**changes), 2048)
         yield {
             "width": shape.width,
             "sequence": T,
@@ -856,7 +858,7 @@ def modelled_row(name, part, flops, measured):
 
 def modelled_rows(case, cfg, vocab, step):
     tokens = cfg.micro_batch * cfg.seq_len
-    model, teacher = q.flops_per_token(cfg, vocab)
+    model, teacher = flops_per_token(cfg, vocab)
     yield modelled_row("micro-batch", step.micro_batch, tokens * model, case.measured)
     if step.taught is not None:
         yield modelled_row("with teacher", step.taught, tokens * (model + teacher), case.measured)
@@ -1155,7 +1157,7 @@ def report(args, table):
         output.add("**These numbers mean nothing.**")
     about = {
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        **q.machine(q.World(device=DEVICE)),
+        **machine(q.World(device=DEVICE)),
         "triton": getattr(q.triton, "__version__", "none"),
         "cores": os.cpu_count(),
         "load before": " ".join(f"{x:.1f}" for x in os.getloadavg())}

@@ -108,7 +108,7 @@ def state_with(*names, **changes):
 def load_state(run, killed):
     """(Progress, file of its tensors) of the newest whole state in `run`, a copy of `killed`."""
     identity = read_json(killed / JSON)["body"]["identity"]
-    return q.Run(run, identity, [], "").load_state(0)
+    return q.Run(run, identity, [], {}).load_state(0)
 
 
 DAMAGED_STATES = {  # what is done to the newest state
@@ -146,7 +146,7 @@ def test_a_run_whose_states_are_damaged(base, interrupted, logs):
 def test_the_end_of_a_trajectory_is_damaged(base, logs):
     """Its member is made again from the state before."""
     start(base, logs, plant=planted(os, "replace", 1, where=r"result\.json$")).dies()
-    (logs / "x/state/0-000000015-done.json").write_text("{}")
+    (logs / "x/state/0-000000015_done.json").write_text("{}")
     goes_on(base, logs)
 
 
