@@ -1201,40 +1201,40 @@ def polar_express(X):
     return X
 
 
-def muon_momentum(grad, first, clip, ok, dtype):
+def muon_momentum(grad, first, clip, dtype):
     """What Muon orthogonalizes, in `dtype` and with rows <= cols, from grad [n, rows, cols]; moves
-    `first` if `ok`."""
-    grad = torch.where(ok, grad * clip, 0.0)
-    update = grad.lerp(first.lerp_(grad, ok * (1 - MOMENTUM)), MOMENTUM)  # Nesterov
+    `first`."""
+    grad = grad * clip
+    update = grad.lerp(first.lerp_(grad, 1 - MOMENTUM), MOMENTUM)  # Nesterov
     update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-20)  # rows (MuonEq-R)
     X = update.to(dtype)
     X = X / (1.02 * X.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(dtype)
     return X.mT.contiguous() if X.size(-2) > X.size(-1) else X
 
 
-def muon_update(weight, X, second, lr, wd, ok):
+def muon_update(weight, X, second, lr, wd):
     """Move weight [n, rows, cols] by the orthogonal X, divided by the root of its second moment by
     row or column (NorMuon) and rescaled to keep its norm; cautious weight decay."""
     rows, cols = weight.shape[-2:]
     update = (X.mT if rows > cols else X).float()
     dim = -1 if rows >= cols else -2
-    second.lerp_(update.square().mean(dim=dim, keepdim=True), ok * 0.05)
+    second.lerp_(update.square().mean(dim=dim, keepdim=True), 0.05)
     scaled = update * second.clamp_min(1e-10).rsqrt()
     before = update.norm(dim=(-2, -1), keepdim=True)
     after = scaled.norm(dim=(-2, -1), keepdim=True)
     update = scaled * (before / after.clamp_min(1e-10))
     decay = weight * (update * weight > 0)
-    weight.sub_(ok * lr * (wd * decay + update))
+    weight.sub_(lr * (wd * decay + update))
 
 
-def adamw_update(weight, grad, first, second, lr, wd, clip, ok, steps, b1, b2):
-    """Move weight [n] and its moments where `ok`. All that changes from step to step is a 0-D
-    tensor, so that one compiled version, or one CUDA graph, serves every step."""
-    grad = torch.where(ok, grad * clip, 0.0)
-    first.lerp_(grad, ok * (1 - b1))
-    second.lerp_(grad.square(), ok * (1 - b2))
+def adamw_update(weight, grad, first, second, lr, wd, clip, steps, b1, b2):
+    """Move weight [n] and its moments. All that changes from step to step is a 0-D tensor, so that
+    one compiled version, or one CUDA graph, serves every step."""
+    grad = grad * clip
+    first.lerp_(grad, 1 - b1)
+    second.lerp_(grad.square(), 1 - b2)
     root = (second / (1 - b2 ** steps)).sqrt_().add_(1e-10)
-    weight.sub_(ok * lr * (wd * weight + first / (1 - b1 ** steps) / root))
+    weight.sub_(lr * (wd * weight + first / (1 - b1 ** steps) / root))
 
 
 class Bank:
@@ -1268,8 +1268,7 @@ class Optimizer:
     """Owns float32 masters of a model's banks and updates them. The model keeps a working copy of
     its matrices in the precision of products, made once a step; all else it reads is the master. A
     rank receives the summed gradient of its slice of each bank, updates it, and the slices are
-    gathered. Where a gradient is not finite, a step changes nothing. The masters begin as zeros:
-    fill them, then `refresh`."""
+    gathered. The masters begin as zeros: fill them, then `refresh`."""
     def __init__(self, model, cfg, world):
         self.cfg = cfg
         self.world = world
@@ -1285,8 +1284,8 @@ class Optimizer:
         self.masters = {name: bank.master for name, bank in self.banks.items()}
         device = next(model.parameters()).device
         zero = torch.zeros((), device=device)
-        self.steps = zero.clone()  # that were not skipped
-        self.skipped = zero.clone()
+        self.steps = zero.clone()
+        self.broken = zero.clone()  # steps of a gradient that was not finite
         self.lr_mult = zero.clone()
         self.wd_mult = zero.clone()
         self.muon_momentum = muon_momentum
@@ -1322,7 +1321,7 @@ class Optimizer:
     def reset(self):
         """Forget moments, gradients and steps."""
         self.steps.zero_()
-        self.skipped.zero_()
+        self.broken.zero_()
         for bank in self.banks.values():
             for tensor in (bank.grad_units, bank.first, bank.second):
                 tensor.zero_()
@@ -1339,27 +1338,26 @@ class Optimizer:
         grads = [self.world.reduce_scatter(bank.grad_units) for bank in banks]
         square = sum(torch.linalg.vector_norm(grad) ** 2 for grad in grads)
         self.world.all_reduce(square)
-        ok = square.isfinite()
         largest = self.cfg.grad_clip or math.inf
         clip = (largest / (square.sqrt() + 1e-6)).clamp(max=1.0)
-        self.steps += ok
-        self.skipped += ~ok
+        self.steps += 1
+        self.broken += ~square.isfinite()
         for bank, grad in zip(banks, grads):
-            self.update_bank(bank, grad, clip, ok)
+            self.update_bank(bank, grad, clip)
             self.world.all_gather(bank.own, bank.master_units)
             bank.grad_units.zero_()
         self.refresh()
 
-    def update_bank(self, bank, grad, clip, ok):
+    def update_bank(self, bank, grad, clip):
         """Update this rank's slice of a bank by its gradient [units, ...]."""
         lr = bank.lr * self.lr_mult
         wd = bank.row.decay * self.wd_mult
         if bank.row.rule == "adamw":
-            self.adamw_update(bank.own, grad, bank.first, bank.second, lr, wd, clip, ok,
-                              self.steps.clamp(min=1), *bank.row.betas)
+            self.adamw_update(bank.own, grad, bank.first, bank.second, lr, wd, clip, self.steps,
+                              *bank.row.betas)
         else:
-            X = self.muon_momentum(grad, bank.first, clip, ok, self.dtype)
-            self.muon_update(bank.own, polar_express(X), bank.second, lr, wd, ok)
+            X = self.muon_momentum(grad, bank.first, clip, self.dtype)
+            self.muon_update(bank.own, polar_express(X), bank.second, lr, wd)
 
     def state(self):
         """{name: masters or moments, ...}, the same for any number of ranks, for the leader; {} for
@@ -1789,14 +1787,13 @@ class Trainer:
                 "tok/s": round(speed), "eta": str(eta)})
 
     def check_finite(self):
-        """Raise UserError where an update was left out because it was not finite."""
-        lost = int(self.optimizer.skipped)
-        if lost:
+        """Raise UserError where a gradient was not finite, before anything of it is saved."""
+        if int(self.optimizer.broken):
             at = self.at
             raise UserError(
                 f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
-                f"{at.trajectory}: {lost} updates were left out; the last saved state is of step "
-                f"{self.saved_step}: lower --lr-matrix, or try --precision float32")
+                f"{at.trajectory}; the last saved state is of step {self.saved_step}: lower "
+                "--lr-matrix, or try --precision float32")
 
     def finish_cycle(self, cycle):
         """The cycle's end becomes a member, saved with its p(true token); it teaches next."""
