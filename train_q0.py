@@ -234,8 +234,9 @@ def check_value(f, value):
     """Raise UserError where `value` is not of the type, the choices or the range of field `f`."""
     said = f"{flag(f.name)} {value}"
     rule = f.metadata
-    kinds = {"int": [int], "float": [int, float], "str": [str], "bool": [bool]}
-    if type(value) not in kinds[f.type.split(" ")[0]]:
+    kind = f.type.split(" ")[0]
+    given = type(value).__name__
+    if given != kind and (given, kind) != ("int", "float"):
         raise UserError(f"{flag(f.name)} {value!r} is not of type {f.type}")
     if rule["choices"] and value not in rule["choices"]:
         raise UserError(f"{said} is not one of: {', '.join(rule['choices'])}")
