@@ -265,6 +265,10 @@ class Cache(Counting):
 
 
 KINDS = KneserNey, Undiscounted, Cache  # a counted run has one of each, in this order
+SETTINGS = {  # rows of a track share them: tracks.json
+    "orders": [KneserNey.order, Undiscounted.order],
+    "pull": PULL,
+    "strengths": list(STRENGTHS)}
 
 
 # On the disk ------------------------------------------------------------------------------------

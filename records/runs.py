@@ -414,8 +414,7 @@ def count_into(folder, run, corpus, cfg):
 def gate_into(folder, counts, rows, predictions):
     """Fit the Gate of all members and write the buckets of `rows` {split: sequences}. Returns what
     the result says of it, and its loss on the second split."""
-    buckets = {s: np.concatenate([gate.buckets_of(counts, row[:-1]) for row in rows[s]])
-               for s in rows}
+    buckets = {s: gate.all_buckets(counts, rows[s]) for s in rows}
     gate.save(folder, buckets)
     number = gate.number_of_buckets(counts)
     eot = counts[0].eot
