@@ -760,22 +760,22 @@ def text():
 
 @dataclass(frozen=True)
 class Case:
-    """A step to model, and what one H100 measured of it before the core was rewritten."""
+    """A step to model, and what one H100 measured of it, without CUDA graphs."""
     preset: str
     changes: dict
-    before: dict = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
 
 
-SHORT_Q0 = dict(layers=8, loop_first=4, loop_last=5, micro_batch=4)
 LARGER_TINY = dict(
     train_tokens=0, layers=6, width=384, mlp_hidden=1024, batch_tokens=16384, micro_batch=64)
 CASES = [
-    Case("q0", {}, {"micro-batch ms": 323.8, "with teacher ms": 394.6, "update ms": 192.0}),
-    Case("q0", dict(micro_batch=4)),
-    Case("q0", dict(micro_batch=4, recompute=True)),
-    Case("q0", SHORT_Q0, {"micro-batch ms": 146.1}),
-    Case("small", {}, {"micro-batch ms": 36.85, "update ms": 9.54}),
-    Case("tiny", LARGER_TINY)]
+    Case("q0", {}, {"micro-batch ms": 434.8, "with teacher ms": 564.4, "update ms": 203.3}),
+    Case("q0", dict(recompute=True)),
+    Case("q0", dict(micro_batch=2), {
+        "micro-batch ms": 257.7, "with teacher ms": 312.1, "update ms": 201.4}),
+    Case("small", {}, {"micro-batch ms": 35.2, "with teacher ms": 47.8, "update ms": 11.9}),
+    Case("tiny", LARGER_TINY, {
+        "micro-batch ms": 13.0, "with teacher ms": 17.5, "update ms": 7.8})]
 # milliseconds on an H100, of bench.py --gpu, 2026-11-27
 ORTHOGONALIZED = {
     (30, 2048, 2048): 11.5,
@@ -829,7 +829,7 @@ def kernel_rows():
             recorder = cost.Recorder()
             with cost.on_meta(recorder):
                 part = cost.record(recorder, functools.partial(function, *shape))
-            modelled = 1000 * part.seconds(launch=0)
+            modelled = 1000 * part.seconds(graphed=True)
             yield {
                 "what": f"{what} {shape}",
                 "modelled ms": modelled,
@@ -837,15 +837,15 @@ def kernel_rows():
                 "deviation": f"{modelled / ms - 1:+.1%}"}
 
 
-def modelled_row(name, part, flops, before):
+def modelled_row(name, part, flops, measured):
     """A part of a step; flops 0: it has no MFU."""
     seconds = part.seconds()
-    graphed = part.seconds(launch=0)
+    graphed = part.seconds(graphed=True)
     share = flops / plan.H100_FLOPS
     return {
         "part": name,
         "modelled ms": 1000 * seconds,
-        "measured before": before.get(f"{name} ms", "-"),
+        "measured": measured.get(f"{name} ms", "-"),
         "MFU": share / seconds if flops else "-",
         "CUDA graphs, ms": 1000 * graphed,
         "their MFU": share / graphed if flops else "-",
@@ -857,14 +857,14 @@ def modelled_row(name, part, flops, before):
 def modelled_rows(case, cfg, vocab, step):
     tokens = cfg.micro_batch * cfg.seq_len
     model, teacher = q.flops_per_token(cfg, vocab)
-    yield modelled_row("micro-batch", step.micro_batch, tokens * model, case.before)
+    yield modelled_row("micro-batch", step.micro_batch, tokens * model, case.measured)
     if step.taught is not None:
-        yield modelled_row("with teacher", step.taught, tokens * (model + teacher), case.before)
-    yield modelled_row("update", step.update, 0, case.before)
+        yield modelled_row("with teacher", step.taught, tokens * (model + teacher), case.measured)
+    yield modelled_row("update", step.update, 0, case.measured)
     count = cfg.batch_tokens // tokens
     speeds = []
-    for launch in (cost.LAUNCH, 0):
-        whole = count * step.micro_batch.seconds(launch) + step.update.seconds(launch)
+    for graphed in (False, True):
+        whole = count * step.micro_batch.seconds(graphed) + step.update.seconds(graphed)
         speeds.append(count * tokens / whole)
     yield {
         "micro-batches a step": count,

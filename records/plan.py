@@ -129,10 +129,9 @@ def modelled_seconds(cfg, vocab_size, gpus, cycles, eval_tokens):
     a minute. What GPUs exchange is left out; a --teacher counts as one model like the student."""
     from records import cost
     step = cost.step(cfg, vocab_size)
-    launch = 0 if cfg.graphs else cost.LAUNCH
-    micro_batch = step.micro_batch.seconds(launch)
-    taught = step.taught.seconds(launch) if step.taught else micro_batch
-    update = step.update.seconds(launch) / gpus
+    micro_batch = step.micro_batch.seconds(cfg.graphs)
+    taught = step.taught.seconds(cfg.graphs) if step.taught else micro_batch
+    update = step.update.seconds(cfg.graphs) / gpus
     total = 0.0
     for cycle in cycles:
         count = cycle.rows / cfg.micro_batch / gpus

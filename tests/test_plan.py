@@ -129,7 +129,7 @@ def test_teacher_flops_are_counted_for_distilled_cycles_only():
 def test_modelled_time(monkeypatch, capsys):
     """Of all cycles, updates and evaluations; on two GPUs half of it."""
     def part(seconds):
-        return SimpleNamespace(seconds=lambda launch: seconds)
+        return SimpleNamespace(seconds=lambda graphed: seconds)
 
     step = cost.Step(micro_batch=part(0.25), taught=part(0.5), update=part(0.125))
     monkeypatch.setattr(cost, "step", lambda cfg, vocab_size: step)
