@@ -261,6 +261,7 @@ class Run:
         self.events = group(log.lines)
         self.final, = self.events["final_val_loss"]
         self.loss = float(self.final["final_val_loss"])
+        self.score = self.loss  # or that with members that count
         members = [int(pairs["member"]) for pairs in self.events["member"]]
         self.losses = unique(list(zip(members, losses_of(self.events["member"]))))
         self.trained = [(pairs["step"], pairs["loss"]) for pairs in self.events["step"]]
@@ -506,9 +507,13 @@ class Record:
 
     def read(self, file):
         """Take a log and what it says against itself and against its predictions."""
-        name = re.fullmatch(r"(new|old)_seed\d+\.(txt|xz)", file.name)
-        self.need(name, f"logs/{file.name} is not named new_seed<S> or old_seed<S>, .txt or .xz")
-        if not name or name[2] == "xz":
+        kinds = ["txt", "xz"]
+        if "counted" in self.track:
+            kinds.append("json")
+        name = re.fullmatch(rf"(new|old)_seed\d+\.({'|'.join(kinds)})", file.name)
+        self.need(name, f"logs/{file.name} is not named new_seed<S> or old_seed<S>, "
+                  f".{' or .'.join(kinds)}")
+        if not name or name[2] != "txt":
             return
         run = attempt(Run, file)
         found = []
@@ -524,12 +529,13 @@ class Record:
 
     def unpack(self, run, side):
         """Take the predictions of a run and what they say against its log."""
-        file = f"logs/{run.path.stem}.xz"
+        file = f"logs/{run.path.stem}"
         try:
             packed = recompute.Packed(run, self.track)
             differ = [text for holds, text in packed.checks() if not holds]
         except FAULTS as e:
-            self.need(False, f"{file} is missing or damaged ({one_line(e)}): --pack makes it")
+            self.need(False, f"{file}: its predictions are missing or damaged ({one_line(e)}): "
+                      "--pack makes them")
             return
         self.need(not differ, f"{file} and its log disagree: {', '.join(differ[:3])}")
         self.packed[side].append(packed)
@@ -598,9 +604,12 @@ class Record:
             "parameters": first.parameters,
             "machine": {x: first.machine[x] for x in MACHINE},
             "seeds": [run.seed for run in new],
-            **summary([run.loss for run in new]),
+            **summary([run.score for run in new]),
             "capped_k": capped,
             "comparison": None}
+        if "counted" in self.track:
+            losses = [run.loss for run in new]
+            self.result["neural"] = {**summary(losses), **rule(losses, self.result["val_loss"])}
 
     def against(self, new, old, records):
         """The comparison with an earlier row, which the old runs repeat; None without one."""
@@ -625,12 +634,12 @@ class Record:
             seeds = [sorted(run.seed for run in side) for side in (old, new)]
             self.need(seeds[0] == seeds[1], "its old and new runs have other seeds")
             self.need_apart("its new runs", self.packed["new"], self.packed["old"])
-        losses = [run.loss for run in old]
+        losses = [run.score for run in old]
         return {
             "against": row,
             "seeds": [run.seed for run in old],
             **summary(losses),
-            **rule(losses, [run.loss for run in new])}
+            **rule(losses, [run.score for run in new])}
 
     def may_beat(self, row, rerun):
         """Whether `row` is an earlier one of this track, with the settings that were rerun."""
@@ -670,12 +679,12 @@ def evidence(record, records):
 def row_of(record, rank, records):
     """Cells of a table."""
     result = record.result
-    capped = result["capped_k"]
+    beside = result.get("neural") or result["capped_k"]
     against = result["comparison"]
     return [
         rank,
         f"{result['mean']:.4f} {evidence(record, records)}",
-        f"{capped['mean']:.4f}" if capped else "-",
+        f"{beside['mean']:.4f}" if beside else "-",
         result["members"],
         result["epochs"],
         record.date,
@@ -702,8 +711,11 @@ def tables(tracks, records):
                 continue
             rows.sort(key=lambda row: row[0])
             lines = [f"| {' | '.join(map(str, cells))} |" for _, cells in rows]
-            head = (f"| rank | loss | at most {k or '?'} members | members | epochs | date "
-                    "| predictions | row | against |")
+            beside = f"at most {k or '?'} members"
+            if "counted" in track:
+                beside = "without counting"
+            head = (f"| rank | loss | {beside} | members | epochs | date | predictions | row "
+                    "| against |")
             out += [f"### {name}, {epochs} epochs", "", head, "|---" * 9 + "|", *lines, ""]
     return "\n".join(out) + "\n"
 
@@ -719,6 +731,8 @@ def show(record, records, whole):
                 print(source_lines(runs[0].source, side, whole), end="")
         if record.earlier:
             print("  without predictions: its losses are as its logs print them")
+        if "counted" in record.track and not recompute.text_of(record.track):
+            print("  notice: data/wiki is not here, so what counting gains is not checked")
     for text in record.problems:
         print(f"{record.name}: problem: {text}")
 
@@ -750,6 +764,13 @@ def take_seeds(track, records):
     return free
 
 
+def read_tracks():
+    """{name: limits} of tracks.json; a track has those of the one that it is `like`, too."""
+    tracks = json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
+    return {name: {**tracks.get(track.get("like"), {}), **track}
+            for name, track in tracks.items()}
+
+
 def check(record, records, write):
     """What a folder says against others, and its result.json. A fault is a problem of its own."""
     try:
@@ -760,19 +781,26 @@ def check(record, records, write):
 
 
 def pack(folder, runs):
-    """Copy logs and predictions of runs, called new_seed<S> and old_seed<S>. Raises UserError or
-    one of FAULTS where a run is missing or damaged."""
+    """Copy logs and predictions of runs, called new_seed<S> and old_seed<S>; of a counted run,
+    those of the run it was made of, and what counting gave. Raises UserError or one of FAULTS where
+    a run is missing or damaged."""
     if not recompute:
         raise ValueError("--pack needs what requirements.txt lists")
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     for run in runs:
+        about = json.loads((run / "result.json").read_text(encoding="utf-8"))
+        if "counted_of" in about:
+            run = Path(about["counted_of"])
+            loss = round(about["final_val_loss"], 5)
+            found = {"val_loss": loss, "strength": about["gate"]["strength"]}
+            (folder / f"logs/{run.name}.json").write_text(json.dumps(found) + "\n")
         recompute.pack(run, folder / f"logs/{run.name}.xz")
         shutil.copyfile(run / "log.txt", folder / f"logs/{run.name}.txt")
 
 
 def show_all(args):
     """Check folders and tables. Returns the exit status."""
-    tracks = json.loads((RECORDS / "tracks.json").read_text(encoding="utf-8"))
+    tracks = read_tracks()
     committed = [folder for track in tracks for folder in RECORDS.glob(f"{track}/*")]
     records = [Record(folder, tracks) for folder in sorted({*args.folders, *committed})]
     free = {name: take_seeds(track, records) for name, track in tracks.items()}

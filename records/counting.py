@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from safetensors.numpy import save_file
 
 import train_q0 as q
 
@@ -265,6 +264,10 @@ class Cache(Counting):
 
 
 KINDS = KneserNey, Undiscounted, Cache  # a counted run has one of each, in this order
+SETTINGS = {  # rows of a track share them: tracks.json
+    "orders": [KneserNey.order, Undiscounted.order],
+    "pull": PULL,
+    "strengths": list(STRENGTHS)}
 
 
 # On the disk ------------------------------------------------------------------------------------
@@ -273,7 +276,8 @@ def save(folder, member, place):
     """Write a member as train_q0.save_member does; `place` says where in the run it is."""
     folder.mkdir(parents=True)
     path = folder / "model.safetensors"
-    q.write_atomically(path, lambda tmp: save_file(member.tensors, tmp))
+    tensors = {name: torch.as_tensor(x) for name, x in member.tensors.items()}
+    q.write_atomically(path, lambda tmp: q.save_tensors(tensors, tmp))
     q.save_json(folder / "config.json", {
         "format": q.FORMAT, "kind": member.kind, "vocab_size": member.vocab_size,
         "eot": member.eot, **place, "sha256": q.sha256_of(path),

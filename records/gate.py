@@ -99,6 +99,11 @@ def buckets_of(counting, tokens):
     return ngrams.depth(tokens) * cache.depths + cache.depth(tokens)
 
 
+def all_buckets(counting, sequences):
+    """Buckets [n * T] of the tokens that sequences [n, T + 1] predict, in file order."""
+    return np.concatenate([buckets_of(counting, row[:-1]) for row in sequences])
+
+
 def number_of_buckets(counting):
     ngrams, _, cache = counting
     return ngrams.depths * cache.depths

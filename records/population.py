@@ -14,6 +14,7 @@ from safetensors.numpy import load_file
 import train_q0 as q
 from records import counting
 from records.gate import load_gate, number_of_buckets
+from records.neighbours import Neighbours
 
 
 # A run's folder ---------------------------------------------------------------------------------
@@ -185,14 +186,18 @@ def best_members(heldout, k=None):
 # A population in use: members mix their probabilities token by token.
 
 def load_member(folder, precision=None, sha256=None, device="cpu"):
-    """The member in `folder`: a frozen GPT in evaluation mode on `device`, or one that counts.
+    """The member in `folder`: a frozen GPT in evaluation mode on `device`, or one that counts or
+    has neighbours, on the CPU.
     Raises UserError where a file is damaged, of another model, or its config.json not the one of
     hash `sha256`."""
     about, weights = q.read_member(folder, sha256)
     with q.reading(f"member {folder}"):
         cfg, _ = q.resolve(replace(q.Config(**about["config"]), device="cpu"))
         vocab_size = int(about["vocab_size"])
-        if "kind" in about:
+        store = None
+        if about.get("kind") == Neighbours.kind:
+            store = weights.pop("keys"), weights.pop("after"), int(about["eot"])
+        elif "kind" in about:
             return counting.build(about, weights, cfg)
     cfg = replace(cfg, precision=precision or cfg.precision)
     wanted = {n: row.bank_shape for n, row in q.parameter_table(cfg, vocab_size).items()}
@@ -204,6 +209,9 @@ def load_member(folder, precision=None, sha256=None, device="cpu"):
                           f"unexpected {unexpected}: {q.OWN_SCRIPT}")
     model = q.empty_member(cfg, vocab_size)
     model.load_state_dict(weights)
+    if store:
+        with q.reading(f"member {folder}"):
+            return Neighbours(model, *store)
     return model.to(device)
 
 

@@ -4,10 +4,12 @@ settings, its losses from the predictions of its members.
 A packed file holds -log p(true token) of every member on PACKED tokens of the held-out and of the
 validation split, evenly spaced over the split (of a smaller split all): float16 [members, tokens],
 held-out tokens first, all low bytes before all high bytes, compressed with xz. On all tokens a
-folder of ten runs of four members would be 8 MB (records/README.md).
+folder of ten runs of four members would be 8 MB (records/README.md). In a track whose rows are
+scored with members that count, what these say of the same tokens follows from the text.
 """
 import ast
 import functools
+import json
 import lzma
 import math
 import types
@@ -16,8 +18,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 import train_q0 as q
-from records import population
+from records import counting, gate, population
 
+DATA = q.ROOT / "data/wiki"  # the text of tracks whose rows are counted
 PACKED = 8192  # tokens of a split
 MAX_PACKED = 100_000_000  # bytes of a file, unpacked: 3,000 members
 # A loss on the packed tokens differs from that on the whole split by chance. Where the difference
@@ -117,6 +120,31 @@ def unpack(path, members, sizes):
     return np.split(values.astype(np.float64), kept[:1], axis=1)
 
 
+@functools.lru_cache(maxsize=2)  # once for all runs of a track
+def count_text(data, seq_len, train_tokens):
+    """What members that count say of the packed tokens of a text: (hashes of the text, number of
+    buckets, {split: (p(true token) [3, tokens], buckets [tokens])}). None where it is not there."""
+    try:
+        corpus = q.load_corpus(data, seq_len, train_tokens)
+    except q.UserError:
+        return None
+    eot = corpus.hashes["eot"]
+    counts = counting.members_of(corpus.splits["train"], vocab_size=corpus.vocab_size, eot=eot)
+    found = {}
+    for split in ("heldout", "val"):
+        rows = corpus.eval_sequences(split).astype(np.int64)
+        kept = packed_tokens(rows[:, 1:].size)
+        P = [member.true_token_probs(rows)[kept] for member in counts]
+        found[split] = np.stack(P), gate.all_buckets(counts, rows)[kept]
+    return corpus.hashes, gate.number_of_buckets(counts), found
+
+
+def text_of(track):
+    """The same for a track, None where DATA is another text."""
+    found = count_text(DATA, track["seq_len"], track["train_tokens"])
+    return found if found and found[0] == track["data"] else None
+
+
 class Packed:
     """The packed predictions of a run; X is -log p of a split, [members, tokens]."""
 
@@ -128,6 +156,35 @@ class Packed:
         self.run = run
         self.missing = 1 - self.X.shape[1] / sizes[1]  # share of the split that is not packed
         self.losses = np.array([run.losses[i] for i in range(members)])  # as logged
+        self.neural = self.mixed(self.prior())
+        self.values = self.neural  # what is scored, [tokens]
+        self.score = run.loss
+        if "counted" in track:
+            self.count(track)
+
+    def count(self, track):
+        """Score the run with members that count, as its file and, where it is there, the text say.
+        """
+        with self.run.path.with_suffix(".json").open() as file:
+            about = json.loads(file.read(1000))
+        self.run.score = float(about["val_loss"])
+        strength = about["strength"]
+        if not 0 < self.run.score < 100 or strength not in gate.STRENGTHS:
+            raise ValueError("it has no loss or no strength of the gate")
+        if track["counted"] != counting.SETTINGS:
+            raise ValueError("counting.py has other settings than its track")
+        text = text_of(track)
+        if not text:
+            return
+        _, number, counts = text
+        heldout, buckets = counts["heldout"]
+        heldout = np.concatenate([np.exp(-self.heldout), heldout])
+        members, weights = population.best_members(heldout)
+        found = gate.fit_gate(heldout[members], buckets, number, np.array(weights), strength)
+        scored, buckets = counts["val"]
+        scored = np.concatenate([np.exp(-self.X), scored])
+        self.values = -np.log(found.mix(scored[members], buckets))
+        self.score = self.run.score
 
     def mixed(self, weights):
         """-log of the mixture, [tokens]."""
@@ -172,6 +229,9 @@ class Packed:
             holds = self.gains(weights, float(pairs["val_loss"]))
             yield holds, f"{pairs['prior']} mixture of {n} members"
         yield from self.table(heldout)
+        gain = self.neural - self.values
+        off = abs(gain.mean() - (self.run.loss - self.score))
+        yield off <= self.error(gain), "members that count gain another amount"
 
     def table(self, heldout):
         """Rows of the table: the members of largest weight, and those pruned."""
@@ -196,13 +256,13 @@ def repeats(a, b):
 
 
 def apart(some, others):
-    """How far mean logged losses of two groups of packed runs may be from what their packed tokens
-    say, and are: (allowed, found)."""
+    """How far mean scores of two groups of packed runs may be from what their packed tokens say,
+    and are: (allowed, found)."""
     means = []
     logged = []
     for group in (some, others):
-        means.append(np.mean([x.mixed(x.prior()) for x in group], axis=0))
-        logged.append(np.mean([x.run.loss for x in group]))
+        means.append(np.mean([x.values for x in group], axis=0))
+        logged.append(np.mean([x.score for x in group]))
     values = means[0] - means[1]
     off = values.mean() - (logged[0] - logged[1])
     return some[0].error(values), abs(off)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 import train_q0 as q
-from records import counting, gate
+from records import counting, gate, neighbours
 from records.population import (
     best_members, fetch, find_run, has_weights, load_member, load_population, load_predictions,
     mixture_loss, plain_name, report, title)
@@ -373,6 +373,9 @@ def count(argv):
     parser = parser_of(count)
     parser.add_argument("--name", help="name of the new run under logs/ [RUN_counted, or "
                         "RUN_counted2 and so on]")
+    parser.add_argument("--neighbours", action="store_true",
+                        help="one member more: what came after similar contexts of the training "
+                        "text, as the newest member sees them; minutes")
     args = parser.parse_args(argv)
     source = find_run(args.run).resolve()
     finished = read_finished(source, "count")
@@ -381,11 +384,13 @@ def count(argv):
     corpus = corpus_of(source, cfg, finished.shared["data"])
     with new_run(args.name, f"{plain_name(source)}_counted", "count") as folder:
         copy_data(source, folder)
-        count_into(folder, finished, corpus, cfg)
+        newest = len(finished.curve) - 1 if args.neighbours else None
+        count_into(folder, finished, corpus, cfg, newest)
 
 
-def count_into(folder, run, corpus, cfg):
-    """Write the members of a Finished run, those that count, and their Gate to `folder`."""
+def count_into(folder, run, corpus, cfg, newest):
+    """Write the members of a Finished run, those that count, and their Gate to `folder`; and one
+    with the neighbours of member `newest`, where it is not None."""
     split = run.shared["split"]
     predictions = q.Predictions(folder, ("heldout", split))
     curve = list(run.curve)
@@ -393,8 +398,12 @@ def count_into(folder, run, corpus, cfg):
         copy_member(run.folder, i, folder, i)
     rows = {s: corpus.eval_sequences(s).astype(np.int64) for s in predictions.splits}
     about = {"vocab_size": corpus.vocab_size, "eot": corpus.hashes["eot"], "cfg": cfg}
-    counts = counting.members_of(corpus.splits["train"], **about)
-    for member in counts:
+    members = counts = counting.members_of(corpus.splits["train"], **about)
+    if newest is not None:
+        model = load_member(fetch(run.folder, newest))
+        found = neighbours.neighbours_of(model, corpus.splits["train"], about["eot"])
+        members = [found, *counts]
+    for member in members:
         n = len(curve)
         counting.save(folder / f"members/{n}", member, {"member": n})
         predictions.write(n, {s: member.true_token_probs(rows[s]) for s in rows})
@@ -414,8 +423,7 @@ def count_into(folder, run, corpus, cfg):
 def gate_into(folder, counts, rows, predictions):
     """Fit the Gate of all members and write the buckets of `rows` {split: sequences}. Returns what
     the result says of it, and its loss on the second split."""
-    buckets = {s: np.concatenate([gate.buckets_of(counts, row[:-1]) for row in rows[s]])
-               for s in rows}
+    buckets = {s: gate.all_buckets(counts, rows[s]) for s in rows}
     gate.save(folder, buckets)
     number = gate.number_of_buckets(counts)
     eot = counts[0].eot

@@ -11,8 +11,9 @@ from safetensors.numpy import load_file
 from tiny import VOCABULARY, edit_json, fails, flip, predictions_of, read_json, sequences_of, works
 
 import train_q0 as q
-from records import counting, gate
+from records import counting, gate, neighbours
 from records.mixture import load_mixture
+from records.population import load_member
 
 V = 7
 EOT = 6
@@ -141,6 +142,28 @@ def test_distribution_of_what_came_before(member):
     assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
 
 
+def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
+    """Contexts weigh by the cosine of hidden states, and bring the token that came after them; what
+    follows changes nothing."""
+    monkeypatch.setattr(neighbours, "CHUNK", 100)
+    model = load_member(finished / "members/3")
+    tokens = sequences_of(corpus, "train", 64).flatten()[:500]
+    member = neighbours.neighbours_of(model, tokens, VOCABULARY - 1)
+    rows = torch.from_numpy(q.cut(tokens, 64))
+    keys = model(rows[:, :-1])[0].flatten(0, 1).double()
+    row = sequences_of(corpus, "val", 64)[0, :-1]
+    hidden, = model(torch.from_numpy(row)[None])[0].double()
+    cosine = torch.cosine_similarity(hidden[:, None], keys, dim=-1)
+    weights = torch.exp(neighbours.SHARPNESS * cosine)
+    P = torch.zeros(len(row), VOCABULARY, dtype=torch.float64)
+    P.index_add_(1, rows[:, 1:].flatten(), weights / weights.sum(dim=1, keepdim=True))
+    u = neighbours.UNIFORM
+    found = member.probs(row)
+    assert found.dtype == np.float32
+    assert_allclose(found, (1 - u) * P + u / VOCABULARY, rtol=0.01)  # keys are float16
+    assert_allclose(member.next_probs(row[:20]), found[19], rtol=1e-3)
+
+
 # The gate ---------------------------------------------------------------------------------------
 
 def some_predictions(N=600, M=4):
@@ -230,6 +253,20 @@ def test_counted_run(counted, finished, corpus, capsys):
     assert f"by_context_val_loss:{loss:.5f}" in out
     out = works(capsys, "sample", counted, "--k", 2, "--tokens", 5, "--seed", 1)
     assert len(out) > 1
+
+
+def test_counted_with_neighbours(finished, copied, corpus, logs, capsys):
+    """One member more, in front of those that count."""
+    works(capsys, "count", finished, "--neighbours", "--name", "near")
+    result = read_json(logs / "near/result.json")
+    assert [entry.get("kind") for entry in result["curve"][4:]] == [
+        "neighbours", "kneser_ney", "undiscounted", "cache"]
+    member = load_mixture("near").member(4)
+    p = member.true_token_probs(sequences_of(corpus, "val", 64)[:2])
+    assert_allclose(p, predictions_of(logs / "near")["val"][4][:128], rtol=1e-3)
+    assert works(capsys, "sample", "near", "--tokens", 3)
+    shutil.rmtree(copied / "members/3")
+    fails(capsys, "members/3 is missing", "count", copied, "--neighbours")
 
 
 def test_two_texts_beyond_the_context(counted, corpus):

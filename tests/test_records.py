@@ -17,7 +17,7 @@ from tiny import MINI, ROOT, edit_json, fails, read_json, user
 
 import tiny
 import train_q0 as q
-from records import check, plot, recompute
+from records import check, counting, plot, recompute
 
 TODAY = "2999-01-01"  # a folder's date may not lie before its runs
 LIMITS = dict(
@@ -30,9 +30,9 @@ FIRST = range(5)  # seeds of the row to beat
 SEEDS = range(5, 10)  # and of both sides of the row that beats it
 
 
-def submit(records, name, new, old=()):
+def submit(records, name, new=(), old=(), track="made"):
     """A folder with logs and predictions of runs; returns it."""
-    folder = records / "made" / f"{TODAY}_{name}"
+    folder = records / track / f"{TODAY}_{name}"
     (folder / "logs").mkdir(parents=True)
     (folder / "README.md").write_text("Why it helps.\n\nScreened on seeds: 90\n")
     for side, runs in (("new", new), ("old", old)):
@@ -192,6 +192,94 @@ def test_rule():
             assert check.t_quantile(p, df) == approx(students_t.ppf(p, df), rel=1e-5)
 
 
+# Members that count -----------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def counted_runs(runs, tmp_path_factory):
+    """{"first", "old" or "new": counted run} of runs that were called as their logs will be."""
+    trained = tmp_path_factory.mktemp("trained")
+    found = {}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(q, "LOGS", tmp_path_factory.mktemp("counted"))
+        for side, run, name in (("first", runs["first"][4], "new_seed4"),
+                                ("new", runs["new"][0], "new_seed5"),
+                                ("old", runs["old"][0], "old_seed5")):
+            assert q.main(["count", str(shutil.copytree(run, trained / name))]) == 0
+            found[side] = q.LOGS / f"{name}_counted"
+    return found
+
+
+@pytest.fixture(scope="module")
+def made_counted(made, counted_runs, corpus, tmp_path_factory):
+    """Like `made`, and a track whose rows are counted: a run of q0 against one of the ensemble."""
+    folder = shutil.copytree(made, tmp_path_factory.mktemp("made") / "records")
+    limits = {"like": "made", "counted": counting.SETTINGS, "first_seed": 4}
+    edit_json(folder / "tracks.json", counted=limits)
+    first, row = (submit(folder, name, track="counted") for name in ("Ensemble", "Q0"))
+    with pytest.MonkeyPatch.context() as patch:
+        see(patch, folder)
+        patch.setattr(recompute, "DATA", corpus)
+        assert check.main([str(first), "--pack", str(counted_runs["first"])]) == 0
+        both = [str(counted_runs[side]) for side in ("new", "old")]
+        assert check.main([str(row), "--pack", *both]) == 0
+        assert check.main([str(first), str(row), "--write-result"]) == 0
+    return folder
+
+
+@pytest.fixture
+def counted(made_counted, corpus, tmp_path, monkeypatch):
+    """A copy of q0's row."""
+    folder = shutil.copytree(made_counted, tmp_path / "records")
+    see(monkeypatch, folder)
+    monkeypatch.setattr(recompute, "DATA", corpus)
+    return folder / f"counted/{TODAY}_Q0"
+
+
+def test_counted_row(counted, counted_runs, capsys):
+    """Its loss is that with members that count, on both sides; the loss without stands beside."""
+    result = read_json(counted / "result.json")
+    made = {side: read_json(run / "result.json") for side, run in counted_runs.items()}
+    losses = [result[key]["val_loss"] for key in ("neural", "comparison")]
+    wanted = [made["new"]["loss_before"], made["old"]["final_val_loss"]]
+    assert np.ravel(losses) == approx(wanted, abs=1e-5)
+    loss, = result["val_loss"]
+    assert loss == approx(made["new"]["final_val_loss"], abs=1e-5)
+    assert says(capsys, "--tables")[0] == 0
+    page = (counted.parents[1] / "README.md").read_text()
+    assert "### counted, 8 epochs\n\n| rank | loss | without counting |" in page
+    assert f"| {loss:.4f} (n=1) Ⓧ | {wanted[0]:.4f} | 4 | 8 |" in page
+
+
+def of_counting(**changes):
+    return lambda folder: edit_json(folder / "logs/new_seed5.json", **changes)
+
+
+COUNTED = {
+    "loss": (of_counting(val_loss=3.9), "disagree: members that count gain another amount"),
+    "NaN": (of_counting(val_loss=float("nan")), "no loss or no strength"),
+    "strength": (of_counting(strength=0), "no loss or no strength"),
+    "file": (lambda folder: (folder / "logs/new_seed5.json").unlink(), "are missing or damaged"),
+    "settings": (lambda folder: edit_json(folder.parents[1] / "tracks.json", counted={
+        "like": "made", "counted": {}}), "has other settings than its track")}
+
+
+@pytest.mark.parametrize("case", COUNTED)
+def test_tampering_with_counts(case, counted, capsys):
+    change, message = COUNTED[case]
+    change(counted)
+    status, out = says(capsys, counted)
+    assert status == 1 and re.search(f"problem: logs/new_seed5.*{message}", out), out
+
+
+def test_counted_without_the_text(counted, tmp_path, monkeypatch, capsys):
+    """As in a fresh clone: what counting gains is taken as it is written, and that is said."""
+    monkeypatch.setattr(recompute, "DATA", tmp_path)
+    of_counting(val_loss=3.9)(counted)
+    (counted / "result.json").unlink()
+    status, out = says(capsys, counted, "--write-result")
+    assert status == 0 and "notice: data/wiki is not here" in out
+
+
 # What the checker must catch --------------------------------------------------------------------
 
 def in_log(pattern, new, names="new_seed7"):
@@ -336,14 +424,15 @@ TAMPERED = {
     "date": (in_log(r'"time": "\d+', '"time": "3001'), "its date is before its last run"),
     # predictions
     "no predictions": (lambda folder: (folder / "logs/new_seed7.xz").unlink(),
-                       "new_seed7.xz is missing or damaged"),
-    "cut": (in_predictions(lambda x: x[:, 1:]), "new_seed7.xz is missing or damaged (ValueError"),
+                       "new_seed7: its predictions are missing or damaged"),
+    "cut": (in_predictions(lambda x: x[:, 1:]), "predictions are missing or damaged (ValueError"),
     "not probabilities": (in_predictions(lambda x: x * np.nan), "it does not hold -log p"),
-    "lower losses": (add_to_losses(-0.02), "new_seed7.xz and its log disagree: member 0"),
+    "lower losses": (add_to_losses(-0.02), "new_seed7 and its log disagree: member 0"),
     "lower mixtures": (add_to_losses(-0.02, members=False), "disagree: uniform mixture of 2 mem"),
     "clone": (clone, "repeats the run of another log: new_seed6.txt"),
     # files
     "name of a log": (write("logs/new_seed7_a.txt", "x"), "logs/new_seed7_a.txt is not named"),
+    "not counted": (write("logs/new_seed7.json", "{}"), "logs/new_seed7.json is not named"),
     "result": (lambda folder: edit_json(folder / "result.json", mean=2.0), "not what the logs say"),
     "no result": (lambda folder: (folder / "result.json").unlink(), "--write-result"),
     "template": (write("README.md", (ROOT / "records/template.md").read_text()), "not filled in"),
@@ -389,7 +478,7 @@ def test_part_of_the_tokens(records, good, runs, monkeypatch, capsys):
         logs = sorted(good.glob(f"logs/{side}*.txt"))
         sides.append([recompute.Packed(check.Run(path), track) for path in logs])
     for packed in sides[0]:
-        packed.run.loss -= 0.1
+        packed.score -= 0.1
     allowed, found = recompute.apart(*sides)
     assert allowed < 0.05 < found
 
@@ -427,7 +516,7 @@ def test_hostile_logs(records, good, capsys):
         damage(good)
     problems = checked_in_seconds(capsys)
     for name in HOSTILE:
-        assert f"logs/{name}." in problems, problems
+        assert f"logs/{name}" in problems, problems
 
 
 @pytest.mark.parametrize("case", ODD)
@@ -484,7 +573,9 @@ def test_committed_records(capsys):
 @pytest.mark.parametrize("name", ["wiki_cpu", "wiki_13m"])
 def test_tracks(name):
     """The default run is of the default track, what records/README.md runs is of the other."""
-    track = read_json(ROOT / "records/tracks.json")[name]
+    tracks = check.read_tracks()
+    track = tracks[name]
+    assert tracks[f"{name}_counted"]["counted"] == counting.SETTINGS
     page = (ROOT / "records/README.md").read_text(encoding="utf-8")
     size, = re.findall('size="(.*)"', page)
     cfg, *_ = q.parse_config(size.split() if name == "wiki_13m" else ["--preset", "tiny"])

@@ -172,6 +172,10 @@ def test_a_pool_is_a_run(chain, three, corpus, logs, capsys):
     assert re.search(rf" learned, \d  {loss:.5f} ", out)
     fails(capsys, "pool: average the runs it was made of: .*chain, ", "average", "chain_pool")
     assert "chain_pool is complete" in works(capsys, "--resume", "chain_pool")
+    works(capsys, "count", "chain_pool")
+    counted = result_of(logs / "chain_pool_counted")
+    assert (counted["members"], counted["loss_before"]) == (8, loss)
+    assert len(load_mixture("chain_pool_counted").counting) == 3
     pattern = r"chain brings the members of \S+chain a second time"
     fails(capsys, pattern, "pool", "chain_pool", "chain")
     (three / "members/2/model.safetensors").unlink()  # a pool holds its members by itself
