@@ -38,6 +38,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, record_function
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,6 +46,8 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(ROOT))
 import train_q0 as q
 from records import cost, plan
+from records.flops import flops_per_token
+from records.launch import machine
 from records.mixture import Mixture, Text
 
 CUDA = torch.cuda.is_available()
@@ -212,12 +215,17 @@ def settings(preset="tiny", **changes):
 # Loss, optimizer, attention ---------------------------------------------------------------------
 
 def plain_loss(hidden, head, targets, softcap, teacher, weight, temperature):
-    """The loss of whole logits, by autograd."""
-    teacher_z = None
+    """(loss, cross-entropy) of whole logits, by autograd."""
+    x = q.soft_capped(hidden @ head.T, softcap)
+    ce = F.cross_entropy(x, targets)
+    loss = ce
     for _, states, of in teacher:  # one or none
-        teacher_z = states @ of.T
-    scale = torch.full(targets.shape, 1 / len(targets), device=targets.device)
-    return q.mean_loss(hidden @ head.T, teacher_z, targets, scale, softcap, weight, temperature)
+        y = q.soft_capped(states @ of.T, softcap)
+        log_p = (y / temperature).log_softmax(-1)
+        log_q = (x / temperature).log_softmax(-1)
+        kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).mean()
+        loss = (1 - weight) * ce + weight * temperature ** 2 * kl
+    return loss, ce
 
 
 @dataclass(frozen=True)
@@ -412,7 +420,7 @@ class Training:
         self.trainer.share.fill_(1 / self.count)
         shape = (cfg.micro_batch, cfg.seq_len + 1)
         self.tokens = torch.randint(vocab, shape, device=world.device)
-        self.flops, teacher = q.flops_per_token(cfg, vocab)  # a token
+        self.flops, teacher = flops_per_token(cfg, vocab)  # a token
         if taught:
             self.flops += teacher
 
@@ -589,7 +597,7 @@ def scaling(shapes=SHAPES):
             continue
         speed = json.loads(lines[0])["tokens/s"]
         base = base or speed
-        flops, _ = q.flops_per_token(tiny(**changes), 2048)
+        flops, _ = flops_per_token(tiny(**changes), 2048)
         yield {
             "width": shape.width,
             "sequence": T,
@@ -856,7 +864,7 @@ def modelled_row(name, part, flops, measured):
 
 def modelled_rows(case, cfg, vocab, step):
     tokens = cfg.micro_batch * cfg.seq_len
-    model, teacher = q.flops_per_token(cfg, vocab)
+    model, teacher = flops_per_token(cfg, vocab)
     yield modelled_row("micro-batch", step.micro_batch, tokens * model, case.measured)
     if step.taught is not None:
         yield modelled_row("with teacher", step.taught, tokens * (model + teacher), case.measured)
@@ -1155,7 +1163,7 @@ def report(args, table):
         output.add("**These numbers mean nothing.**")
     about = {
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        **q.machine(q.World(device=DEVICE)),
+        **machine(q.World(device=DEVICE)),
         "triton": getattr(q.triton, "__version__", "none"),
         "cores": os.cpu_count(),
         "load before": " ".join(f"{x:.1f}" for x in os.getloadavg())}
