@@ -61,7 +61,7 @@ def hidden_states(model, tokens):
 
 
 def neighbours_of(model, text, eot):
-    """The member of a trained one and the training text."""
+    """The member of a trained one and a training text, uint16 [n]."""
     rows = q.cut(text, model.cfg.seq_len)
     keys = [hidden_states(model, row[:-1].astype(np.int64)) for row in rows]
     keys = torch.cat(keys).half()

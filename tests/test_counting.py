@@ -148,7 +148,7 @@ def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
     monkeypatch.setattr(neighbours, "CHUNK", 100)
     model = load_member(finished / "members/3")
     tokens = sequences_of(corpus, "train", 64).flatten()[:500]
-    member = neighbours.neighbours_of(model, tokens, VOCABULARY - 1)
+    member = neighbours.neighbours_of(model, tokens.astype(np.uint16), VOCABULARY - 1)
     rows = torch.from_numpy(q.cut(tokens, 64))
     keys = model(rows[:, :-1])[0].flatten(0, 1).double()
     row = sequences_of(corpus, "val", 64)[0, :-1]
