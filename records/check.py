@@ -790,6 +790,8 @@ def pack(folder, runs):
     for run in runs:
         about = json.loads((run / "result.json").read_text(encoding="utf-8"))
         if "counted_of" in about:
+            if "neighbours" in [entry.get("kind") for entry in about["curve"]]:
+                raise ValueError(f"{run} was counted with --neighbours, which no row is")
             run = Path(about["counted_of"])
             loss = round(about["final_val_loss"], 5)
             found = {"val_loss": loss, "strength": about["gate"]["strength"]}

@@ -26,7 +26,8 @@ class Neighbours(Counting):
         super().__init__(model.vocab_size, eot, model.cfg)
         self.model = model
         self.tensors = {**dict(model.named_parameters()), "keys": keys, "after": after}
-        if keys.shape != (len(after), model.cfg.width) or not keys.isfinite().all():
+        shape = (len(after), model.cfg.width)
+        if after.dtype != torch.uint16 or keys.shape != shape or not keys.isfinite().all():
             raise ValueError("its keys are not a hidden state for each token")
         self.keys = keys.float()
         self.after = after.long()
@@ -44,9 +45,12 @@ class Neighbours(Counting):
         """p(next token) after hidden states [T, D]: float32 [T, V]."""
         queries = SHARPNESS * hidden.T
         P = torch.zeros(self.vocab_size, len(hidden))
-        for keys, after in zip(self.keys.split(CHUNK), self.after.split(CHUNK)):
-            P.index_add_(0, after, (keys @ queries).exp_())
-        P = (1 - UNIFORM) * P / P.sum(dim=0) + UNIFORM / self.vocab_size
+        chunks = zip(self.keys.split(CHUNK), self.after.split(CHUNK))
+        for keys, after in chunks:
+            weights = (keys @ queries).exp_()
+            P.index_add_(0, after, weights)
+        P *= (1 - UNIFORM) / P.sum(dim=0)
+        P += UNIFORM / self.vocab_size
         return P.T.numpy()
 
 
@@ -57,8 +61,9 @@ def hidden_states(model, tokens):
 
 
 def neighbours_of(model, text, eot):
-    """The member of a trained one and the training text."""
-    rows = q.cut(text, model.cfg.seq_len).astype(np.int64)
-    keys = torch.cat([hidden_states(model, row[:-1]) for row in rows])
-    after = torch.from_numpy(rows[:, 1:].flatten().astype(np.uint16))
-    return Neighbours(model, keys.half(), after, eot)
+    """The member of a trained one and a training text, uint16 [n]."""
+    rows = q.cut(text, model.cfg.seq_len)
+    keys = [hidden_states(model, row[:-1].astype(np.int64)) for row in rows]
+    keys = torch.cat(keys).half()
+    after = torch.from_numpy(rows[:, 1:].flatten())
+    return Neighbours(model, keys, after, eot)

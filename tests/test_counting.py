@@ -11,7 +11,7 @@ from safetensors.numpy import load_file
 from tiny import VOCABULARY, edit_json, fails, flip, predictions_of, read_json, sequences_of, works
 
 import train_q0 as q
-from records import counting, gate, neighbours
+from records import check, counting, gate, neighbours
 from records.mixture import load_mixture
 from records.population import load_member
 
@@ -148,7 +148,7 @@ def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
     monkeypatch.setattr(neighbours, "CHUNK", 100)
     model = load_member(finished / "members/3")
     tokens = sequences_of(corpus, "train", 64).flatten()[:500]
-    member = neighbours.neighbours_of(model, tokens, VOCABULARY - 1)
+    member = neighbours.neighbours_of(model, tokens.astype(np.uint16), VOCABULARY - 1)
     rows = torch.from_numpy(q.cut(tokens, 64))
     keys = model(rows[:, :-1])[0].flatten(0, 1).double()
     row = sequences_of(corpus, "val", 64)[0, :-1]
@@ -265,6 +265,8 @@ def test_counted_with_neighbours(finished, copied, corpus, logs, capsys):
     p = member.true_token_probs(sequences_of(corpus, "val", 64)[:2])
     assert_allclose(p, predictions_of(logs / "near")["val"][4][:128], rtol=1e-3)
     assert works(capsys, "sample", "near", "--tokens", 3)
+    with pytest.raises(SystemExit, match="near was counted with --neighbours"):  # no row is
+        check.main([str(copied), "--pack", str(logs / "near")])
     shutil.rmtree(copied / "members/3")
     fails(capsys, "members/3 is missing", "count", copied, "--neighbours")
 
