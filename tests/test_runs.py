@@ -16,6 +16,7 @@ from tiny import (
 
 import train_q0 as q
 from records import plot, population
+from records.flops import flops_per_token
 from records.mixture import load_mixture
 from records.population import load_member
 
@@ -226,7 +227,7 @@ def test_members_of_several_shapes(trained, corpus, logs, capsys, monkeypatch):
 def flops_of_teachers(student, teacher):
     """A forward pass of each member for every token of the student's."""
     def flops(path):
-        return q.flops_per_token(q.Config(**read_json(path)["config"]), VOCABULARY)
+        return flops_per_token(q.Config(**read_json(path)["config"]), VOCABULARY)
 
     result = result_of(student)
     of_student, _ = flops(student / "run.json")
@@ -281,7 +282,7 @@ def test_stopped_student_goes_on(three, trained, flags, logs, monkeypatch, capsy
     def heard(*args):
         calls.append(1)
         if len(calls) == 9:
-            q.Stopped.signal = 15
+            patch.setattr(q.Stopped, "signal", 15)
         return training_loss(*args)
 
     calls = []
