@@ -59,6 +59,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 
 try:
@@ -268,10 +269,10 @@ PRESETS = {
         lr_head=0.0013),  # as 1 / width, which no run has tested
     "q0": dict(
         PUBLISHED, epochs=64, seq_len=2048, batch_tokens=524_288, edge_batch_tokens=393_216,
-        micro_batch=2, layers=30, width=2048, head_dim=128, windows="SSSL", short_window=1025,
+        micro_batch=4, layers=30, width=2048, head_dim=128, windows="SSSL", short_window=1025,
         unet=True, x0_mix=True, attn_gates=True, head_mixing=True, loop_first=15, loop_last=24,
         loop_passes=5, mtp_weight=0.3)}
-NEEDS = {"q0": 56, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
+NEEDS = {"q0": 78, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
 
 # Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
 LENGTHS = {  # in epochs: a trajectory, a cycle, a member that starts afresh; before distillation
@@ -601,32 +602,39 @@ def parameter_table(cfg, vocab_size):
     return {name: row for name, row in rows.items() if row.used}
 
 
-def seeded_tensors(table, weights, *key):
-    """Yield (row, tensor, generator) of the banks `weights`, {name: float32 tensor}; what a
-    generator draws is a pure function of `key` and the tensor's name."""
-    for name, row in table.items():
-        for tensor_name, tensor in row.tensors(weights[name]):
-            yield row, tensor, torch.Generator().manual_seed(seed_of(*key, tensor_name))
+def draw(function, table, weights, *key):
+    """Call function(row, tensor, generator) for every tensor of the banks `weights`, {name: float32
+    tensor}. What a generator draws is a pure function of `key` and the tensor's name. In threads:
+    one core takes 24 s for the noise of `q0`."""
+    def drawn(row, name, tensor):
+        generator = torch.Generator().manual_seed(seed_of(*key, name))
+        with torch.no_grad():
+            function(row, tensor, generator)
+    with ThreadPoolExecutor() as pool:
+        started = [pool.submit(drawn, row, *named) for bank, row in table.items()
+                   for named in row.tensors(weights[bank])]
+        for one in started:
+            one.result()
 
 
-@torch.no_grad()
 def init_weights(table, weights, *key):
     """Fill the banks, to the same values on any device."""
-    for row, tensor, generator in seeded_tensors(table, weights, "init", *key):
-        draw = torch.empty(tensor.shape)
-        row.start(draw, generator)
-        tensor.copy_(draw)
+    def fill(row, tensor, generator):
+        start = torch.empty(tensor.shape)
+        row.start(start, generator)
+        tensor.copy_(start)
+    draw(fill, table, weights, "init", *key)
 
 
-@torch.no_grad()
 def perturb(table, weights, scale, *key):
     """Add noise to every tensor of more than one weight, in `scale` of its own standard deviation
     (of a stack each matrix's)."""
-    for _, tensor, generator in seeded_tensors(table, weights, "noise", *key):
+    def add_noise(row, tensor, generator):
         dims = (-2, -1) if tensor.ndim > 1 else (0,)
         if math.prod(tensor.shape[-2:]) > 1:
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
             tensor.add_(noise * tensor.std(dim=dims, keepdim=True) * scale)
+    draw(add_noise, table, weights, "noise", *key)
 
 
 def local_heads(cfg):
@@ -1189,8 +1197,9 @@ def polar_express(X):
     """The nearest semi-orthogonal matrix to each of X [n, rows <= cols], of norms just below 1."""
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        # in place on 1 * A: else baddbmm copies A by itself, for which a CUDA graph stops
+        B = (1 * A).baddbmm_(A, A, beta=b, alpha=c)
+        X = (1 * X).baddbmm_(B, X, beta=a)
     return X
 
 
@@ -1683,15 +1692,19 @@ class Trainer:
         """Compile and capture all that a run will use, before its first step; no trace stays."""
         cfg = self.cfg
         reset_watchdog(cfg.hang_minutes and max(cfg.hang_minutes, WARM_UP_MINUTES))
-        with torch.no_grad():
-            self.newest(self.tokens[:, :-1])
-        for taught in (False, True) if cfg.distill_weight else (False,):
-            self.run_micro_batch(taught)
-            if cfg.graphs:
-                self.micro_batch[taught] = captured(self.micro_batch[taught], "a micro-batch")
-        self.optimizer.step(1.0, 1.0)
-        if cfg.graphs and self.world.size == 1:
-            self.optimizer.update = captured(self.optimizer.run_update, "an update")
+        kinds = (False, True) if cfg.distill_weight else (False,)
+        with beside_the_main_stream() if cfg.graphs else contextlib.nullcontext():
+            with torch.no_grad():
+                self.newest(self.tokens[:, :-1])
+            for taught in kinds:
+                self.run_micro_batch(taught)
+            self.optimizer.step(1.0, 1.0)
+        if cfg.graphs:
+            memory = torch.cuda.graph_pool_handle()
+            for taught in kinds:
+                self.micro_batch[taught] = captured(self.micro_batch[taught], memory)
+            if self.world.size == 1:
+                self.optimizer.update = captured(self.optimizer.run_update, memory)
         self.optimizer.reset()
         faulthandler.cancel_dump_traceback_later()  # until the first step
 
@@ -1891,21 +1904,27 @@ class Trainer:
         self.counted += self.last_save - started  # no training time
 
 
-def captured(function, what):
-    """`function` as a CUDA graph, where replays cost no launches; as it is where that fails. It ran
-    once already; capture runs nothing. Seeds set before a replay apply, as torch's generator is
-    read when it begins."""
+@contextlib.contextmanager
+def beside_the_main_stream():
+    """Where work runs once before a CUDA graph captures it, so that libraries set up what they
+    need outside the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(function, memory):
+    """`function`, which ran once already, as a CUDA graph, where replays cost no launches; as it is
+    where that fails. Capture runs nothing. Seeds set before a replay apply, as torch's generator is
+    read when it begins. Graphs share `memory`: nothing in it outlives a replay."""
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set up what they need outside the capture
-            function()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=memory):
             function()
     except Exception as e:  # a kernel that cannot be captured may fail in any way
-        say(f"notice: {what} is not replayed as a CUDA graph: {one_line(e)}", "stderr")
+        say(f"notice: a step is not replayed as a CUDA graph: {one_line(e)}", "stderr")
         return function
     return graph.replay
 
@@ -2512,20 +2531,21 @@ def parse_config(argv, **extra):
     if getattr(known, "resume", None) is not None:
         given = {**saved_config(known.resume, given), **given}
     elif "preset" not in given:
-        given["preset"], reason = default_preset(given.get("device"))
+        given["preset"], reason = default_preset(given)
     cfg, why = resolve(Config(**{**PRESETS.get(given["preset"], {}), **given}))
     return cfg, {"preset": reason, **why}, known
 
 
-def default_preset(device):
-    """(preset, reason) of a run that names none. Raises UserError where its data are missing."""
-    if not torch.cuda.is_available() or device in ("cpu", "mps"):
+def default_preset(given):
+    """(preset, reason) of a run that names none; the larger ones need FineWeb."""
+    if not torch.cuda.is_available() or given.get("device") in ("cpu", "mps"):
         return "tiny", "no GPU in use"
+    if "data" in given:
+        return "tiny", "--data is given"
     room = torch.cuda.get_device_properties(0).total_memory / 1e9
     preset = next(name for name, needed in NEEDS.items() if needed <= room)
     if preset != "tiny" and not (ROOT / PUBLISHED["data"] / "manifest.json").exists():
-        raise UserError("a GPU but no FineWeb shards: run python data/prepare.py fineweb, or give "
-                        "--preset tiny")
+        return "tiny", "no FineWeb for a larger one: python data/prepare.py fineweb"
     return preset, f"the largest that fits the GPU's {room:.0f} GB"
 
 

@@ -313,14 +313,15 @@ def test_preset_by_machine(tmp_path, monkeypatch):
     gpu = SimpleNamespace(total_memory=85e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    with pytest.raises(q.UserError, match="python data/prepare.py fineweb.*--preset tiny"):
-        q.parse_config([])
-    for argv in (["--preset", "tiny"], ["--device", "cpu"]):
-        assert q.parse_config(argv)[0].preset == "tiny"
+    cfg, why, _ = q.parse_config([])
+    assert (cfg.preset, cfg.device) == ("tiny", "cuda")
+    assert why["preset"] == "no FineWeb for a larger one: python data/prepare.py fineweb"
     (tmp_path / "data/fineweb").mkdir(parents=True)
     (tmp_path / "data/fineweb/manifest.json").touch()
     cfg, *_ = q.parse_config([])
     assert (cfg.preset, cfg.device, cfg.data) == ("q0", "cuda", "data/fineweb")
+    for argv in (["--preset", "tiny"], ["--device", "cpu"], ["--data", "mine"]):
+        assert q.parse_config(argv)[0].preset == "tiny"
     for room, preset in ((48e9, "small"), (25.4e9, "small"), (8.5e9, "tiny")):
         gpu.total_memory = room
         cfg, why, _ = q.parse_config([])
