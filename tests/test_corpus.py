@@ -1,19 +1,15 @@
 """Order of the training text and cutting into sequences; seeds; an import without side effects."""
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import forks
 import train_q0 as q
+from tiny import user
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (5, 40, 1, 17, 30, 9, 23)  # 125 tokens: 13 sequences of 9, and 8 that are dropped
 
 
@@ -85,15 +81,12 @@ def test_training_text_is_whole_documents_up_to_the_target(tmp_path):
 IMPORTS = """
 import json, os, random, sys
 import numpy, torch
-sys.argv = ["other.py", "--no-such-flag"]
 
 def state():
-    return [sys.argv[:], dict(os.environ), os.getcwd(), sorted(os.listdir(".")),
-            torch.get_rng_state().tolist(), random.getstate(),
-            numpy.random.get_state()[1].tolist(), torch.get_num_threads(),
-            torch.get_default_dtype() == torch.float32, torch.get_float32_matmul_precision()]
+    return [sys.argv[:], dict(os.environ), os.getcwd(), os.listdir("."), random.getstate(),
+            torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(),
+            torch.get_num_threads(), torch.get_float32_matmul_precision()]
 
-os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # the user's: where it is missing the script sets it
 before = state()
 import train_q0
 print(json.dumps([state() == before, torch.distributed.is_initialized(),
@@ -102,16 +95,8 @@ print(json.dumps([state() == before, torch.distributed.is_initialized(),
 
 
 def test_import_has_no_side_effect(tmp_path):
-    # a bare environment: this process's own may hold what its import of train_q0 left there
-    environment = {"PYTHONPATH": str(ROOT)}
-    for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORTS],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True)
+    # OMP_WAIT_POLICY is the user's; where it is missing the script sets it
+    done = user(tmp_path, "python", "-B", "-c", IMPORTS, "--no-such-flag",
+                PYTHONPATH=str(q.ROOT), OMP_WAIT_POLICY="ACTIVE")
     assert done.stderr == ""
     assert json.loads(done.stdout) == [True, False, False]  # nothing else was printed

@@ -94,7 +94,7 @@ def hub(empty_hub):
 
 def fetched(hub):
     """Files downloaded since the last call."""
-    paths = [path.split("/", 5)[5] for method, path in hub.log
+    paths = [path.split("/", 5)[5] for method, path, _ in hub.log
              if method == "GET" and "/resolve/" in path]
     hub.log.clear()
     assert len(paths) == len(set(paths))

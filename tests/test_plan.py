@@ -88,22 +88,11 @@ def test_plan_names_a_micro_batch_that_fits(capsys):
     argv = ("plan", "--preset", "q0", "--gpus", 8)
     too_large = works(capsys, *argv, "--micro-batch", 8)
     assert "does not fit in 80 GB: use --micro-batch 4" in too_large
-    assert "does not fit in" not in works(capsys, *argv, "--micro-batch", 4)
-
-
-def test_plan_states_memory_and_the_resume_state(capsys):
-    """Weights and one or two moments in float32; with --average mean weights too."""
-    shown = []
-    for average in (0, 0.5):
-        out = works(capsys, "plan", "--preset", "q0", "--gpus", 8, "--average", average)
-        found = re.search(r"resume state 2 x ([\d.]+) GB a trajectory", out)
-        shown.append(float(found[1]))
-    assert 1.87 * 8 < shown[0] < 1.87 * 12
-    assert shown[1] - shown[0] == pytest.approx(1.87 * 4, rel=0.02)
-    table = out.split("memory per device:\n")[1].split("disk:")[0].splitlines()
-    assert {len(line) for line in table} == {len(table[0])}
-    weights, = re.findall(r"^  weights +([\d.]+) GB$", out, re.M)
-    assert float(weights) == pytest.approx(4 * 1.87, rel=0.01)
+    out = works(capsys, *argv, "--micro-batch", 4)
+    assert "does not fit in" not in out
+    # weights and one or two moments in float32
+    state = re.search(r"resume state 2 x ([\d.]+) GB a trajectory", out)
+    assert 1.87 * 8 < float(state[1]) < 1.87 * 12
 
 
 def test_plan_time_is_flops_over_speed(capsys):
