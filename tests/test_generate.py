@@ -4,10 +4,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from tiny import VOCAB, build, fails, random_tokens, resolved, works
+from tiny import VOCAB, build, random_tokens
 
 import train_q0 as q
-from records import generate, plan
+from records import generate
 from records.mixture import Mixture, Text
 
 END = VOCAB - 1
@@ -93,15 +93,6 @@ def test_samples(mixed):
         assert "".join(one.generate(prompt, **options)) == texts[0]
 
 
-def test_sample_command(finished, capsys):
-    asked = ("sample", finished, "--prompt", "bale", "--tokens", 9)
-    one = works(capsys, *asked)
-    two = works(capsys, *asked, "--samples", 2, "--stream")
-    assert two.startswith(f"--- sample 0\n{one}--- sample 1\nbale")
-    for samples in ("0", "some"):
-        fails(capsys, f"--samples: .*{samples}", *asked, "--samples", samples)
-
-
 # Memory -----------------------------------------------------------------------------------------
 
 def nbytes(tensors):
@@ -126,10 +117,3 @@ def test_place():
     assert {key: len(group) for key, group in found.items()} == {("x", "a"): 2, ("z", "a"): 2}
     assert generate.place(files, [("x", 100), ("z", 80)], 1) is None
     assert generate.place(files, [("x", 100), ("z", 100)], 2) is None
-
-
-def test_plan_of_use():
-    cfg = resolved("q0", epochs=256, device="cpu", precision="bfloat16")
-    kept = 128 * 70 * 2 * 2048 * 2048 * 2 / 1e9  # passes, keys and values, tokens, width, bytes
-    line = plan.use_line(cfg, 50257)
-    assert line.startswith("use: 128 members 4") and f" {kept:.3g} GB of keys" in line
