@@ -32,8 +32,9 @@ predictions. Method: arXiv 2606.03938.
     python train_q0.py export RUN --k 4 --out FOLDER      one Hugging Face model: the mixture
     python train_q0.py compare RUN RUN                    settings, losses and curves side by side
 
-Top to bottom: config, data, model, loss, optimizer, schedule, prior, training loop; then members
-and resume state, processes, log, commands.
+Copied elsewhere this file trains, logs, saves and resumes; results, curves and the commands need
+records/ beside it. Top to bottom: config, data, model, loss, optimizer, schedule, prior, training
+loop; then members and resume state, processes, log, commands.
 """
 from __future__ import annotations
 
@@ -41,7 +42,6 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran
 
 import argparse
-import collections
 import contextlib
 import ctypes
 import datetime
@@ -53,22 +53,18 @@ import json
 import math
 import os
 import platform
-import re
-import shutil
 import signal
-import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 
 try:
     import fcntl
-    import resource
-except ImportError:  # Windows: launches do not see each other; the peak of memory is not known
+except ImportError:  # Windows: launches do not see each other
     fcntl = None
-    resource = None
-# OpenMP's threads sleep while they wait: spinning, they take the cores from every other process.
-# Read when torch loads; the one thing an import changes, and a setting of the user's stays.
+# OpenMP threads that wait shall sleep: spinning, they take the cores from all other processes.
+# Torch reads this when it loads; the import changes nothing else, and the user's setting wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import numpy as np
 import torch
@@ -89,12 +85,12 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # on a CPU,
 
 ROOT = Path(__file__).resolve().parent
 LOGS = Path(os.environ.get("Q0_LOGS", ROOT / "logs"))  # elsewhere where the checkout is read-only
-WARM_UP_MINUTES = 30  # compiling may take longer than a step may hang
-JOIN_TIME = datetime.timedelta(minutes=5)  # in which all processes of a launch are there
+WARM_UP_MINUTES = 30  # before compiling counts as hanging
+JOIN_TIME = datetime.timedelta(minutes=5)  # for all processes of a launch to join
 
 
 class UserError(Exception):
-    """A mistake the user can mend. One line: what is wrong, where, and what to do."""
+    """A mistake that the user can fix. One line: what is wrong, where, and what to do."""
 
 
 def one_line(e):
@@ -106,7 +102,7 @@ def one_line(e):
 
 @contextlib.contextmanager
 def reading(what, advice=""):
-    """Turn all that opening and parsing a missing, damaged or hostile file raises into one line."""
+    """Turn what a missing, damaged or hostile file raises when it is read into a UserError."""
     try:
         yield
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, UserError,
@@ -130,8 +126,8 @@ def knob(default, why, low=0, high=1e37, choices=""):
 
 @dataclass(frozen=True)
 class Config:
-    """Every setting of a run, by default of the preset `tiny`. None and "auto": as `resolve`
-    derives them, or none."""
+    """All settings of a run. The defaults are those of preset `tiny`; `resolve` replaces None and
+    "auto" by what follows from the others."""
     preset: str = knob(
         "tiny", "settings and data; on a GPU the largest that fits", choices="tiny small q0")
     population: str = knob("q0", "kind of population", choices="q0 snapshots chain ensemble single")
@@ -163,9 +159,9 @@ class Config:
         150_000, "whole training documents up to about this many tokens; 0: all of them")
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
     batch_tokens: int = knob(
-        2048, "tokens per step; with edge batches in the middle half of the cycles", low=1)
+        2048, "tokens per step, in the middle half of the cycles", low=1)
     edge_batch_tokens: int | None = knob(
-        None, "tokens per step in the first and last quarter of the cycles, of two in both", low=1)
+        None, "tokens per step in the first and last quarter of the cycles", low=1)
     micro_batch: int = knob(8, "sequences per forward pass", low=1)
     report: str = knob(
         "val", "split to report on; choose between settings on dev", choices="val dev")
@@ -186,9 +182,9 @@ class Config:
         True, "gated projection of the embedding added to the values of every second layer")
     attn_gates: bool = knob(False, "input-dependent output gate per attention head")
     head_mixing: bool = knob(False, "learned mixing of the heads of q, k and v")
-    smear: bool = knob(True, "adds a learned share of the token before to each embedding")
+    smear: bool = knob(True, "adds a learned share of the previous token's embedding to each")
     induction: bool = knob(
-        True, "half of the heads start out looking for what followed the same token")
+        True, "half of the heads start out looking for what followed the same token before")
     loop_first: int = knob(0, "first looped layer")
     loop_last: int = knob(0, "last looped layer")
     loop_passes: int = knob(1, "how often the looped layers run in all", low=1, high=100)
@@ -199,7 +195,7 @@ class Config:
     lr_embed: float = knob(0.0375, "peak lr of the embedding")
     lr_head: float = knob(0.02, "peak lr of the head")
     weight_decay: float | None = knob(
-        None, "of matrices, embedding, head; times lr and place in the cycle")
+        None, "of matrices, embedding and head; times lr and the multiplier of the step")
     lr_floor: float = knob(0.08, "lr multiplier that the cycle falls to", high=1)
     wd_start: float | None = knob(None, "decay multiplier at a cycle's start")
     wd_end: float | None = knob(None, "decay multiplier at a cycle's end")
@@ -268,13 +264,13 @@ PRESETS = {
         lr_head=0.0013),  # as 1 / width, which no run has tested
     "q0": dict(
         PUBLISHED, epochs=64, seq_len=2048, batch_tokens=524_288, edge_batch_tokens=393_216,
-        micro_batch=2, layers=30, width=2048, head_dim=128, windows="SSSL", short_window=1025,
+        micro_batch=4, layers=30, width=2048, head_dim=128, windows="SSSL", short_window=1025,
         unet=True, x0_mix=True, attn_gates=True, head_mixing=True, loop_first=15, loop_last=24,
         loop_passes=5, mtp_weight=0.3)}
-NEEDS = {"q0": 56, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
+NEEDS = {"q0": 78, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
 
 # Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
-LENGTHS = {  # in epochs: a trajectory, a cycle, a member that starts afresh; before distillation
+LENGTHS = {  # in epochs: a trajectory, a cycle, a member from scratch; until distillation starts
     "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
     "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
     "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
@@ -294,22 +290,24 @@ POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
     "q0": ("perturb", 0.45, RESTARTED)}
 
 def derive_budget(cfg):
-    """(field, value, reason) of what the epochs buy: of trajectories and cycles, where one is
-    given, the other gets the rest. Raises UserError as `resolve` does."""
+    """Yield (field, value, reason): the trajectories and cycles that the epochs pay for. Where one
+    is given, the other gets the rest. Raises UserError as `resolve` does."""
     length = LENGTHS[cfg.preset]
     restarts = cfg.population in ("q0", "snapshots")
-    left = max(1, cfg.epochs // ((cfg.trajectories or 1) * (cfg.cycles or 1)))
-    J = 1
+    J = cfg.trajectories or 1
+    C = cfg.cycles or 1
+    each = max(1, cfg.epochs // (J * C))
     if restarts and not cfg.trajectories:
-        J = max(1, left // length["trajectory"])
-    each = left // J
+        J = max(1, each // length["trajectory"])
+        each //= J
     member = length["cycle" if restarts else "member"]
     many = 1  # below 6 epochs one member is better than two
     if each >= 6:
         many = max(2, (each + (member - 1) // 2) // member)  # the nearest number
-    J, C = {"single": (1, 1), "ensemble": (many, 1)}.get(cfg.population, (J, many))
-    J = cfg.trajectories or J
-    C = cfg.cycles or C
+    if cfg.population == "ensemble":
+        J = cfg.trajectories or many
+    elif cfg.population != "single":
+        C = cfg.cycles or many
     if cfg.epochs < J * C:
         raise UserError(f"--epochs {cfg.epochs} are fewer than one for each of {J} trajectories x "
                         f"{C} cycles: give --epochs {J * C}, or fewer of them")
@@ -318,7 +316,7 @@ def derive_budget(cfg):
     yield "cycles", C, reason
 
 def derive_recipe(cfg):
-    """What is tuned or published for the population."""
+    """What was tuned, or published, for the population."""
     boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
     if cfg.teacher:
@@ -335,7 +333,7 @@ def derive_recipe(cfg):
         yield name, value, f"{cfg.population}, {each} epochs a member, {cfg.epochs} in all"
 
 def derive_sizes(cfg):
-    """What follows from other sizes, and the device."""
+    """What follows from other sizes; the device."""
     yield "edge_batch_tokens", cfg.batch_tokens, "same as --batch-tokens"
     yield "short_window", cfg.seq_len // 2, "half of --seq-len"
     hidden = 256 * math.ceil(8 * cfg.width / 3 / 256)
@@ -414,8 +412,7 @@ def read_shard(path, vocab_size, sha256=None):
         if header != [SHARD_MAGIC, SHARD_VERSION, len(tokens)]:
             raise ValueError(f"it is not a token shard, or not a whole one: it begins {header}, "
                              f"{len(tokens)} tokens follow")
-        if sha256 not in (None, sha256_of(path)):
-            raise ValueError("its sha256 is not the manifest's")
+        check_sha256(path, sha256)
         if len(tokens) and tokens.max() >= vocab_size:
             raise ValueError(f"it holds token {tokens.max()}, beyond the vocabulary of "
                              f"{vocab_size}")
@@ -464,7 +461,8 @@ class Corpus:
 
 def load_corpus(folder, seq_len, train_tokens):
     """Read and check a corpus. Raises UserError for what is missing, damaged or too small."""
-    advice = "; prepare the data first (python data/prepare.py wiki, or fineweb)"
+    advice = ("; prepare the data first (python data/prepare.py fineweb, or wiki for --preset "
+              "tiny)")
     with reading(folder / "manifest.json", advice):
         manifest = load_json(folder / "manifest.json")
         vocab_size = int(manifest["vocab_size"])
@@ -601,32 +599,39 @@ def parameter_table(cfg, vocab_size):
     return {name: row for name, row in rows.items() if row.used}
 
 
-def seeded_tensors(table, weights, *key):
-    """Yield (row, tensor, generator) of the banks `weights`, {name: float32 tensor}; what a
-    generator draws is a pure function of `key` and the tensor's name."""
-    for name, row in table.items():
-        for tensor_name, tensor in row.tensors(weights[name]):
-            yield row, tensor, torch.Generator().manual_seed(seed_of(*key, tensor_name))
+def draw(function, table, weights, *key):
+    """Call function(row, tensor, generator) for every tensor of the banks `weights`, {name: float32
+    tensor}. What a generator draws is a pure function of `key` and the tensor's name. In threads:
+    one core takes 24 s for the noise of `q0`."""
+    def drawn(row, name, tensor):
+        generator = torch.Generator().manual_seed(seed_of(*key, name))
+        with torch.no_grad():
+            function(row, tensor, generator)
+    with ThreadPoolExecutor() as pool:
+        started = [pool.submit(drawn, row, *named) for bank, row in table.items()
+                   for named in row.tensors(weights[bank])]
+        for one in started:
+            one.result()
 
 
-@torch.no_grad()
 def init_weights(table, weights, *key):
     """Fill the banks, to the same values on any device."""
-    for row, tensor, generator in seeded_tensors(table, weights, "init", *key):
-        draw = torch.empty(tensor.shape)
-        row.start(draw, generator)
-        tensor.copy_(draw)
+    def fill(row, tensor, generator):
+        start = torch.empty(tensor.shape)
+        row.start(start, generator)
+        tensor.copy_(start)
+    draw(fill, table, weights, "init", *key)
 
 
-@torch.no_grad()
 def perturb(table, weights, scale, *key):
     """Add noise to every tensor of more than one weight, in `scale` of its own standard deviation
     (of a stack each matrix's)."""
-    for _, tensor, generator in seeded_tensors(table, weights, "noise", *key):
+    def add_noise(row, tensor, generator):
         dims = (-2, -1) if tensor.ndim > 1 else (0,)
         if math.prod(tensor.shape[-2:]) > 1:
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
             tensor.add_(noise * tensor.std(dim=dims, keepdim=True) * scale)
+    draw(add_noise, table, weights, "noise", *key)
 
 
 def local_heads(cfg):
@@ -1189,45 +1194,46 @@ def polar_express(X):
     """The nearest semi-orthogonal matrix to each of X [n, rows <= cols], of norms just below 1."""
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
-        B = torch.baddbmm(A, A, A, beta=b, alpha=c)
-        X = torch.baddbmm(X, B, X, beta=a)
+        # in place on 1 * A: else baddbmm copies A by itself, for which a CUDA graph stops
+        B = (1 * A).baddbmm_(A, A, beta=b, alpha=c)
+        X = (1 * X).baddbmm_(B, X, beta=a)
     return X
 
 
-def muon_momentum(grad, first, clip, ok, dtype):
+def muon_momentum(grad, first, clip, dtype):
     """What Muon orthogonalizes, in `dtype` and with rows <= cols, from grad [n, rows, cols]; moves
-    `first` if `ok`."""
-    grad = torch.where(ok, grad * clip, 0.0)
-    update = grad.lerp(first.lerp_(grad, ok * (1 - MOMENTUM)), MOMENTUM)  # Nesterov
+    `first`."""
+    grad = grad * clip
+    update = grad.lerp(first.lerp_(grad, 1 - MOMENTUM), MOMENTUM)  # Nesterov
     update = update / update.norm(dim=-1, keepdim=True).clamp_min(1e-20)  # rows (MuonEq-R)
     X = update.to(dtype)
     X = X / (1.02 * X.float().norm(dim=(-2, -1), keepdim=True) + 1e-6).to(dtype)
     return X.mT.contiguous() if X.size(-2) > X.size(-1) else X
 
 
-def muon_update(weight, X, second, lr, wd, ok):
+def muon_update(weight, X, second, lr, wd):
     """Move weight [n, rows, cols] by the orthogonal X, divided by the root of its second moment by
     row or column (NorMuon) and rescaled to keep its norm; cautious weight decay."""
     rows, cols = weight.shape[-2:]
     update = (X.mT if rows > cols else X).float()
     dim = -1 if rows >= cols else -2
-    second.lerp_(update.square().mean(dim=dim, keepdim=True), ok * 0.05)
+    second.lerp_(update.square().mean(dim=dim, keepdim=True), 0.05)
     scaled = update * second.clamp_min(1e-10).rsqrt()
     before = update.norm(dim=(-2, -1), keepdim=True)
     after = scaled.norm(dim=(-2, -1), keepdim=True)
     update = scaled * (before / after.clamp_min(1e-10))
     decay = weight * (update * weight > 0)
-    weight.sub_(ok * lr * (wd * decay + update))
+    weight.sub_(lr * (wd * decay + update))
 
 
-def adamw_update(weight, grad, first, second, lr, wd, clip, ok, steps, b1, b2):
-    """Move weight [n] and its moments where `ok`. All that changes from step to step is a 0-D
-    tensor, so that one compiled version, or one CUDA graph, serves every step."""
-    grad = torch.where(ok, grad * clip, 0.0)
-    first.lerp_(grad, ok * (1 - b1))
-    second.lerp_(grad.square(), ok * (1 - b2))
+def adamw_update(weight, grad, first, second, lr, wd, clip, steps, b1, b2):
+    """Move weight [n] and its moments. All that changes from step to step is a 0-D tensor, so that
+    one compiled version, or one CUDA graph, serves every step."""
+    grad = grad * clip
+    first.lerp_(grad, 1 - b1)
+    second.lerp_(grad.square(), 1 - b2)
     root = (second / (1 - b2 ** steps)).sqrt_().add_(1e-10)
-    weight.sub_(ok * lr * (wd * weight + first / (1 - b1 ** steps) / root))
+    weight.sub_(lr * (wd * weight + first / (1 - b1 ** steps) / root))
 
 
 class Bank:
@@ -1261,8 +1267,7 @@ class Optimizer:
     """Owns float32 masters of a model's banks and updates them. The model keeps a working copy of
     its matrices in the precision of products, made once a step; all else it reads is the master. A
     rank receives the summed gradient of its slice of each bank, updates it, and the slices are
-    gathered. Where a gradient is not finite, a step changes nothing. The masters begin as zeros:
-    fill them, then `refresh`."""
+    gathered. The masters begin as zeros: fill them, then `refresh`."""
     def __init__(self, model, cfg, world):
         self.cfg = cfg
         self.world = world
@@ -1278,8 +1283,8 @@ class Optimizer:
         self.masters = {name: bank.master for name, bank in self.banks.items()}
         device = next(model.parameters()).device
         zero = torch.zeros((), device=device)
-        self.steps = zero.clone()  # that were not skipped
-        self.skipped = zero.clone()
+        self.steps = zero.clone()
+        self.broken = zero.clone()  # steps of a gradient that was not finite
         self.lr_mult = zero.clone()
         self.wd_mult = zero.clone()
         self.muon_momentum = muon_momentum
@@ -1315,7 +1320,7 @@ class Optimizer:
     def reset(self):
         """Forget moments, gradients and steps."""
         self.steps.zero_()
-        self.skipped.zero_()
+        self.broken.zero_()
         for bank in self.banks.values():
             for tensor in (bank.grad_units, bank.first, bank.second):
                 tensor.zero_()
@@ -1332,27 +1337,26 @@ class Optimizer:
         grads = [self.world.reduce_scatter(bank.grad_units) for bank in banks]
         square = sum(torch.linalg.vector_norm(grad) ** 2 for grad in grads)
         self.world.all_reduce(square)
-        ok = square.isfinite()
         largest = self.cfg.grad_clip or math.inf
         clip = (largest / (square.sqrt() + 1e-6)).clamp(max=1.0)
-        self.steps += ok
-        self.skipped += ~ok
+        self.steps += 1
+        self.broken += ~square.isfinite()
         for bank, grad in zip(banks, grads):
-            self.update_bank(bank, grad, clip, ok)
+            self.update_bank(bank, grad, clip)
             self.world.all_gather(bank.own, bank.master_units)
             bank.grad_units.zero_()
         self.refresh()
 
-    def update_bank(self, bank, grad, clip, ok):
+    def update_bank(self, bank, grad, clip):
         """Update this rank's slice of a bank by its gradient [units, ...]."""
         lr = bank.lr * self.lr_mult
         wd = bank.row.decay * self.wd_mult
         if bank.row.rule == "adamw":
-            self.adamw_update(bank.own, grad, bank.first, bank.second, lr, wd, clip, ok,
-                              self.steps.clamp(min=1), *bank.row.betas)
+            self.adamw_update(bank.own, grad, bank.first, bank.second, lr, wd, clip, self.steps,
+                              *bank.row.betas)
         else:
-            X = self.muon_momentum(grad, bank.first, clip, ok, self.dtype)
-            self.muon_update(bank.own, polar_express(X), bank.second, lr, wd, ok)
+            X = self.muon_momentum(grad, bank.first, clip, self.dtype)
+            self.muon_update(bank.own, polar_express(X), bank.second, lr, wd)
 
     def state(self):
         """{name: masters or moments, ...}, the same for any number of ranks, for the leader; {} for
@@ -1446,46 +1450,6 @@ def plan_cycles(cfg, train_tokens):
     return cycles
 
 
-def forward_flops(cfg, vocab_size):
-    """FLOPs per token of a forward pass, counted from the weights; all passes of a loop, and the
-    keys that are seen."""
-    T = cfg.seq_len
-    order = layer_order(cfg)
-    passes = collections.Counter(f"blocks.{i}" for i in order)
-    windows = [layer_windows(cfg)[i] for i in order]
-    heads = 1
-    if cfg.mtp_weight:
-        passes["mtp_block"] = 1
-        windows.append(T)
-        heads = 2
-    products = heads * vocab_size * cfg.width
-    for name, row in parameter_table(cfg, vocab_size).items():
-        uses = sum(passes[block] for block in row.blocks) if row.blocks else 1
-        if name == "value":  # one product for all passes of a loop
-            uses = len(row.blocks)
-        if row.product:
-            products += uses * math.prod(row.shape)
-    keys = sum(w * (2 * T + 1 - w) for w in windows) / (2 * T)
-    return 2 * products + 4 * cfg.width * keys
-
-
-def flops_per_token(cfg, vocab_size):
-    """(training, teacher) FLOPs per token: a backward pass is two forward ones, a teacher has no
-    multi-token block."""
-    teacher = forward_flops(replace(cfg, mtp_weight=0.0), vocab_size)
-    return 3 * forward_flops(cfg, vocab_size), teacher
-
-
-def run_flops(cfg, cycles, vocab_size, population=None):
-    """FLOPs of all training steps by part; the teacher is one member or a population."""
-    teachers = [model.cfg for model in population.models] if population else [cfg]
-    model, _ = flops_per_token(cfg, vocab_size)
-    teacher = sum(flops_per_token(of, vocab_size)[1] for of in teachers)
-    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
-    taught = sum(c.steps * c.rows for c in cycles if c.distilled) * cfg.seq_len
-    return {"model": model * tokens, "teacher": teacher * taught}
-
-
 # Prior ------------------------------------------------------------------------------------------
 # Weights on the simplex that minimise the held-out loss of the mixture, solved to a certificate.
 
@@ -1508,7 +1472,7 @@ def mixture_losses(P, weights):
     return (total / N).numpy()
 
 
-def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
+def fit_prior(P, tolerance=1e-7, start=None):
     """Minimise F(w) = -(1/N) sum_n log(sum_i w_i P_in) over the simplex: (w float64 [M], gap).
 
     P [M, N] > 0. The certificate: F(w) - min F <= gap = log(max_i g_i), where
@@ -1516,7 +1480,7 @@ def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
     F(c w) = F(w) - log c, minimising F(w) + sum(w) over w >= 0 ends on the simplex by itself;
     its conditions are 1 - g = z, w z = 0, z >= 0, and each pass over P is one Newton step
     towards w z = mu with mu ever smaller. `start` [M] > 0: weights close to the optimum, which
-    save half of the passes.
+    save half of the passes; from others the gap may stay above the tolerance.
     """
     M, N = P.shape
     if not ((P > 0) & (P < np.inf)).all():
@@ -1530,7 +1494,7 @@ def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
     z = mu / w
     best = w
     best_gap = math.inf
-    for _ in range(max_passes):
+    for _ in range(100):
         # where z / w is large it alone decides the step, and no Hessian is needed
         active = (z < 10 * w) | (M <= FEW_MEMBERS)
         g = torch.zeros_like(w)
@@ -1555,8 +1519,6 @@ def fit_prior(P, tolerance=1e-7, max_passes=100, start=None):
         w = keep_positive(w, dw)
         w = w / w.sum()
         z = keep_positive(z, dz)
-    if start is not None and best_gap > tolerance:  # it was far from the optimum
-        return fit_prior(P.numpy(), tolerance, max_passes)
     return best.numpy(), best_gap
 
 
@@ -1683,15 +1645,19 @@ class Trainer:
         """Compile and capture all that a run will use, before its first step; no trace stays."""
         cfg = self.cfg
         reset_watchdog(cfg.hang_minutes and max(cfg.hang_minutes, WARM_UP_MINUTES))
-        with torch.no_grad():
-            self.newest(self.tokens[:, :-1])
-        for taught in (False, True) if cfg.distill_weight else (False,):
-            self.run_micro_batch(taught)
-            if cfg.graphs:
-                self.micro_batch[taught] = captured(self.micro_batch[taught], "a micro-batch")
-        self.optimizer.step(1.0, 1.0)
-        if cfg.graphs and self.world.size == 1:
-            self.optimizer.update = captured(self.optimizer.run_update, "an update")
+        kinds = (False, True) if cfg.distill_weight else (False,)
+        with beside_the_main_stream() if cfg.graphs else contextlib.nullcontext():
+            with torch.no_grad():
+                self.newest(self.tokens[:, :-1])
+            for taught in kinds:
+                self.run_micro_batch(taught)
+            self.optimizer.step(1.0, 1.0)
+        if cfg.graphs:
+            memory = torch.cuda.graph_pool_handle()
+            for taught in kinds:
+                self.micro_batch[taught] = captured(self.micro_batch[taught], memory)
+            if self.world.size == 1:
+                self.optimizer.update = captured(self.optimizer.run_update, memory)
         self.optimizer.reset()
         faulthandler.cancel_dump_traceback_later()  # until the first step
 
@@ -1820,14 +1786,13 @@ class Trainer:
                 "tok/s": round(speed), "eta": str(eta)})
 
     def check_finite(self):
-        """Raise UserError where an update was left out because it was not finite."""
-        lost = int(self.optimizer.skipped)
-        if lost:
+        """Raise UserError where a gradient was not finite, before anything of it is saved."""
+        if int(self.optimizer.broken):
             at = self.at
             raise UserError(
                 f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
-                f"{at.trajectory}: {lost} updates were left out; the last saved state is of step "
-                f"{self.saved_step}: lower --lr-matrix, or try --precision float32")
+                f"{at.trajectory}; the last saved state is of step {self.saved_step}: lower "
+                "--lr-matrix, or try --precision float32")
 
     def finish_cycle(self, cycle):
         """The cycle's end becomes a member, saved with its p(true token); it teaches next."""
@@ -1891,28 +1856,34 @@ class Trainer:
         self.counted += self.last_save - started  # no training time
 
 
-def captured(function, what):
-    """`function` as a CUDA graph, where replays cost no launches; as it is where that fails. It ran
-    once already; capture runs nothing. Seeds set before a replay apply, as torch's generator is
-    read when it begins."""
+@contextlib.contextmanager
+def beside_the_main_stream():
+    """Where work runs once before a CUDA graph captures it, so that libraries set up what they
+    need outside the capture."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+    torch.cuda.current_stream().wait_stream(stream)
+
+
+def captured(function, memory):
+    """`function`, which ran once already, as a CUDA graph, where replays cost no launches; as it is
+    where that fails. Capture runs nothing. Seeds set before a replay apply, as torch's generator is
+    read when it begins. Graphs share `memory`: nothing in it outlives a replay."""
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):  # libraries set up what they need outside the capture
-            function()
-        torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=memory):
             function()
     except Exception as e:  # a kernel that cannot be captured may fail in any way
-        say(f"notice: {what} is not replayed as a CUDA graph: {one_line(e)}", "stderr")
+        say(f"notice: a step is not replayed as a CUDA graph: {one_line(e)}", "stderr")
         return function
     return graph.replay
 
 
 # Members, predictions, resume state -------------------------------------------------------------
-# All of a run is files in its folder: members (bf16 weights + configuration), their p(true token),
-# the states that --resume goes on from, and the locks that say which launch trains what.
+# A run is a folder: members (bf16 weights and configuration), their p(true token), the states that
+# --resume goes on from, and locks that say which launch trains what.
 
 FORMAT = 3  # of members and states: 1 had no banks of weights, 2 hashes of weights alone
 OWN_SCRIPT = "use the train_q0.py at the head of its run's log"
@@ -1920,7 +1891,7 @@ OWN_SCRIPT = "use the train_q0.py at the head of its run's log"
 
 def write_atomically(path, write):
     """Call write(temporary path), then rename it: a reader sees the old file or the new one."""
-    tmp = path.with_name(f"{path.name}.tmp")  # of one name: what a kill left is overwritten
+    tmp = path.with_name(f"{path.name}.tmp")  # a fixed name: the next try overwrites a leftover
     try:
         write(tmp)
         with open(tmp, "rb+") as f:
@@ -1949,6 +1920,12 @@ def sha256_of(path):
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def check_sha256(path, sha256):
+    """Raise ValueError where a file is not the recorded one; None: nothing is recorded."""
+    if sha256 is not None and sha256_of(path) != sha256:
+        raise ValueError(f"the sha256 of {path.name} is not the recorded one")
+
+
 def check_format(saved):
     if saved.get("format") != FORMAT:
         raise UserError(f"it is of format {saved.get('format', 1)}, this script reads {FORMAT}: "
@@ -1956,7 +1933,7 @@ def check_format(saved):
 
 
 def save_member(folder, cfg, vocab_size, weights, position):
-    """Write `weights` {bank: tensor} in bf16 with all that is needed to load them; `position` says
+    """Write `weights` {bank: tensor} in bf16, and all that is needed to load them; `position` says
     where in the run they were taken."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "model.safetensors"
@@ -1967,7 +1944,7 @@ def save_member(folder, cfg, vocab_size, weights, position):
 
 
 def empty_member(cfg, vocab_size):
-    """A frozen GPT in evaluation mode, in the precision of `cfg`; its weights are to be filled."""
+    """A frozen GPT in evaluation mode, in the precision of `cfg`; its weights are not set yet."""
     model = GPT(cfg, vocab_size)
     return model.to(model.dtype).eval().requires_grad_(False)
 
@@ -1978,26 +1955,9 @@ def read_member(folder, sha256=None):
     with reading(f"member {folder}"):
         about = load_json(folder / "config.json")
         check_format(about)
-        if sha256 not in (None, sha256_of(folder / "config.json")):
-            raise ValueError("the sha256 of config.json is not the recorded one")
-        if sha256_of(folder / "model.safetensors") != about["sha256"]:
-            raise ValueError("the sha256 of model.safetensors is not that of config.json")
+        check_sha256(folder / "config.json", sha256)
+        check_sha256(folder / "model.safetensors", about["sha256"])
         return about, load_tensor_file(folder / "model.safetensors")
-
-
-def read_predictions(path, sha256=None):
-    """{split: float32 [tokens]} of a member. Raises UserError for a missing or damaged file."""
-    with reading(f"predictions {path}"):
-        if sha256 is not None and sha256_of(path) != sha256:
-            raise ValueError("the sha256 is not the recorded one")
-        found = load_file(path)
-        if len(found) != 2 or "heldout" not in found:
-            raise ValueError("it must hold heldout and one more split")
-        for split, p in found.items():
-            one_each = p.dtype == np.float32 and p.ndim == 1 and p.size > 0
-            if not one_each or not 0 < p.min() <= p.max() <= 1:
-                raise ValueError(f"{split} does not hold one probability per token")
-    return found
 
 
 class Predictions:
@@ -2014,15 +1974,13 @@ class Predictions:
         write_atomically(self.path(member), lambda tmp: save_file(probs, tmp))
         self.cached[member] = probs
 
-    def load(self, member, sha256=None):
-        """Read a member's file anew. Raises UserError where it is missing or damaged."""
-        self.cached[member] = read_predictions(self.path(member), sha256)
-
     def of(self, split, members):
-        """[float32 [tokens], ...] of `members`."""
+        """[float32 [tokens], ...] of `members`. Raises UserError where one's file cannot be read.
+        """
         for member in members:
             if member not in self.cached:
-                self.load(member)
+                with reading(f"predictions {self.path(member)}"):
+                    self.cached[member] = load_file(self.path(member))
         return [self.cached[member][split] for member in members]
 
     def mixtures(self, members):
@@ -2055,16 +2013,16 @@ class Progress:
     curve: list = field(default_factory=list)  # an entry a member
     train_seconds: float = 0.0
     eval_seconds: float = 0.0
-    log: list = field(default_factory=list)  # bytes of the log and of the metrics
+    log: int = 0  # bytes of the log
     kernels: dict = field(default_factory=dict)
 
 
-SILENT_SECONDS = 900  # after which a holder on another machine counts as gone
+SILENT_SECONDS = 900  # until a holder on another machine counts as gone
 
 
 class Lock:
-    """A file that one launch holds; the system lets go of it when the process ends. Where locks do
-    not reach other machines, the file's text and time tell: its holder renews it at every step."""
+    """A file that one launch has locked; the system frees it when the process ends. As such locks
+    may not reach other machines, the holder also writes its name and renews the time each step."""
     def __init__(self, path):
         self.path = path
         self.file = open(path, "a+", encoding="utf-8")
@@ -2108,18 +2066,20 @@ def locked(path):
 
 class Run:
     """The folder of a run, for a launch that trains trajectories of it."""
-    def __init__(self, folder, identity, cycles, header):
+    def __init__(self, folder, identity, cycles, about, listeners=()):
         self.folder = folder
         self.state = folder / "state"
         self.identity = identity  # a state of another configuration or other data is refused
         self.cycles = cycles  # of all trajectories
-        self.header = header  # of the log
+        self.about = about  # {key: value} at the head of the log: command, settings, data
+        self.plan = ""  # what follows it there: lines that say what the run will do
         self.edited = False  # whether it began with another script
-        self.listeners = []  # to the events of its logs
+        self.listeners = listeners  # to the events of its logs: records/live.py
         self.lock = None
 
     def claim(self, trajectory, world):
-        """Whether this launch trains the trajectory: it is neither done nor held by another."""
+        """Whether this launch trains the trajectory, which nobody has done and nobody else holds.
+        """
         if world.leader:
             lock = Lock(self.state / f"{trajectory}.lock")
             if lock.acquire():
@@ -2129,7 +2089,7 @@ class Run:
         return world.broadcast_object(self.lock is not None)
 
     def alive(self, hang_minutes):
-        """Say that this launch is at work: to its own watchdog, and to others."""
+        """Tell its own watchdog, and other launches, that this one is at work."""
         reset_watchdog(hang_minutes)
         if self.lock:
             self.lock.renew()
@@ -2141,18 +2101,17 @@ class Run:
 
     def is_done(self, trajectory):
         newest = self.generations(trajectory)[:1]
-        named_done = bool(newest) and newest[0].stem.endswith("-done")
-        return named_done and self.load_state(trajectory)[0].done  # which may be damaged
+        named_done = any(file.stem.endswith("_done") for file in newest)
+        return named_done and self.load_state(trajectory)[0].done  # the newest may be damaged
 
     def generations(self, trajectory, kind=".json"):
-        """Files of a trajectory's states, newest first: each JSON file is beside its tensors."""
-        files = self.state.glob(f"{trajectory}-{9 * '[0-9]'}*{kind}")
-        return sorted(files, key=lambda file: file.stem, reverse=True)
+        """Files of a trajectory's states, newest first; each JSON is beside its tensors."""
+        return sorted(self.state.glob(f"{trajectory}-{9 * '[0-9]'}*{kind}"), reverse=True)
 
     def save_state(self, at, tensors):
-        """Write a state: the tensors first, then the JSON that makes it valid; only then the last
-        but one is deleted."""
-        done = "-done" if at.done else ""
+        """Write a state: its tensors, then the JSON that makes it valid. Then delete all but the
+        two newest."""
+        done = "_done" if at.done else ""  # sorts behind .json
         path = self.state / f"{at.trajectory}-{at.step:09}{done}.json"
         tensor_file = path.with_suffix(".safetensors")
         write_atomically(tensor_file, lambda tmp: save_tensors(tensors, tmp))
@@ -2160,13 +2119,13 @@ class Run:
                 "tensors": sha256_of(tensor_file)}
         save_json(path, {"body": body, "sha256": digest(body)})
         keep = [f.stem for f in self.generations(at.trajectory)[:2]]
-        for old in self.generations(at.trajectory, ""):  # half-written ones of a kill, too
+        for old in self.generations(at.trajectory, ""):  # also what a kill left half written
             if old.name.partition(".")[0] not in keep:
                 old.unlink()
 
     def load_state(self, trajectory):
-        """(Progress, file of its tensors) of the newest whole state of a trajectory, or None where
-        it has none. Says so where it falls back; raises UserError where no state is whole."""
+        """(Progress, file of its tensors) of a trajectory's newest state that is whole; None if
+        there are no states. Raises UserError if none of them is whole."""
         files = self.generations(trajectory)
         for path in files:
             tensors = path.with_suffix(".safetensors")
@@ -2174,8 +2133,9 @@ class Run:
                 with reading(f"state {path}"):
                     saved = load_json(path)
                     body = saved["body"]
-                    if digest(body) != saved["sha256"] or sha256_of(tensors) != body["tensors"]:
-                        raise ValueError("a sha256 does not match")
+                    if digest(body) != saved["sha256"]:
+                        raise ValueError("its sha256 does not match")
+                    check_sha256(tensors, body["tensors"])
                     check_format(body)
                     at = Progress(**body["at"])
                     if (body["identity"], at.trajectory) != (self.identity, trajectory):
@@ -2189,32 +2149,32 @@ class Run:
                 say(f"notice: {e}: going back to the one before", "stderr")
         return None
 
-    def log_files(self, trajectory):
-        """(log, metrics) of a trajectory. The first writes the run's; the others' are joined to it
-        at the end."""
+    def log_file(self, trajectory):
+        """Where a trajectory's log goes. The first trajectory's is the run's; the others are
+        appended to it at the end."""
         part = f"_trajectory{trajectory}" if trajectory else ""
-        return self.folder / f"log{part}.txt", self.folder / f"metrics{part}.jsonl"
+        return self.folder / f"log{part}.txt"
 
-    def open_log(self, trajectory, sizes=()):
-        """The log of a trajectory, anew or where log and metrics had `sizes` bytes: what followed
-        comes again."""
-        log = Log(*self.log_files(trajectory), sizes or (0, 0), self.listeners)
-        if not sizes and trajectory == 0:
+    def open_log(self, trajectory, size=0):
+        """The log of a trajectory, cut to its first `size` bytes: what followed comes again."""
+        log = Log(self.log_file(trajectory), size, self.listeners)
+        if not size and trajectory == 0:
             line = "=" * 100
-            log.text.write(f"{SOURCE}{line}\n{self.header}\n{line}\n")
+            head = json.dumps(self.about, indent=1)
+            log.text.write(f"{SOURCE}{line}\n{head}\n{self.plan}\n{line}\n")
         if self.edited:
             log.line("notice: from here on the script is another one (--allow-edited)")
         return log
 
 
 # Processes --------------------------------------------------------------------------------------
-# All ranks of a launch train one trajectory after the other. Trajectories do not communicate, so
-# side by side means several launches of one run, on one machine or many: each takes the next that
-# is neither done nor held, and whoever finishes the last one fits the prior.
+# All ranks of a launch train one trajectory after the other. Trajectories do not communicate, so to
+# train them side by side start several launches of one run, on one machine or many: each takes the
+# next trajectory that nobody has done or holds, and who finishes the last one writes the result.
 
 @dataclass(frozen=True)
 class World:
-    """The ranks of a launch. With size 1 every exchange is the identity."""
+    """The ranks of a launch. With one rank every exchange is the identity."""
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
@@ -2243,7 +2203,7 @@ class World:
             dist.all_reduce(tensor)
 
     def largest(self, value):
-        """The largest of the ranks' ints; no device is waited for."""
+        """The ranks' largest int. It is on the CPU: no device is waited for."""
         box = torch.tensor(value)
         if self.size > 1:
             dist.all_reduce(box, op=dist.ReduceOp.MAX)
@@ -2276,20 +2236,20 @@ class World:
             dist.all_gather_object(abouts, about)
         first = abouts[0]
         for rank, other in enumerate(abouts):
-            bad = [k for k in {**first, **other} if other.get(k) != first.get(k)]
-            if bad:
-                raise UserError(f"rank {rank} differs from rank 0 in {bad[0]}: "
-                                f"{other.get(bad[0])}, not {first.get(bad[0])}; start every "
-                                "process with the same flags and data")
+            for key in {**first, **other}:
+                if other.get(key) != first.get(key):
+                    raise UserError(
+                        f"rank {rank} differs from rank 0 in {key}: {other.get(key)}, not "
+                        f"{first.get(key)}; start every process with the same flags and data")
 
 
-SIGNALS = [number for number in signal.Signals  # also of a closed terminal, and a cluster's
+SIGNALS = [number for number in signal.Signals  # of users, closed terminals and schedulers
            if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP")]
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop at the next step; a second one of its kind kills."""
-    signal = 0  # that was heard
+    """A signal asked the run to stop after the step; a second one kills."""
+    signal = 0  # the one that was heard
 
     @classmethod
     def heard(cls, number, frame):
@@ -2299,7 +2259,7 @@ class Stopped(Exception):
 
 
 def suspend(number, frame):
-    """Ctrl-Z: the time until the run is woken does not count as hanging."""
+    """Ctrl-Z: the time until the run continues does not count as hanging."""
     faulthandler.cancel_dump_traceback_later()
     os.kill(os.getpid(), signal.SIGSTOP)
 
@@ -2329,18 +2289,15 @@ def set_by_torchrun(name, alone):
 
 @contextlib.contextmanager
 def set_up_world(cfg):
-    """Context of the processes that torchrun started, or of one."""
-    rank = set_by_torchrun("RANK", 0)
+    """Yield the World of the processes that torchrun started, or of this one alone."""
     size = set_by_torchrun("WORLD_SIZE", 1)
-    if rank >= size:
-        raise UserError(f"environment variable RANK is {rank}, but WORLD_SIZE is {size}: unset "
-                        "both if you meant one process")
+    rank = set_by_torchrun("RANK", 0) if size > 1 else 0
     check_divides(cfg, size)
     device = torch.device(cfg.device)
     if cfg.device == "cuda":
         device = torch.device("cuda", set_by_torchrun("LOCAL_RANK", 0))
         torch.cuda.set_device(device)
-        # of a bf16 model only products of bf16 values are in float32: TF32's 11 bits hold their 8
+        # what a bf16 model multiplies in float32 are bf16 values: TF32's 11 bits hold their 8
         torch.backends.cuda.matmul.allow_tf32 = cfg.precision == "bfloat16"
     elif sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # keep freed memory: returning it to the system cost 3-9% of a step of tiny
@@ -2357,12 +2314,11 @@ def set_up_world(cfg):
         store, _, _ = next(dist.rendezvous("env://", timeout=JOIN_TIME))
     except (ValueError, dist.DistError) as e:
         raise UserError(f"the other {size - 1} processes are not there: {one_line(e)}") from None
-    # a store that torchrun keeps over a restart still holds the addresses of the processes before
+    # torchrun may keep its store over a restart, with the addresses of the processes before
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
     backend = "cpu:gloo,cuda:nccl" if cfg.device == "cuda" else "gloo"
     patience = datetime.timedelta(minutes=max(WARM_UP_MINUTES, cfg.hang_minutes))
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=patience)
-    world.agree({**method_settings(cfg), "train_q0.py": digest(SOURCE)})
     yield world
     dist.destroy_process_group()
 
@@ -2370,7 +2326,7 @@ def set_up_world(cfg):
 # Log --------------------------------------------------------------------------------------------
 
 def say(text, to="stdout"):
-    """Print `text`; where that output is closed or full, a run goes on without it."""
+    """Print `text`; if that output is closed or full, the run goes on without it."""
     try:
         print(text, file=getattr(sys, to), flush=True)
     except (OSError, RuntimeError):  # or a signal came while another line was printed
@@ -2378,86 +2334,47 @@ def say(text, to="stdout"):
 
 
 class Log:
-    """log.txt and metrics.jsonl of a run or of one of its trajectories, and the terminal."""
-    def __init__(self, path, metrics_path, sizes, listeners=()):
-        """Go on where the files had `sizes` bytes. `listeners`: see records/live.py."""
+    """log.txt of a run or of one of its trajectories, and the terminal."""
+    def __init__(self, path, size=0, listeners=()):
+        """Go on after the first `size` bytes."""
         self.listeners = listeners
         self.text = open(path, "a", encoding="utf-8", buffering=1)
-        self.metrics = open(metrics_path, "a", encoding="utf-8", buffering=1)
-        for file, size in zip((self.text, self.metrics), sizes):
-            file.truncate(min(size, os.fstat(file.fileno()).st_size))
+        self.text.truncate(min(size, self.text.tell()))
 
     def position(self):
-        """Bytes of the log and of the metrics, on the disk as is the state that holds them."""
-        for file in (self.text, self.metrics):
-            os.fsync(file.fileno())
-        return [os.fstat(file.fileno()).st_size for file in (self.text, self.metrics)]
+        """Bytes written so far; they are on the disk before the state that holds the number."""
+        os.fsync(self.text.fileno())
+        return self.text.tell()
 
     def line(self, text):
         self.text.write(text + "\n")
         say(text)
 
-    def record(self, *flags, **pairs):
-        """Write key:value pairs, where a pair of numbers is a/b, and in the metrics JSON. Returns
-        the line."""
-        kind = flags[0] if flags else next(iter(pairs))
-        self.metrics.write(json.dumps({"event": kind, **pairs}) + "\n")
-        line = " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
-        self.text.write(line + "\n")
-        return line
-
     def event(self, *flags, **pairs):
-        """Record key:value pairs, show and tell them."""
-        say(self.record(*flags, **pairs))
+        """Write and show key:value pairs, and tell the listeners."""
+        self.line(event_line(*flags, **pairs))
         for listener in self.listeners:
             listener.event(*flags, **pairs)
 
-    def append(self, parts, curve, key):
-        """Add the files of another trajectory; its ensembles anew, as by now more members may have
-        come before it."""
-        for file, part in zip((self.text, self.metrics), parts):
-            for line in part.read_text(encoding="utf-8").splitlines(keepends=True):
-                if not line.startswith(("ensemble ", '{"event": "ensemble"')):
-                    file.write(line)
-        for entry in curve:
-            for pairs in ensembles(entry, key):
-                self.record("ensemble", **pairs)
-
 
 def ensembles(entry, key):
-    """What the log says of a curve's entry: the losses of all members so far."""
+    """The events of a curve's entry: losses of all members so far, mixed in two ways."""
     n = entry["of"]
     yield {"members": n, "k": n, "prior": "uniform", key: entry["uniform"]}
     yield {"members": n, "k": n, "prior": "learned", key: entry["learned"], "gap": entry["gap"]}
 
 
+def event_line(*flags, **pairs):
+    return " ".join([*flags, *(f"{k}:{shown(k, v)}" for k, v in pairs.items())])
+
+
 def shown(key, value):
+    """A value as the log has it: a pair of numbers is a/b."""
     if isinstance(value, float):
         return f"{value:.5f}" if key.endswith(("loss", "gap")) else f"{value:.4g}"
     if isinstance(value, tuple):
         return f"{value[0]}/{value[1]}"
     return value
-
-
-def machine(world):
-    """Versions and hardware, for the log."""
-    cpu = platform.processor()
-    with contextlib.suppress(OSError, TypeError):
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    gpu = "none"
-    if world.device.type == "cuda":
-        gpu = f"{torch.cuda.get_device_name()} (CUDA {torch.version.cuda})"
-    return {"python": platform.python_version(), "torch": torch.__version__,
-            "numpy": np.__version__, "system": platform.platform(), "cpu": cpu,
-            "threads": torch.get_num_threads(), "gpu": gpu, "processes": world.size}
-
-
-def peak_memory_mb(device):
-    """Of the GPU's allocator, or of this process; None where the system does not tell."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 20
-    unit = 2 ** 20 if sys.platform == "darwin" else 1024
-    return resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 # Commands ---------------------------------------------------------------------------------------
@@ -2468,15 +2385,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def config_parser(extra, preset):
-    """Parser with a flag for each Config field, with the defaults of `preset` in its help, after
-    those of `extra` {name: options}."""
+    """A parser of the flags `extra` {names: options} and of one for each Config field; its help
+    shows the defaults of `preset`."""
     p = Parser(prog="train_q0.py", description=__doc__, allow_abbrev=False,
                formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, options in extra.items():
-        names = [flag(name), "--name"] if name == "run" else [flag(name)]
-        p.add_argument(*names, **options)
-    base = Config(**{**PRESETS.get(preset, {}), "preset": preset})
-    derived, _ = resolve(base)
+    for names, options in extra.items():
+        p.add_argument(*names.split(), **options)
+    defaults, why = resolve(Config(**{**PRESETS.get(preset, {}), "preset": preset}))
     kinds = {"bool": dict(action=argparse.BooleanOptionalAction)}
     for of in (int, float, str):
         kinds[of.__name__] = dict(type=of, metavar=of.__name__.upper())
@@ -2484,10 +2399,9 @@ def config_parser(extra, preset):
         text = f.metadata["why"]
         if f.metadata["choices"]:
             text += f" ({', '.join(f.metadata['choices'])})"
-        default = getattr(base, f.name)
-        value = getattr(derived, f.name)
-        if value != default:
-            default = f"derived: {value}"
+        default = getattr(defaults, f.name)
+        if f.name in why:
+            default = f"derived: {default}"
         if f.name in GROUPS:
             group = p.add_argument_group(GROUPS[f.name])
         group.add_argument(flag(f.name), help=f"{text} [{default}]", **kinds[f.type.split(" ")[0]])
@@ -2500,278 +2414,166 @@ def suggestion(word, known):
     return f"did you mean {near[0]}? " if near else ""
 
 
-def parse_config(argv, **extra):
-    """Config from flags, defaults from the preset. Returns (cfg, reasons, namespace)."""
+def parse_config(argv, extra={}):
+    """Config from flags, defaults from the preset; `extra` are more flags {names: options}. Returns
+    (cfg, reasons, namespace)."""
     preset = dict(zip(argv, argv[1:])).get("--preset", "tiny")
     known, unknown = config_parser(extra, preset).parse_known_args(argv)
     if unknown:
         near = suggestion(unknown[0].split("=")[0], map(flag, vars(known)))
         raise UserError(f"unknown argument {unknown[0]}: {near}see --help")
-    given = {k: v for k, v in vars(known).items() if v is not None and k not in extra}
+    given = {k: v for k, v in vars(known).items() if v is not None and hasattr(Config, k)}
     reason = "given"
     if getattr(known, "resume", None) is not None:
-        given = {**saved_config(known.resume, given), **given}
+        given = {**saved_config(known.resume), **given}
     elif "preset" not in given:
-        given["preset"], reason = default_preset(given.get("device"))
+        given["preset"], reason = default_preset(given)
     cfg, why = resolve(Config(**{**PRESETS.get(given["preset"], {}), **given}))
     return cfg, {"preset": reason, **why}, known
 
 
-def default_preset(device):
-    """(preset, reason) of a run that names none. Raises UserError where its data are missing."""
-    if not torch.cuda.is_available() or device in ("cpu", "mps"):
+def default_preset(given):
+    """(preset, reason) of a run that names none; the larger ones need FineWeb."""
+    if not torch.cuda.is_available() or given.get("device") in ("cpu", "mps"):
         return "tiny", "no GPU in use"
+    if "data" in given:
+        return "tiny", "--data is given"
     room = torch.cuda.get_device_properties(0).total_memory / 1e9
     preset = next(name for name, needed in NEEDS.items() if needed <= room)
     if preset != "tiny" and not (ROOT / PUBLISHED["data"] / "manifest.json").exists():
-        raise UserError("a GPU but no FineWeb shards: run python data/prepare.py fineweb, or give "
-                        "--preset tiny")
+        return "tiny", "no FineWeb for a larger one: python data/prepare.py fineweb"
     return preset, f"the largest that fits the GPU's {room:.0f} GB"
 
 
-def saved_config(run, given):
-    """Settings of a run that is resumed. Raises UserError where `given` ones differ."""
+def saved_config(run):
+    """Settings of a run that is resumed, for the machine at hand."""
     path = find_run(run) / "run.json"
+    machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
     with reading(path, "; start a new run"):
-        saved = load_json(path)["config"]
-        machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
-        base = asdict(Config(**{**saved, **machine_bound}))
-    differ = [f"{flag(k)} {v} (not {base[k]})" for k, v in given.items()
-              if k not in MACHINE and v != base[k]]
-    if differ:
-        raise UserError(f"--resume {run} has settings of its own: leave out {', '.join(differ)}")
-    return base
+        return asdict(Config(**{**load_json(path)["config"], **machine_bound}))
 
 
 def find_data(cfg):
     folder = Path(cfg.data)
-    return folder if folder.is_absolute() or folder.exists() else ROOT / folder
+    return folder if folder.exists() else ROOT / folder
 
 
 def find_run(name):
     for folder in (LOGS / name, Path(name)):
         if folder.is_dir():
             return folder
-    runs = sorted(LOGS.glob("[!.]*"), key=lambda run: -run.stat().st_mtime)
-    newest = "".join(f"; there is {run.name}" for run in runs[:3])
-    raise UserError(f"no run {name} under {LOGS}{newest}")
+    raise UserError(f"no run {name} under {LOGS}: the command `runs` lists what there is")
 
 
 def check_plain(option, name):
     """Raise UserError where `name` cannot be the name of a new run."""
-    if Path(name).name != name or name in ("", ".", ".."):
+    if Path(name).name != name or name in ("", ".."):
         raise UserError(f"{option} {name} must be a plain name: the run is written to logs/NAME")
-
-
-def describe(cfg, why, epoch_tokens, vocab_size):
-    """Lines that say what a run will do and why."""
-    cycles = sum(plan_cycles(cfg, epoch_tokens), [])
-    table = parameter_table(cfg, vocab_size)
-    params = sum(math.prod(row.bank_shape) for row in table.values())
-    model, teacher = flops_per_token(cfg, vocab_size)
-    tokens = sum(c.steps * c.rows for c in cycles) * cfg.seq_len
-    lines = [f"{name}: {getattr(cfg, name)} ({reason})" for name, reason in why.items()]
-    return lines + [
-        f"population: {cfg.trajectories} trajectories x {cfg.cycles} cycles = {len(cycles)} "
-        f"members, {cfg.epochs} epochs (first cycle {cycles[0].epochs}, last {cycles[-1].epochs}), "
-        f"{sum(c.distilled for c in cycles)} members distilled",
-        f"steps: {sum(c.steps for c in cycles)} of {cfg.batch_tokens} tokens "
-        f"({cfg.edge_batch_tokens} at the edges), {tokens} tokens in all, {epoch_tokens} an epoch",
-        f"parameters: {params}; FLOPs per token: {model:.4g} training, {teacher:.4g} teacher"]
 
 
 def command_train(argv):
     """Train, or go on with a run, in as many processes as torchrun started."""
-    cfg, why, args = parse_config(
-        argv, run=dict(metavar="NAME", help="name of the run under logs/ [a timestamp]; launches "
-                       "of one name and the same flags share its trajectories; under torchrun say "
-                       "--name"),
-        resume=dict(metavar="RUN", help="go on with a run that was stopped, with its own settings"),
-        allow_edited=dict(action="store_true", help="go on though the script was edited since; the "
-                          "run cannot be a record"),
-        track=dict(choices=["tensorboard", "wandb", "trackio"], help="draw its curves there, too"),
-        profile=dict(action="store_true", help="time every operation of a few steps: a table, and "
-                     "a trace in the run's folder"))
-    Stopped.signal = 0
-    before = {number: signal.signal(number, signal.SIG_DFL)  # no Python runs while ranks join
-              for number in SIGNALS
-              if signal.getsignal(number) != signal.SIG_IGN}  # as nohup leaves it
-    try:
-        with set_up_world(cfg) as world:
-            for number in before:
-                heard = suspend if number.name == "SIGTSTP" else Stopped.heard
-                signal.signal(number, heard)
-            launch(cfg, why, args, world)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    cfg, why, args = parse_config(argv, {
+        "--run --name": dict(
+            metavar="NAME", help="name of the run under logs/ [the time]; launches of one name and "
+            "the same flags share its trajectories; under torchrun say --name"),
+        "--resume": dict(
+            metavar="RUN", help="go on with a run that was stopped, with its own settings"),
+        "--allow-edited": dict(
+            action="store_true", help="go on though the script was edited since; the run cannot be "
+            "a record"),
+        "--track": dict(
+            choices=["tensorboard", "wandb", "trackio"], help="draw its curves there, too"),
+        "--profile": dict(
+            action="store_true", help="time every operation of a few steps: a table, and a trace "
+            "in the run's folder")})
+    numbers = [n for n in SIGNALS if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores some
+    for number in numbers:
+        signal.signal(number, signal.SIG_DFL)  # Python hears nothing while the ranks join
+    with set_up_world(cfg) as world:
+        for number in numbers:
+            signal.signal(number, suspend if number.name == "SIGTSTP" else Stopped.heard)
+        launch(cfg, why, args, world)
 
 
 def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     if args.run is not None:
         check_plain("--run", args.run)
-    heard_by = []
+    listeners = []
     if world.leader:
         try:
-            from records.live import listeners
-            heard_by = listeners(args)
+            from records import live
+            listeners = live.begin(cfg, why, args)
         except ImportError as e:
-            say(f"notice: no status line, curve, --track, --profile: {one_line(e)}", "stderr")
-        prepare_default_data(cfg)
-    world.broadcast_object(None)  # the others wait for the data
+            say(f"notice: without records/ a launch only trains: {one_line(e)}", "stderr")
+    now = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
+    name = args.resume or args.run or now
+    name = world.broadcast_object(name)  # the other ranks also wait for the data
     corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
     population = None
     if cfg.teacher:
         from records.population import load_teacher
         population = load_teacher(cfg, corpus.vocab_size, world.device)
         corpus.hashes["teacher"] = population.digest
-    world.agree(corpus.hashes)
-    epoch_tokens = corpus.train_sequences * cfg.seq_len
-    cycles = plan_cycles(cfg, epoch_tokens)
-    name = args.resume or args.run or world.broadcast_object(world.leader and new_name())
+    identity = {**method_settings(cfg), **corpus.hashes}
+    world.agree({**identity, "train_q0.py": digest(SOURCE)})
+    cycles = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     about = {"command": " ".join(sys.argv),
              "time": datetime.datetime.now().isoformat(timespec="seconds"),
-             "machine": machine(world), "config": asdict(cfg),
-             "data": {"name": corpus.name, **corpus.hashes}, "script": digest(SOURCE)}
-    lines = "\n".join(describe(cfg, why, epoch_tokens, corpus.vocab_size))
-    run = Run(find_run(name) if args.resume else LOGS / name,
-              {**method_settings(cfg), **corpus.hashes}, sum(cycles, []),
-              f"{json.dumps(about, indent=1)}\n{lines}")
-    run.listeners = heard_by
+             "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes},
+             "script": digest(SOURCE)}
+    folder = find_run(name) if args.resume else LOGS / name
+    run = Run(folder, identity, sum(cycles, []), about, listeners)
     if world.leader:
-        open_run(run, about, find_data(cfg), args.allow_edited)
-    if world.broadcast_object((run.folder / "result.json").exists()):
+        open_run(run, args.allow_edited)
+    if world.broadcast_object((folder / "result.json").exists()):
         if world.leader:
-            say(f"{name} is complete: {run.folder}")
+            say(f"{name} is complete: {folder}")
         return
-    if world.leader:
-        say(lines)
+    for listener in listeners:
+        listener.open(run, corpus, world)
     trainer = Trainer(cfg, corpus, world, run, population)
     try:
-        for listener in run.listeners:
+        for listener in listeners:
             listener.start(trainer)
         train(trainer, cycles)
-        if world.leader:
-            finish_run(trainer, about)
+        for listener in listeners:
+            listener.finish(trainer)
     finally:
         run.release()
-        for listener in run.listeners:
+        for listener in listeners:
             listener.close()
 
 
-def new_name():
-    """A name that no other run has: the time, once it is not taken."""
-    while True:
-        name = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        with contextlib.suppress(FileExistsError):
-            (LOGS / name).mkdir(parents=True)
-            return name
-        time.sleep(1)
-
-
-def prepare_default_data(cfg):
-    """Fetch the default corpus where it is missing. Ends where that fails."""
-    folder = find_data(cfg)
-    if cfg.data != Config.data or (folder / "manifest.json").exists():
-        return
-    say(f"{folder} is missing: preparing the default corpus (python data/prepare.py wiki)")
-    done = subprocess.run([sys.executable, ROOT / "data/prepare.py", "wiki"])
-    if done.returncode:  # it said why
-        sys.exit(done.returncode)
-
-
-def open_run(run, about, data, allow_edited=False):
-    """Make the folder of a run, or join the launches that share it. Raises UserError where it holds
-    a run of other settings or data, or of another script (`allow_edited`: its log will say so)."""
-    folder = run.folder
-    for part in ("state", "predictions", "data"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    with locked(folder / "state/setup.lock"):
-        if (folder / "run.json").exists():
-            with reading(folder / "run.json"):
-                saved = load_json(folder / "run.json")
-                identity = {**saved["config"], **saved["data"]}
-            differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
-            run.edited = saved.get("script") != about["script"]
-            if run.edited and not allow_edited:
-                differ.append("the script (--allow-edited goes on; then it is no record)")
-            if differ:
-                raise UserError(f"{folder} exists and differs in {', '.join(differ)}: give another "
-                                "--run name, or the settings, data and script it began with")
-        for file in ("manifest.json", "tokenizer.tiktoken"):  # what turns tokens into text
-            if (data / file).exists() and not (folder / "data" / file).exists():
-                copy = functools.partial(shutil.copyfile, data / file)
-                write_atomically(folder / "data" / file, copy)
-        if not (folder / "run.json").exists():
-            save_json(folder / "run.json", about)
-
-
-def finish_run(trainer, about):
-    """Where every trajectory is done, write the log's end and the result: the final loss first,
-    then what each number of members is worth."""
-    run = trainer.run
-    cfg = trainer.cfg
-    trajectories = range(cfg.trajectories)
-    if not all(run.is_done(j) for j in trajectories):
-        say(f"other launches train {run.folder.name}: the last to finish writes the result; one "
-            f"on another machine counts as gone after {SILENT_SECONDS // 60} silent minutes")
-        return
-    with locked(run.state / "result.lock"):
-        if (run.folder / "result.json").exists():  # another launch ended just now
-            return
-        states = [run.load_state(j)[0] for j in trajectories]
-        log = run.open_log(0, states[0].log)
-        numbers, curve = summarize(trainer, states)
-        for at in states[1:]:  # as if one launch had trained all in turn
-            log.append(run.log_files(at.trajectory), at.curve, f"{cfg.report}_loss")
-        log.event(**numbers)
-        result = {**numbers, "curve": curve, "kernels": states[-1].kernels, **about}
-        try:
-            from records.population import finish
-            result["table"], lines = finish(trainer, curve)
-            log.line("\n".join(lines))
-        except ImportError as e:
-            say(f"notice: there is no table and no curve.png: {one_line(e)}", "stderr")
-        save_json(run.folder / "result.json", result)  # last: the run is complete
-        for j in trajectories[1:]:
-            for part in run.log_files(j):
-                part.unlink()
-    say(f"written to {run.folder}")
-
-
-def summarize(trainer, states):
-    """({name: number} for the log's last line, curve) of a run whose trajectories are all done."""
-    cfg = trainer.cfg
-    predictions = trainer.predictions
-    curve = [entry for at in states for entry in at.curve]
-    for n, entry in enumerate(curve, 1):
-        predictions.load(entry["member"], entry["predictions"])
-        if entry["of"] != n:  # fitted before the other trajectories' members were there
-            entry |= predictions.mixtures(range(n))
-    flops = run_flops(cfg, trainer.run.cycles, trainer.corpus.vocab_size, trainer.population)
-    total = sum(flops.values())
-    seconds = sum(at.train_seconds for at in states)
-    return {f"final_{cfg.report}_loss": curve[-1]["learned"], "members": len(curve),
-            "k": len(curve), "epochs": cfg.epochs, "flops": total,
-            "teacher_flops": flops["teacher"], "tflops": total / seconds / 1e12,
-            f"uniform_{cfg.report}_loss": curve[-1]["uniform"],
-            f"last_member_{cfg.report}_loss": curve[-1]["loss"],
-            "train_seconds": seconds, "eval_seconds": sum(at.eval_seconds for at in states),
-            "peak_memory_mb": peak_memory_mb(trainer.world.device)}, curve
+def open_run(run, allow_edited):
+    """Make a run's folder, or join the launches that share it. Raises UserError if it holds a run
+    of other settings, other data or, without `allow_edited`, another script."""
+    path = run.folder / "run.json"
+    for part in ("state", "predictions"):
+        (run.folder / part).mkdir(parents=True, exist_ok=True)
+    with locked(run.state / "setup.lock"):
+        if not path.exists():
+            save_json(path, run.about)
+    with reading(path):
+        saved = load_json(path)
+        identity = {**saved["config"], **saved["data"]}
+    differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+    run.edited = saved.get("script") != run.about["script"]
+    if run.edited and not allow_edited:
+        differ.append("the script (--allow-edited goes on; then it is no record)")
+    if differ:
+        raise UserError(f"{run.folder} exists and differs in {', '.join(differ)}: give another "
+                        "--run name, or the settings, data and script it began with")
 
 
 def find_command(name):
     """The function of a command that does not train."""
     try:
-        from records.commands import COMMANDS
+        from records.commands import find
     except ModuleNotFoundError as e:
         raise UserError(f"{name} needs records/ beside this script: {e}") from None
-    if name not in COMMANDS:
-        raise UserError(f"unknown command {name}: {suggestion(name, COMMANDS)}give flags to train, "
-                        f"or one of {', '.join(COMMANDS)}")
-    return COMMANDS[name]
+    return find(name)
 
 
 def main(argv=None):
@@ -2792,9 +2594,6 @@ def main(argv=None):
     except Stopped:
         say("stopped; its state is saved: go on with --resume and the run's name", "stderr")
         return 128 + Stopped.signal
-    except KeyboardInterrupt:
-        say("interrupted", "stderr")
-        return 130
     except Exception as e:
         full = isinstance(e, (MemoryError, torch.OutOfMemoryError))
         if not full and "allocate memory" not in str(e):

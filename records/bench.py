@@ -45,6 +45,8 @@ if __name__ == "__main__":  # run as a file, Python looks for modules in records
     sys.path.insert(0, str(ROOT))
 import train_q0 as q
 from records import cost, plan
+from records.flops import flops_per_token
+from records.launch import machine
 from records.mixture import Mixture, Text
 
 CUDA = torch.cuda.is_available()
@@ -412,7 +414,7 @@ class Training:
         self.trainer.share.fill_(1 / self.count)
         shape = (cfg.micro_batch, cfg.seq_len + 1)
         self.tokens = torch.randint(vocab, shape, device=world.device)
-        self.flops, teacher = q.flops_per_token(cfg, vocab)  # a token
+        self.flops, teacher = flops_per_token(cfg, vocab)  # a token
         if taught:
             self.flops += teacher
 
@@ -589,7 +591,7 @@ def scaling(shapes=SHAPES):
             continue
         speed = json.loads(lines[0])["tokens/s"]
         base = base or speed
-        flops, _ = q.flops_per_token(tiny(**changes), 2048)
+        flops, _ = flops_per_token(tiny(**changes), 2048)
         yield {
             "width": shape.width,
             "sequence": T,
@@ -760,22 +762,22 @@ def text():
 
 @dataclass(frozen=True)
 class Case:
-    """A step to model, and what one H100 measured of it before the core was rewritten."""
+    """A step to model, and what one H100 measured of it, without CUDA graphs."""
     preset: str
     changes: dict
-    before: dict = field(default_factory=dict)
+    measured: dict = field(default_factory=dict)
 
 
-SHORT_Q0 = dict(layers=8, loop_first=4, loop_last=5, micro_batch=4)
 LARGER_TINY = dict(
     train_tokens=0, layers=6, width=384, mlp_hidden=1024, batch_tokens=16384, micro_batch=64)
 CASES = [
-    Case("q0", {}, {"micro-batch ms": 323.8, "with teacher ms": 394.6, "update ms": 192.0}),
-    Case("q0", dict(micro_batch=4)),
-    Case("q0", dict(micro_batch=4, recompute=True)),
-    Case("q0", SHORT_Q0, {"micro-batch ms": 146.1}),
-    Case("small", {}, {"micro-batch ms": 36.85, "update ms": 9.54}),
-    Case("tiny", LARGER_TINY)]
+    Case("q0", {}, {"micro-batch ms": 434.8, "with teacher ms": 564.4, "update ms": 203.3}),
+    Case("q0", dict(recompute=True)),
+    Case("q0", dict(micro_batch=2), {
+        "micro-batch ms": 257.7, "with teacher ms": 312.1, "update ms": 201.4}),
+    Case("small", {}, {"micro-batch ms": 35.2, "with teacher ms": 47.8, "update ms": 11.9}),
+    Case("tiny", LARGER_TINY, {
+        "micro-batch ms": 13.0, "with teacher ms": 17.5, "update ms": 7.8})]
 # milliseconds on an H100, of bench.py --gpu, 2026-11-27
 ORTHOGONALIZED = {
     (30, 2048, 2048): 11.5,
@@ -829,7 +831,7 @@ def kernel_rows():
             recorder = cost.Recorder()
             with cost.on_meta(recorder):
                 part = cost.record(recorder, functools.partial(function, *shape))
-            modelled = 1000 * part.seconds(launch=0)
+            modelled = 1000 * part.seconds(graphed=True)
             yield {
                 "what": f"{what} {shape}",
                 "modelled ms": modelled,
@@ -837,15 +839,15 @@ def kernel_rows():
                 "deviation": f"{modelled / ms - 1:+.1%}"}
 
 
-def modelled_row(name, part, flops, before):
+def modelled_row(name, part, flops, measured):
     """A part of a step; flops 0: it has no MFU."""
     seconds = part.seconds()
-    graphed = part.seconds(launch=0)
+    graphed = part.seconds(graphed=True)
     share = flops / plan.H100_FLOPS
     return {
         "part": name,
         "modelled ms": 1000 * seconds,
-        "measured before": before.get(f"{name} ms", "-"),
+        "measured": measured.get(f"{name} ms", "-"),
         "MFU": share / seconds if flops else "-",
         "CUDA graphs, ms": 1000 * graphed,
         "their MFU": share / graphed if flops else "-",
@@ -856,15 +858,15 @@ def modelled_row(name, part, flops, before):
 
 def modelled_rows(case, cfg, vocab, step):
     tokens = cfg.micro_batch * cfg.seq_len
-    model, teacher = q.flops_per_token(cfg, vocab)
-    yield modelled_row("micro-batch", step.micro_batch, tokens * model, case.before)
+    model, teacher = flops_per_token(cfg, vocab)
+    yield modelled_row("micro-batch", step.micro_batch, tokens * model, case.measured)
     if step.taught is not None:
-        yield modelled_row("with teacher", step.taught, tokens * (model + teacher), case.before)
-    yield modelled_row("update", step.update, 0, case.before)
+        yield modelled_row("with teacher", step.taught, tokens * (model + teacher), case.measured)
+    yield modelled_row("update", step.update, 0, case.measured)
     count = cfg.batch_tokens // tokens
     speeds = []
-    for launch in (cost.LAUNCH, 0):
-        whole = count * step.micro_batch.seconds(launch) + step.update.seconds(launch)
+    for graphed in (False, True):
+        whole = count * step.micro_batch.seconds(graphed) + step.update.seconds(graphed)
         speeds.append(count * tokens / whole)
     yield {
         "micro-batches a step": count,
@@ -1155,7 +1157,7 @@ def report(args, table):
         output.add("**These numbers mean nothing.**")
     about = {
         "date": f"{datetime.datetime.now():%Y-%m-%d %H:%M}",
-        **q.machine(q.World(device=DEVICE)),
+        **machine(q.World(device=DEVICE)),
         "triton": getattr(q.triton, "__version__", "none"),
         "cores": os.cpu_count(),
         "load before": " ".join(f"{x:.1f}" for x in os.getloadavg())}

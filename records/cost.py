@@ -463,8 +463,9 @@ TILE = (128, 256)  # rows and columns of a product that one multiprocessor makes
 PROLOGUE = 256  # steps of the inner loop that a tile's beginning and end cost
 MULTIPROCESSORS = 132
 BANDWIDTH = 0.9 * 3.0e12  # bytes a second: 0.9 of what a copy reaches
-LOSS_BANDWIDTH = {False: 2.2e12, True: 1.46e12}  # of rows_loss, by whether there is a teacher
-LAUNCH = 3e-6  # seconds before each kernel, where no graph replays it
+LOSS_BANDWIDTH = {False: 2.53e12, True: 2.0e12}  # of rows_loss, by whether there is a teacher
+GAP = 3e-6  # seconds of the GPU between two kernels
+HOST = 70e-6  # of the host, to launch a kernel that no graph replays
 
 
 def product_seconds(kernel):
@@ -516,9 +517,10 @@ class Part:
     def kernels(self):
         return list(kernels(self.ops))
 
-    def seconds(self, launch=LAUNCH):
-        """Modelled time; `launch` is 0 where a CUDA graph replays it."""
-        return sum(seconds(k) + launch for k in self.kernels)
+    def seconds(self, graphed=False):
+        """Modelled time; where no CUDA graph replays it, small kernels wait for the host."""
+        device = sum(seconds(k) + GAP for k in self.kernels)
+        return device if graphed else max(device, HOST * len(self.kernels))
 
     @property
     def flops(self):

@@ -16,7 +16,7 @@ import train_q0 as q
 from records import gate
 from records.mixture import load_tokenizer
 from records.population import (
-    REMOTE, RESULT_BYTES, has_weights, load_predictions, recorded_hashes)
+    REMOTE, RESULT_BYTES, has_weights, load_predictions, read_predictions, recorded_hashes)
 from records.use import parser_of, report_split
 
 REPO = r"[\w.-]+/[\w.-]+"
@@ -322,7 +322,7 @@ def model_card(run, repo, files):
             parameters=sum(math.prod(bank.bank_shape) for bank in table.values()),
             layers=cfg.layers, width=cfg.width, seq_len=cfg.seq_len,
             vocab_size=member["vocab_size"], rows="\n".join(rows),
-            split=report_split(q.read_predictions(run / "predictions/0.safetensors")),
+            split=report_split(read_predictions(run / "predictions/0.safetensors")),
             picture="\n![Loss against epochs](curve.png)\n" if "curve.png" in files else "",
             k=min(members, 4), data=manifest["name"],
             description=manifest["source"].get("description", "text of its author's"),

@@ -1,6 +1,9 @@
-"""What a run under way shows: a status line on a terminal, curve.png at every member, curves in a
-tracker (--track), the cost of its operations (--profile). They listen to the events of its log, and
-none of them ends a run: after a fault it is off."""
+"""What a launch does beside training. Its listeners hear when its run is open (`open`), before the
+first step (`start`), of each event of its log (`event`, as the log itself), after the last step
+(`finish`) and when it ends in any way (`close`); each has the methods that it needs. One writes the
+result (records/launch.py). The others show a run under way: a status line on a terminal, curve.png
+at every member, curves in a tracker (--track), the cost of its operations (--profile). None of
+these ends a run: after a fault it is off."""
 import contextlib
 import functools
 import os
@@ -11,11 +14,13 @@ import torch
 
 import train_q0 as q
 from records import plot
+from records.launch import Report, fetch_default_corpus
 from records.track import Tracker
 
 
-def listeners(args):
-    """Those of a launch. Raises UserError where one lacks its library."""
+def begin(cfg, why, args):
+    """The listeners of a launch, whose default corpus is there then; `why` has the reasons of its
+    settings. Raises UserError where a listener lacks its library."""
     found = [Curve()]
     if args.track:
         found.append(Tracker(args.track))
@@ -23,24 +28,28 @@ def listeners(args):
         found.append(Profile())
     if sys.stdout and sys.stdout.isatty():
         found.append(Status())
-    return [Guarded(listener) for listener in found]
+    fetch_default_corpus(cfg)
+    return [Listener(Report(cfg, why)), *map(Guarded, found)]
 
 
-class Guarded:
-    """A listener, which hears no more after its first fault. It hears of a launch's start (`start`),
-    of each event of its log (`event`, as the log itself) and of its end (`close`)."""
+class Listener:
+    """Calls the methods that `listener` has; others do nothing."""
     def __init__(self, listener):
         self.listener = listener
-        self.start = functools.partial(self.call, "start")
-        self.event = functools.partial(self.call, "event")
-        self.close = functools.partial(self.call, "close")
+        for method in ("open", "start", "event", "finish", "close"):
+            setattr(self, method, functools.partial(self.call, method))
 
     def call(self, method, *args, **pairs):
+        if hasattr(self.listener, method):
+            getattr(self.listener, method)(*args, **pairs)
+
+
+class Guarded(Listener):
+    """One that hears no more after its first fault."""
+    def call(self, method, *args, **pairs):
         listener = self.listener
-        if listener is None:
-            return
         try:
-            getattr(listener, method)(*args, **pairs)
+            super().call(method, *args, **pairs)
         except Exception as e:  # libraries, networks and disks fail in any way
             self.listener = None
             with contextlib.suppress(Exception):
@@ -69,9 +78,6 @@ class Curve:
                 plot.draw_curve(self.folder / "curve.png", entries, self.split)
             self.drawn = time.perf_counter()
             self.seconds = self.drawn - started
-
-    def close(self):
-        pass
 
 
 # Status line ------------------------------------------------------------------------------------
@@ -179,9 +185,6 @@ class Profile:
         elif self.begun == self.FIRST + self.STEPS:
             self.close()
         self.begun += 1
-
-    def event(self, *flags, **pairs):
-        pass
 
     def close(self):
         """Stop, write the trace and show the table, if they are not there yet."""

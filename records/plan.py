@@ -10,6 +10,8 @@ import torch
 import train_q0 as q
 from records.generate import cache_bytes
 from records import recipes
+from records.flops import flops_per_token, run_flops
+from records.launch import describe
 from records.population import load_teacher
 from records.use import number
 
@@ -129,10 +131,9 @@ def modelled_seconds(cfg, vocab_size, gpus, cycles, eval_tokens):
     a minute. What GPUs exchange is left out; a --teacher counts as one model like the student."""
     from records import cost
     step = cost.step(cfg, vocab_size)
-    launch = 0 if cfg.graphs else cost.LAUNCH
-    micro_batch = step.micro_batch.seconds(launch)
-    taught = step.taught.seconds(launch) if step.taught else micro_batch
-    update = step.update.seconds(launch) / gpus
+    micro_batch = step.micro_batch.seconds(cfg.graphs)
+    taught = step.taught.seconds(cfg.graphs) if step.taught else micro_batch
+    update = step.update.seconds(cfg.graphs) / gpus
     total = 0.0
     for cycle in cycles:
         count = cycle.rows / cfg.micro_batch / gpus
@@ -158,17 +159,22 @@ def text_of(cfg):
 
 def plan(argv):
     """Print what a run would do: members, steps, FLOPs, memory, disk and time."""
-    cfg, why, args = q.parse_config(
-        argv, gpus=dict(type=number(int, 1, 1_000_000), help="estimate for this many H100s [the "
-                        "device at hand]"),
-        mfu=dict(type=number(float, 1e-6, 1), help="share of peak FLOP/s "
-                 f"[{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
-        modelled=dict(action="store_true", help="with --gpus: time by a model of every kernel, "
-                      "which takes up to a minute, in place of an assumed share of the peak"),
-        k=dict(type=number(int, 1, math.inf), metavar="K",
-               help="models at inference: names the population to train"),
-        memory=dict(type=number(float, 1e-3, 1e6),
-                    help="GB per device [80 with --gpus, else this machine's]"))
+    cfg, why, args = q.parse_config(argv, {
+        "--gpus": dict(
+            type=number(int, 1, 1_000_000), help="estimate for this many H100s [the device at "
+            "hand]"),
+        "--mfu": dict(
+            type=number(float, 1e-6, 1), help="share of peak FLOP/s "
+            f"[{PUBLISHED_MFU} on GPUs, as published; {CPU_MFU} here]"),
+        "--modelled": dict(
+            action="store_true", help="with --gpus: time by a model of every kernel, which takes "
+            "up to a minute, in place of an assumed share of the peak"),
+        "--k": dict(
+            type=number(int, 1, math.inf), metavar="K", help="models at inference: names the "
+            "population to train"),
+        "--memory": dict(
+            type=number(float, 1e-3, 1e6), help="GB per device [80 with --gpus, else this "
+            "machine's]")})
     if args.modelled and not args.gpus:
         raise q.UserError("--modelled is of H100s: give --gpus N")
     on_gpus = bool(args.gpus) or cfg.device == "cuda"
@@ -182,7 +188,7 @@ def plan(argv):
             why[name] = "on a GPU"
     epoch_tokens, vocab_size, eval_tokens = text_of(cfg)
     population = load_teacher(cfg, vocab_size, torch.device("cpu")) if cfg.teacher else None
-    lines = q.describe(cfg, why, epoch_tokens, vocab_size)
+    lines = describe(cfg, why, epoch_tokens, vocab_size)
     room = 80e9 if on_gpus else math.inf
     if args.memory:
         room = 1e9 * args.memory
@@ -192,8 +198,8 @@ def plan(argv):
     lines.append(disk_line(cfg, vocab_size, eval_tokens))
     lines.append(use_line(cfg, vocab_size))
     cycles = sum(q.plan_cycles(cfg, epoch_tokens), [])
-    flops = sum(q.run_flops(cfg, cycles, vocab_size, population).values())
-    flops += q.flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens
+    flops = sum(run_flops(cfg, cycles, vocab_size, population).values())
+    flops += flops_per_token(cfg, vocab_size)[1] * len(cycles) * eval_tokens
     speed, mfu, device = speed_of(cfg, gpus, on_gpus, args.mfu)
     if args.modelled:
         seconds = modelled_seconds(cfg, vocab_size, gpus, cycles, eval_tokens)

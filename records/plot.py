@@ -20,6 +20,9 @@ from records.check import read_log, read_table, rule
 from records.population import find_run, plain_name
 
 MOST_BYTES = 2 ** 26  # of a file that is read
+EVENT = re.compile(  # a member of a log, or a mixture of all so far
+    r"^(?:member:(?P<member>\d+) .*epochs:(?P<epochs>\d+) .*|ensemble .*prior:(?P<prior>\w+) )"
+    r"\w+_loss:(?P<loss>\S+)(?: .*)?\n", re.M)
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
 LOSS = 2
@@ -173,19 +176,18 @@ def draw(path, rows):
 
 
 def entries_of(run):
-    """The curve of a run under way as its result will have it: an entry a member, from the metrics
-    of all its trajectories. Raises ValueError or KeyError for damaged ones."""
+    """The curve of a run under way as its result will have it, to five decimals: an entry a member,
+    from the logs of all its trajectories. Raises ValueError for what is no log."""
     entries = []
-    for path in sorted(run.glob("metrics*.jsonl")):
+    for path in sorted(run.glob("log*.txt")):
         check_file(path)
-        *lines, _ = path.read_text(encoding="utf-8").split("\n")  # the last may be half written
-        for line in lines:
-            event = json.loads(line)
-            loss = next((event[key] for key in event if key.endswith("_loss")), None)
-            if event["event"] == "member":
-                entries.append({**event, "loss": loss})
-            elif event["event"] == "ensemble":
-                entries[-1][event["prior"]] = loss
+        for found in EVENT.finditer(path.read_text(encoding="utf-8")):
+            loss = float(found["loss"])
+            if found["member"]:
+                entry = {"member": int(found["member"]), "epochs": int(found["epochs"])}
+                entries.append({**entry, "loss": loss})
+            elif entries:
+                entries[-1][found["prior"]] = loss
     whole = [entry for entry in entries if "learned" in entry]
     return sorted(whole, key=lambda entry: entry["member"])
 

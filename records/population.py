@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from safetensors.numpy import load_file
 
 import train_q0 as q
 from records import counting
@@ -92,6 +93,20 @@ def what_is_missing(run, member):
             "trains it, or go on with it (--resume)")
 
 
+def read_predictions(path, sha256=None):
+    """{split: float32 [tokens]} of a member. Raises UserError for a missing or damaged file."""
+    with q.reading(f"predictions {path}"):
+        q.check_sha256(path, sha256)
+        found = load_file(path)
+        if len(found) != 2 or "heldout" not in found:
+            raise ValueError("it must hold heldout and one more split")
+        for split, p in found.items():
+            one_each = p.dtype == np.float32 and p.ndim == 1 and p.size > 0
+            if not one_each or not 0 < p.min() <= p.max() <= 1:
+                raise ValueError(f"{split} does not hold one probability per token")
+    return found
+
+
 def load_predictions(run):
     """p(true token) of a run: {split: float32 [members, tokens]}. Raises UserError."""
     files = sorted((run / "predictions").glob("*.safetensors"), key=lambda f: (len(f.stem), f.stem))
@@ -106,7 +121,7 @@ def load_predictions(run):
             raise q.UserError(f"{file} is not of member {i}: the run is not complete: "
                               f"{what_is_missing(run, i)}")
     hashes = recorded_hashes(run, "predictions", len(files))
-    members = [q.read_predictions(f, sha256) for f, sha256 in zip(files, hashes)]
+    members = [read_predictions(f, sha256) for f, sha256 in zip(files, hashes)]
     lengths = [{split: len(p) for split, p in member.items()} for member in members]
     for file, found in zip(files, lengths):
         if found != lengths[0]:
@@ -117,9 +132,21 @@ def load_predictions(run):
 
 # Selection --------------------------------------------------------------------------------------
 
+TOLERANCE = 1e-7  # of fit_prior
+
+
 def mixture_loss(P, w):
     """Nats per token of the mixture of P [M, N] (or M rows) with weights w [M]."""
     return float(q.mixture_losses(P, [w])[0])
+
+
+def fit_from(P, start):
+    """The prior of P [M, N] and its gap; weights close to it save passes where members are many."""
+    if len(P) > q.FEW_MEMBERS:
+        w, gap = q.fit_prior(P, start=start)
+        if gap <= TOLERANCE:
+            return w, gap
+    return q.fit_prior(P)
 
 
 def pruned(heldout, weights=None):
@@ -142,8 +169,7 @@ def pruned(heldout, weights=None):
         if not left:
             return
         members = members[:left]
-        start = w[:left] if left > q.FEW_MEMBERS else None
-        w, _ = q.fit_prior(heldout[members], start=start)
+        w, _ = fit_from(heldout[members], w[:left])
 
 
 def best_members(heldout, k=None):
@@ -335,17 +361,6 @@ def report(predictions, corpus_name):
     lines = format_table(table, split)
     if split == "val" and corpus_name in FINEWEB:
         lines.append(f"data_efficiency:{data_efficiency(table['rows'][-1]['learned'])}")
-    return table, lines
-
-
-def finish(trainer, curve):
-    """What `report` returns of a run that has ended; draws its curve.png."""
-    table, lines = report(trainer.predictions, trainer.corpus.name)
-    try:
-        from records.plot import draw_curve
-        draw_curve(trainer.run.folder / "curve.png", curve, trainer.cfg.report, table)
-    except ImportError as e:
-        q.say(f"notice: curve.png is not made: {q.one_line(e)}", "stderr")
     return table, lines
 
 

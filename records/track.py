@@ -65,7 +65,7 @@ class Tracker:
         trajectory = pairs.get("traj", self.trajectory)
         if self.curve is None or trajectory != self.trajectory:
             self.close()
-            self.open(trajectory)
+            self.open_curve(trajectory)
         if group == "train":
             self.step, _ = pairs["step"]
         elif group == "member":  # the first event of a run that was stopped at a cycle's end
@@ -80,7 +80,7 @@ class Tracker:
         self.curve.log(values, step=step)
         self.file.write_text(json.dumps([*place, step]))
 
-    def open(self, trajectory):
+    def open_curve(self, trajectory):
         """Begin a trajectory's curve, or go on with it."""
         folder = self.run.folder
         self.trajectory = trajectory

@@ -3,6 +3,7 @@ import faulthandler
 import functools
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -19,12 +20,17 @@ import records.plot  # noqa: E402
 import tiny  # noqa: E402
 import train_q0 as q  # noqa: E402
 
+HANDLERS = {number: signal.getsignal(number) for number in q.SIGNALS}
+
 
 @pytest.fixture(autouse=True)
-def no_timer_stays():
-    """A hang timer that a test armed would end pytest, and hang its forks."""
+def nothing_stays():
+    """A hang timer that a run armed would end pytest, and hang its forks; its signals are pytest's
+    again."""
     yield
     faulthandler.cancel_dump_traceback_later()
+    for number, handler in HANDLERS.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="session")

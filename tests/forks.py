@@ -188,8 +188,8 @@ def start(base, logs, *more, plant=None):
     return Fork(logs, *command(base, *more), plant=plant)
 
 
-def resume(logs, *more):
-    return Fork(logs, "--resume", "x", *more)
+def resume(logs, *more, plant=None):
+    return Fork(logs, "--resume", "x", *more, plant=plant)
 
 
 @functools.cache
@@ -259,15 +259,10 @@ def log_of(run):
     return HEADER.sub("", TIMED.sub("", text.removeprefix(q.SOURCE)))
 
 
-def metrics_of(run):
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines]
-
-
 def steps_of(run):
     """[(step, loss), ...] as logged."""
-    steps = [event for event in metrics_of(run) if event["event"] == "step"]
-    return [(event["step"][0], event["loss"]) for event in steps]
+    found = re.findall(r"^step:(\d+)/.* loss:(\S+)", log_of(run), re.M)
+    return [(int(step), float(loss)) for step, loss in found]
 
 
 def losses_of(run):
@@ -305,8 +300,7 @@ def states_of(run):
     return found
 
 
-KINDS = {"weights": weights_of, "log": log_of, "metrics": metrics_of, "result": result_of,
-         "states": states_of}
+KINDS = {"weights": weights_of, "log": log_of, "result": result_of, "states": states_of}
 
 
 def differences(one, two, kinds=tuple(KINDS)):

@@ -153,7 +153,7 @@ def test_micro_batches_that_do_not_divide():
 
 # Launches of one run, side by side
 
-NUMBERS = ("weights", "log", "metrics", "result")  # states tell who knew which member when
+NUMBERS = ("weights", "log", "result")  # states tell who knew which member when
 
 
 def hold(logs, name, n, then=None):

@@ -13,20 +13,25 @@ import torch
 
 import tiny
 import train_q0 as q
-from forks import Fork, at_step, command, reference, resume, start, weights_of
+from forks import Fork, at_step, command, disturbed, reference, resume, start, weights_of
 from tiny import fails
 
 # Leftovers of torchrun --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("env, said", [
     (dict(RANK="two"), "environment variable RANK is 'two', not a number: unset it"),
-    (dict(WORLD_SIZE="-1"), "environment variable WORLD_SIZE is '-1', not a number: unset it"),
-    (dict(RANK="3", WORLD_SIZE="1"), "RANK is 3, but WORLD_SIZE is 1: unset both")])
+    (dict(WORLD_SIZE="-1"), "environment variable WORLD_SIZE is '-1', not a number: unset it")])
 def test_variables_that_are_not_of_a_launch(env, said, monkeypatch, capsys):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(q.time, "sleep", lambda seconds: None)
     fails(capsys, said, "--device", "cpu")
+
+
+def test_a_rank_of_no_launch(base, logs):
+    """One process is the whole of it, whatever its rank is said to be."""
+    Fork(logs, *command(base), RANK=3).good()
+    assert weights_of(logs / "x") == weights_of(reference(base))
 
 
 @pytest.mark.parametrize("rank, more, said", [
@@ -59,21 +64,15 @@ def test_who_waits_for_other_processes_hears_a_signal(logs):
 
 # Names and files --------------------------------------------------------------------------------
 
-def test_names(logs, monkeypatch, capsys):
-    """Of two runs of one second they differ; a run that is not there is told the newest."""
-    class Clock(q.datetime.datetime):
-        @classmethod
-        def now(cls):
-            return times.pop(0)
-
-    times = [q.datetime.datetime(2026, 1, 1, 0, 0, second) for second in (1, 1, 1, 2)]
-    monkeypatch.setattr(q.datetime, "datetime", Clock)
-    monkeypatch.setattr(q.time, "sleep", lambda seconds: None)
-    assert [q.new_name(), q.new_name()] == ["2026-01-01_00-00-01", "2026-01-01_00-00-02"]
-    for age, name in enumerate(["b", "a", "d", "c"]):
-        (logs / name).mkdir()
-        os.utime(logs / name, (0, 2 ** 32 - age))
-    fails(capsys, "no run x under .*; there is b; there is a; there is d$", "select", "x")
+def test_names(base, logs, capsys):
+    """A run without a name is called by the time; one that is not there is told where to look."""
+    argv = command(base)
+    at = argv.index("--run")
+    del argv[at:at + 2]
+    Fork(logs, *argv, plant=at_step(1)).dies()
+    name, = [folder.name for folder in logs.iterdir()]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d_\d\d-\d\d-\d\d_\d{6}", name)
+    fails(capsys, "no run x under .*: the command `runs` lists what there is$", "select", "x")
 
 
 def test_others_can_read_what_the_umask_lets_them(tmp_path):
@@ -98,6 +97,25 @@ def test_files_lost_and_files_of_others(base, logs):
     resume(logs).good()
     assert manifest.read_bytes() == text
     assert all(file.exists() for file in others)
+
+
+def test_the_script_alone(base, logs):
+    """Without records/ beside it it trains and goes on; a later launch that has them writes the
+    result."""
+    def plant():
+        sys.modules["records"] = None
+
+    def dies():
+        plant()
+        at_step(9)()
+
+    start(base, logs, plant=dies).dies()
+    fork = resume(logs, plant=plant).good()
+    assert "resuming trajectory 0 at step 5" in fork.out
+    assert "notice: without records/ a launch only trains: " in fork.err
+    assert not (logs / "x/result.json").exists()
+    assert "written to" in resume(logs).good().out
+    assert not disturbed(base, logs, kinds=("weights", "result", "states"))
 
 
 # Signals and outputs ----------------------------------------------------------------------------

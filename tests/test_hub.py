@@ -15,6 +15,7 @@ import train_q0 as q
 from records import plot
 from records.hub import files_of
 from records.mixture import load_mixture
+from records.population import read_predictions
 
 # of the client, which uploads large files as httpx2 would rather not have it
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -33,7 +34,7 @@ def rearrange(run, order):
     run.rename(old)
     shutil.copytree(old, run)
     curve = read_json(old / "result.json")["curve"]
-    best = q.read_predictions(old / "predictions/3.safetensors")
+    best = read_predictions(old / "predictions/3.safetensors")
     for i, source in enumerate(order):
         shutil.rmtree(run / f"members/{i}")
         shutil.copytree(old / f"members/{source}", run / f"members/{i}")

@@ -12,7 +12,8 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from forks import CYCLE_ENDS, Fork, at_step, differences, disturbed, losses_of, result_of, start
+from forks import (
+    CYCLE_ENDS, Fork, at_step, differences, disturbed, losses_of, result_of, start, steps_of)
 from tiny import edit_json, fails, read_json, works
 
 import train_q0 as q
@@ -45,11 +46,10 @@ def test_status_line(wide, narrow, tmp_path, monkeypatch):
         stream = open(os.dup(other_end), "w", buffering=1, encoding="utf-8")
         monkeypatch.setattr(sys, name, stream)
     resize(terminal, wide)
-    listeners = live.listeners(SimpleNamespace(track=None, profile=False))[1:]
-    assert len(listeners) == 1
+    *_, status = live.begin(q.Config(data="x"), {}, SimpleNamespace(track=None, profile=False))
     stream = sys.stdout
-    listeners[0].start(None)
-    log = q.Log(tmp_path / "log.txt", tmp_path / "metrics.jsonl", (0, 0), listeners)
+    status.start(None)
+    log = q.Log(tmp_path / "log.txt", 0, [status])
     step = dict(traj=0, cycle=(1, 2), loss=3.25, eta="0:01:00")
     for i in range(1, 5):
         log.event(step=(i, 4), **step, **{"tok/s": 48_000})
@@ -57,7 +57,7 @@ def test_status_line(wide, narrow, tmp_path, monkeypatch):
             q.say("notice: it is late", "stderr")
             log.event(member=0, val_loss=3.5)
             resize(terminal, narrow)
-    listeners[0].close()
+    status.close()
     assert sys.stdout is stream
     q.say("the end")
     text = ""
@@ -129,7 +129,7 @@ def test_a_resumed_run_goes_on_with_its_curve(kind, base, logs):
     assert first == second and first["resume"] == "allow"
     assert first["name" if kind == "trackio" else "id"]
     train = [entry["train/loss"] for entry in sent if "train/loss" in entry]
-    assert before and train == losses_of(logs / "x")
+    assert before and train == pytest.approx(losses_of(logs / "x"), abs=5.1e-6)
     curve = result_of(logs / "x")["curve"]
     for name, key in (("member", "loss"), ("uniform", "uniform"), ("learned", "learned")):
         losses = [entry[f"{name}/val_loss"] for entry in sent if f"{name}/val_loss" in entry]
@@ -167,10 +167,8 @@ def test_tensorboard(trained):
     reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     run = trained("x", "--track", "tensorboard", "--cycles", 2)
     found = reader.EventAccumulator(str(run / "tensorboard/0")).Reload()
-    metrics = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    steps = {event["step"][0]: event["loss"] for event in metrics if event["event"] == "step"}
     shown = {point.step: point.value for point in found.Scalars("train/loss")}
-    assert shown == pytest.approx(steps)
+    assert shown == pytest.approx(dict(steps_of(run)), abs=5.1e-6)
     learned = [point.value for point in found.Scalars("learned/val_loss")]
     assert learned == pytest.approx([e["learned"] for e in read_json(run / "result.json")["curve"]])
 
@@ -178,11 +176,11 @@ def test_tensorboard(trained):
 # Curve and profile ------------------------------------------------------------------------------
 
 def test_curve_of_a_run_under_way(finished):
-    """As its result has it."""
-    keys = ("member", "epochs", "loss", "uniform", "learned")
+    """As its result has it, to the log's five decimals."""
     wanted = read_json(finished / "result.json")["curve"]
     for entry, other in zip(plot.entries_of(finished), wanted, strict=True):
-        assert [entry[key] for key in keys] == [other[key] for key in keys]
+        assert entry.keys() == {"member", "epochs", "loss", "uniform", "learned"}
+        assert entry == pytest.approx({key: other[key] for key in entry}, abs=5.1e-6)
 
 
 def test_curve_is_drawn_where_it_costs_little(finished, monkeypatch):
@@ -210,7 +208,7 @@ def test_profile(trained, capsys, base):
     assert len(table) == 15 and "profile of 2 steps: " in out
     names = {event["name"] for event in read_json(run / "trace.json")["traceEvents"]}
     assert "aten::mm" in names
-    assert not differences(plain, run, ["weights", "metrics"])
+    assert not differences(plain, run, ["weights", "log"])
 
 
 # runs -------------------------------------------------------------------------------------------
@@ -226,7 +224,7 @@ def test_runs(finished, interrupted, logs, capsys):
         lock = logs / f"{name}/state/0.lock"
         lock.write_text("another machine")
         os.utime(lock, (time.time() - age,) * 2)
-    os.mkfifo(logs / "pipes/metrics_trajectory1.jsonl")
+    os.mkfifo(logs / "pipes/log_trajectory1.txt")
     for name in ("empty", "pipe", "endless", "evil\x1b[2J", "huge"):
         (logs / name).mkdir()
     os.mkfifo(logs / "pipe/run.json")

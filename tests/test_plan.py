@@ -9,7 +9,7 @@ import torch
 from tiny import FEATURES, fails, initialised, resolved, works
 
 import train_q0 as q
-from records import cost, plan
+from records import cost, flops, plan
 
 SMALL = dict(
     layers=4, width=256, mlp_hidden=768, head_dim=64, micro_batch=2, seq_len=128, batch_tokens=1024,
@@ -100,7 +100,7 @@ def test_plan_time_is_flops_over_speed(capsys):
     found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", works(capsys, *argv, "--micro-batch", 4), re.M)
     hours, minutes, rest = map(int, found.groups())
     cfg = resolved("q0", population="single", epochs=4)
-    per_token, forward = q.flops_per_token(cfg, 50257)
+    per_token, forward = flops.flops_per_token(cfg, 50257)
     seconds = (4e8 * per_token + 10_132_000 * forward) / (0.5 * 8 * 989e12)
     found = 3600 * hours + 60 * minutes + rest
     assert found == pytest.approx(seconds, rel=0.01)  # steps are rounded
@@ -109,16 +109,16 @@ def test_plan_time_is_flops_over_speed(capsys):
 def test_teacher_flops_are_counted_for_distilled_cycles_only():
     cfg = resolved(epochs=16)
     cycles = sum(q.plan_cycles(cfg, 150_000), [])
-    flops = q.run_flops(cfg, cycles, VOCAB)
-    train, teacher = q.flops_per_token(cfg, VOCAB)
+    spent = flops.run_flops(cfg, cycles, VOCAB)
+    train, teacher = flops.flops_per_token(cfg, VOCAB)
     # 2 of 4 members have a teacher
-    assert flops["teacher"] / flops["model"] == pytest.approx(2 / 4 * teacher / train)
+    assert spent["teacher"] / spent["model"] == pytest.approx(2 / 4 * teacher / train)
 
 
 def test_modelled_time(monkeypatch, capsys):
     """Of all cycles, updates and evaluations; on two GPUs half of it."""
     def part(seconds):
-        return SimpleNamespace(seconds=lambda launch: seconds)
+        return SimpleNamespace(seconds=lambda graphed: seconds)
 
     step = cost.Step(micro_batch=part(0.25), taught=part(0.5), update=part(0.125))
     monkeypatch.setattr(cost, "step", lambda cfg, vocab_size: step)

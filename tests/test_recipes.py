@@ -42,7 +42,7 @@ def test_the_commands_are_commands(epochs, k):
         python, script, *argv = shlex.split(line)
         assert (python, script) == ("python", "train_q0.py")
         if argv[0].startswith("--"):
-            cfg, _, args = q.parse_config(argv, run={})
+            cfg, _, args = q.parse_config(argv, {"--run": {}})
             assert args.run
             spent += cfg.epochs
         else:

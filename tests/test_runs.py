@@ -18,6 +18,7 @@ from tiny import (
 
 import train_q0 as q
 from records import plot, population
+from records.flops import flops_per_token
 from records.mixture import load_mixture
 from records.population import load_member
 
@@ -211,7 +212,7 @@ def test_members_of_several_shapes(trained, corpus, logs, capsys, monkeypatch):
     student = result_of(trained("student", "--population", "single", "--teacher", "x"))
 
     def flops(path):
-        return q.flops_per_token(q.Config(**read_json(path)["config"]), VOCABULARY)
+        return flops_per_token(q.Config(**read_json(path)["config"]), VOCABULARY)
 
     trained_, _ = flops(logs / "student/run.json")
     taught = sum(flops(path)[1] for path in (logs / "x/members").glob("*/config.json"))
@@ -265,7 +266,7 @@ def test_stopped_student_goes_on(three, trained, flags, logs, monkeypatch, capsy
     def heard(*args):
         calls.append(1)
         if len(calls) == 9:
-            q.Stopped.signal = 15
+            patch.setattr(q.Stopped, "signal", 15)
         return training_loss(*args)
 
     calls = []

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "train_q0.py"
-MAX_TOKENS = 21_602  # it may only shrink, to 20,000
+MAX_TOKENS = 19_698  # it may only shrink
 MAX_TOKENS_A_LINE = 11  # on average; the models of the field have 7 to 11
 MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60

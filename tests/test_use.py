@@ -18,6 +18,7 @@ from tiny import (
 import train_q0 as q
 from records import figures, mixture, plot, pool, population, prior
 from records.mixture import load_mixture
+from records.population import read_predictions
 
 
 @pytest.fixture(scope="session")
@@ -364,7 +365,7 @@ def another(finished, tmp_path):
     config = read_json(folder / "run.json")["config"]
     edit_json(folder / "run.json", config={**config, "seed": 1})
     for file in (folder / "predictions").iterdir():
-        found = q.read_predictions(file)
+        found = read_predictions(file)
         moved = {split: np.roll(p, 3) for split, p in found.items()}
         q.save_file(moved, file)
     return folder

@@ -127,7 +127,7 @@ def trainer(folder, cfg, module=q):
     tokens = data.train_sequences * cfg.seq_len
     plan = module.plan_cycles(cfg, tokens)
     identity = module.method_settings(cfg)
-    run = module.Run(folder, identity, sum(plan, []), "")
+    run = module.Run(folder, identity, sum(plan, []), {})
     return module.Trainer(cfg, data, module.World(), run), plan
 
 

@@ -5,6 +5,7 @@ Nothing here depends on train_q0.py, so that recording and test start from the s
 import hashlib
 import json
 import random
+import re
 from pathlib import Path
 
 import numpy as np
@@ -79,9 +80,8 @@ def flags_of(name, data):
 def outcome(folder):
     """{name: float64 array} of a finished run: training losses, losses of members and mixtures, and
     the first 200 probabilities of each member on each split."""
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    events = [json.loads(line) for line in lines]
-    found = {"train": [e["loss"] for e in events if e["event"] == "step"]}
+    log = (folder / "log.txt").read_text(encoding="utf-8")
+    found = {"train": re.findall(r"^step:.* loss:(\S+)", log, re.M)}
     curve = json.loads((folder / "result.json").read_text())["curve"]
     for kind in ("loss", "uniform", "learned"):
         found[kind] = [entry[kind] for entry in curve]
