@@ -80,40 +80,45 @@ def test_kneser_ney_is_the_plain_one(length):
     assert_allclose(member.probs(tokens), expected, rtol=1e-5)
 
 
-def test_undiscounted_is_the_plain_one():
-    """What follows each context in its documents, pulled to the next shorter one."""
-    text = some_text(60)
-    member = counting.Undiscounted(text, V, EOT, order=3)
-    tokens = some_text(40, seed=1)[3:].astype(np.int64)
-    found = member.probs(tokens)
-    text = [*text.tolist(), EOT]
-    for t in range(len(tokens)):
-        expected = member.unigram
-        for k in (1, 2):
+def followers(text, context):
+    """Counts [V] of what follows a context in its documents."""
+    found = np.zeros(V)
+    for end, token in enumerate(text):
+        begins = end - len(context)
+        if begins >= 0 and context_in_document(text, end - 1, len(context)) == context:
+            found[token] += 1
+    return found
+
+
+def check_interpolated(member, tokens, text_of, start, strengths):
+    """That p pulls what follows longer and longer contexts to that of the next shorter one."""
+    for t, p in enumerate(member.probs(tokens)):
+        expected = start
+        for k, strength in strengths.items():
             context = context_in_document(tokens.tolist(), t, k)
-            after = [text[i] for i in range(k, len(text))
-                     if len(context) == k and context_in_document(text, i - 1, k) == context]
-            counts = np.bincount(after, minlength=V) if after else np.zeros(V)
-            expected = (counts + counting.PULL * expected) / (len(after) + counting.PULL)
-        assert_allclose(found[t], expected, rtol=1e-5)
+            if len(context) == k:
+                counts = followers(text_of(t), context)
+                expected = (counts + strength * expected) / (counts.sum() + strength)
+        assert_allclose(p, expected, rtol=1e-5)
+
+
+def test_undiscounted_is_the_plain_one():
+    text = [*some_text(60).tolist(), EOT]
+    member = counting.Undiscounted(some_text(60), V, EOT, order=3)
+    tokens = some_text(40, seed=1)[3:].astype(np.int64)
+    pulls = {1: counting.PULL, 2: counting.PULL}
+    check_interpolated(member, tokens, lambda t: text, member.unigram, pulls)
 
 
 def test_cache_is_the_plain_one():
-    strengths = (3, 0.5, 0.25)
-    member = counting.Cache(strengths, V, EOT)
+    """Of the document so far."""
     tokens = some_text(60, seed=2)[5:].astype(np.int64)
-    found = member.probs(tokens)
-    for t in range(len(tokens)):
-        text = context_in_document(tokens.tolist(), t, len(tokens))
-        expected = np.full(V, 1 / V)
-        for k, strength in enumerate(strengths):
-            if k > len(text):
-                break
-            context = text[len(text) - k:]
-            after = [text[i + k] for i in range(len(text) - k) if text[i:i + k] == context]
-            counts = np.bincount(after, minlength=V)
-            expected = (counts + strength * expected) / (len(after) + strength)
-        assert_allclose(found[t], expected, rtol=1e-5)
+    member = counting.Cache((3, 0.5, 0.25), V, EOT)
+
+    def so_far(t):
+        return list(context_in_document(tokens.tolist(), t, len(tokens)))
+
+    check_interpolated(member, tokens, so_far, np.full(V, 1 / V), {0: 3, 1: 0.5, 2: 0.25})
 
 
 def members():
@@ -230,16 +235,6 @@ def test_counted_run(counted, finished, corpus, capsys):
     assert f"by_context_val_loss:{loss:.5f}" in out
     out = works(capsys, "sample", counted, "--k", 2, "--tokens", 5, "--seed", 1)
     assert len(out) > 1
-
-
-def test_two_texts_beyond_the_context(counted, corpus):
-    rows = torch.from_numpy(sequences_of(corpus, "val", 64)[:2])
-    mixed = load_mixture(counted)
-    reader = mixed.reader()
-    reader.read(rows[:1, :64])
-    reader.repeat(2)
-    seen = torch.cat((rows[:1, 32:64].expand(2, -1), rows[:, :1]), dim=1)
-    assert_allclose(reader.read(rows[:, :1]), mixed.log_probs(seen)[:, -1], rtol=1e-4)
 
 
 @pytest.fixture

@@ -362,11 +362,6 @@ def test_tampering_is_caught(case, good, capsys):
     assert out.count("problem: ") <= 20, out
 
 
-def test_folder_name(good, capsys):
-    status, out = says(capsys, good.rename(good.with_name("2026-13-01_Q0")))
-    assert status == 1 and "its name is not <YYYY-MM-DD>_<Name>" in out
-
-
 def test_part_of_the_tokens(records, good, runs, monkeypatch, capsys):
     """Of a split larger than what is packed, losses are known but for chance."""
     monkeypatch.setattr(recompute, "PACKED", 2000)
