@@ -67,7 +67,9 @@ def test_measured_budgets(population, changes, shape):
 
 
 @pytest.mark.parametrize("preset, epochs, shape", [
-    ("small", 16, (1, 8, 2, 4)), ("q0", 131, (1, 65, 2, 8)), ("q0", 960, (5, 96, 2, 8))])
+    ("small", 16, (1, 8, 2, 4)),
+    ("q0", 131, (1, 65, 2, 8)),
+    ("q0", 960, (5, 96, 2, 8))])
 def test_larger_models_keep_the_published_cycles(preset, epochs, shape):
     cfg = resolved(preset, epochs=epochs)
     each = epochs // (cfg.trajectories * cfg.cycles)
@@ -75,8 +77,10 @@ def test_larger_models_keep_the_published_cycles(preset, epochs, shape):
 
 
 @pytest.mark.parametrize("population, from_epochs, shortest, longest, rows", [
-    ("q0", 6, 3, 5, {1, 32}), ("snapshots", 6, 3, 5, {1, 32}),
-    ("ensemble", 12, 6, 10, {6}), ("chain", 12, 6, 10, {6})])
+    ("q0", 6, 3, 5, {1, 32}),
+    ("snapshots", 6, 3, 5, {1, 32}),
+    ("ensemble", 12, 6, 10, {6}),
+    ("chain", 12, 6, 10, {6})])
 def test_no_budget_leaves_the_members_that_were_tuned(
         population, from_epochs, shortest, longest, rows):
     """Measured with cycles of 4 epochs and members of 8; what is chosen for them holds at every

@@ -16,8 +16,13 @@ LENGTHS = (5, 40, 1, 17, 30, 9, 23)  # 125 tokens: 13 sequences of 9, and 8 that
 @pytest.fixture
 def corpus():
     """Documents of distinct tokens, each counting up from a multiple of 100."""
-    documents = [np.arange(100 * i, 100 * i + n, dtype=np.uint16) for i, n in enumerate(LENGTHS)]
-    splits = {split: np.arange(100 + 7 * i) for i, split in enumerate(q.SPLITS)}
+    documents = []
+    for i, n in enumerate(LENGTHS):
+        document = np.arange(n, dtype=np.uint16)
+        documents.append(100 * i + document)
+    splits = {}
+    for i, split in enumerate(q.SPLITS):
+        splits[split] = np.arange(100 + 7 * i)
     splits["train"] = np.concatenate(documents)
     return q.Corpus("counting", 1000, splits, {}, tuple(documents), seq_len=8)
 
@@ -41,7 +46,9 @@ def test_an_epoch_holds_whole_documents_in_another_order(corpus):
     assert min(left_out.values()) == 0 and left_out.total() == 8
     starts = {document[0] for document in corpus.documents}
     ends = {document[-1] for document in corpus.documents}
-    joints = {(a, b) for sequence in epoch for a, b in pairwise(sequence) if b != a + 1}
+    joints = set()
+    for sequence in epoch:
+        joints |= {(a, b) for a, b in pairwise(sequence) if b != a + 1}
     assert all(a in ends and b in starts for a, b in joints)
     assert joints - set(pairwise(text))
     neighbours = sum(b[0] == a[-1] + 1 for a, b in pairwise(epoch))

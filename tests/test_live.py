@@ -205,6 +205,9 @@ def test_profile(trained, capsys, base):
 
 # runs -------------------------------------------------------------------------------------------
 
+BROKEN = ("pipes", "empty", "pipe", "endless", "evil?[2J", "huge")
+
+
 def test_runs(finished, interrupted, logs, capsys):
     """Their states, told by locks; folders that are no runs, or hostile, stop nothing."""
     shutil.copytree(finished, logs / "done")
@@ -237,7 +240,6 @@ def test_runs(finished, interrupted, logs, capsys):
     states = {line.split()[0]: line.split()[-2] for line in lines[1:]}
     assert states == {
         "done": "complete", "x": "stopped", "running": "running", "elsewhere": "running",
-        "silent": "stopped", "pipes": "broken", "empty": "broken", "pipe": "broken", "endless": "broken",
-        "evil?[2J": "broken", "huge": "broken"}
+        "silent": "stopped", **dict.fromkeys(BROKEN, "broken")}
     learned = [e for e in plot.entries_of(interrupted)][-1]["learned"]
     assert re.search(rf"^x +\S+ \S+ +q0 +6 +2/3 +stopped +{learned:.5f}$", out, re.M)

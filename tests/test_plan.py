@@ -76,7 +76,7 @@ def test_weights_gradients_optimizer_and_member_memory(changes):
 
 @pytest.mark.parametrize("preset", ["small", "q0"])
 def test_what_a_preset_needs_of_a_gpu(preset):
-    """The table that chooses a preset: in whole GB, with 5% to spare, for the largest population."""
+    """The table that chooses a preset: in GB, with 5% to spare, for the largest population."""
     peaks = []
     for population in q.POPULATIONS:
         cfg = replace(resolved(preset, population=population), precision="bfloat16", compile=True)
@@ -97,7 +97,8 @@ def test_plan_names_a_micro_batch_that_fits(capsys):
 
 def test_plan_time_is_flops_over_speed(capsys):
     argv = "plan --preset q0 --population single --epochs 4 --gpus 8 --mfu 0.5".split()
-    found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", works(capsys, *argv, "--micro-batch", 4), re.M)
+    out = works(capsys, *argv, "--micro-batch", 4)
+    found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", out, re.M)
     hours, minutes, rest = map(int, found.groups())
     cfg = resolved("q0", population="single", epochs=4)
     per_token, forward = flops.flops_per_token(cfg, 50257)

@@ -20,10 +20,8 @@ import torch
 from pytest import approx
 from tiny import (
     MINI, edit_json, fails, flip, learnable_documents, make_data, random_documents, read_documents,
-    read_json, read_shard, shard_bytes, snapshot, with_file, works)
+    read_json, read_shard, run_in, shard_bytes, snapshot, with_file, works)
 
-import train_q0 as q
-from records import plot
 from records.mixture import load_mixture, load_tokenizer
 
 SWAP = "q0_swap"
@@ -213,12 +211,9 @@ TWO = [*MINI, "--seq-len", T, "--batch-tokens", 640, "--train-tokens", 2000, "--
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory):
     """The folder of a run of two members."""
-    argv = [*TWO, "--data", data / "learnable", "--run", "two"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(q, "LOGS", tmp_path_factory.mktemp("runs"))
-        patch.setattr(plot, "draw_curve", lambda *args: None)
-        assert q.main([str(a) for a in argv]) == 0
-        return q.LOGS / "two"
+    logs = tmp_path_factory.mktemp("runs")
+    run_in(logs, *TWO, "--data", data / "learnable", "--run", "two")
+    return logs / "two"
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,10 @@ def intervals(corpus, nats, rng):
     documents = starts[:65 * n].reshape(n, 65)[:, 1:].flatten()
     groups = [nats[documents == d + 1] for d in range(documents.max())]
     draws = rng.integers(len(groups), size=(400, len(groups)))
-    means = [np.concatenate([groups[i] for i in draw]).mean() for draw in draws]
+    means = []
+    for draw in draws:
+        drawn = np.concatenate([groups[i] for i in draw])
+        means.append(drawn.mean())
     return np.quantile(means, (0.025, 0.975))
 
 
@@ -323,11 +326,15 @@ def test_compare_settings(trained, logs, capsys):
     new = trained("new", "--lr-head", 0.02, "--report", "dev")
     same = trained("same", "--lr-head", 0.02)
     log = same / "log.txt"
-    log.write_text(log.read_text(encoding="utf-8").split("\nfinal_")[0] + "\n", encoding="utf-8")
+    under_way, _, _ = log.read_text(encoding="utf-8").partition("\nfinal_")
+    log.write_text(under_way + "\n", encoding="utf-8")
     out = works(capsys, "compare", "old=old*", "same")
     lines = [line.split() for line in out.splitlines()]
-    assert lines[:4] == [["old", "same"], ["seed", "1", "2", "0"], ["lr_head", "0.01", "0.02"],
-                         ["runs", "2", "1"]]
+    assert lines[:4] == [
+        ["old", "same"],
+        ["seed", "1", "2", "0"],
+        ["lr_head", "0.01", "0.02"],
+        ["runs", "2", "1"]]
     assert ["best", "1"] == lines[7][:2] and lines[7][-1] == "-"  # it has no table yet
     assert (logs / "compare.png").stat().st_size > 5000
     fails(capsys, "losses on dev and on val text, .* do not compare", "compare", "same", new)
