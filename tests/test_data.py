@@ -789,7 +789,7 @@ def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
 
 @pytest.mark.parametrize("argv, message", [
     (["--dev-tokens", 10 ** 6], "too few for heldout and dev"),
-    (["--heldout-tokens", 22_000], "no tokens are left for train"),
+    (["--heldout-tokens", 20_659], "no tokens are left for train"),
     (["--input", "nowhere"], "No such file")])
 def test_slowrun_without_enough_text(argv, message, slowrun, capsys):
     folder, _, given = slowrun
