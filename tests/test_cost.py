@@ -56,7 +56,8 @@ def test_flops_of_attention_are_those_of_the_keys_seen():
     for window in (1, 5, 8):
         attend = cost.attention(None, "meta", window)
         kernel, = kernels_of(lambda compile: attend, x, x, x)
-        seen = int(torch.ones(T, T).tril().triu(1 - window).sum())
+        visible = torch.ones(T, T).tril().triu(1 - window)
+        seen = int(visible.sum())
         assert kernel.flops == 2 * 2 * (2 * 3 * 64) * seen
         assert kernel.full == (window == T)
 
@@ -78,7 +79,9 @@ def test_fused_operations_read_and_write_once():
     assert [k.nbytes for k in found] == [size + 4, 2 * size + 4]
     found = kernels_of(lambda compile: compile(lambda x: (x + 1) @ x * 2), x)
     assert [(k.name, k.nbytes) for k in found] == [
-        ("fused", 2 * size), ("mm", 3 * size), ("fused", 2 * size)]
+        ("fused", 2 * size),
+        ("mm", 3 * size),
+        ("fused", 2 * size)]
     assert found[1].size == (1, 300, 300, 300)
 
 
@@ -108,7 +111,8 @@ def test_what_float32_weights_cost():
     with recorder:
         part = cost.record(recorder, micro_batches, [w])
         float32 = cost.record(recorder, lambda: x.float() @ w, [w])
-    assert not cost.float32_products(part.ops) and len(cost.float32_products(float32.ops)) == 1
+    assert not cost.float32_products(part.ops)
+    assert len(cost.float32_products(float32.ops)) == 1
     assert cost.weight_casts(part.ops, part.masters) == 3 * w.numel()
     assert cost.gradient_additions(part.ops, [w.shape]) == {(64, 64): 2}
 
@@ -126,4 +130,5 @@ def test_what_a_step_must_not_do(compiled):
         assert cost.weight_casts(part.ops, part.masters) == 0
         assert cost.gradient_additions(part.ops, copied) == once
     update = compiled.update
-    assert cost.weight_casts(update.ops, update.masters) == sum(map(math.prod, copied))
+    casts = cost.weight_casts(update.ops, update.masters)
+    assert casts == sum(map(math.prod, copied))

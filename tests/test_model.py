@@ -208,12 +208,13 @@ def model_reference(model, tokens):
 def test_model_against_numpy(changes, precision, tolerance):
     model = precision(build(**changes))
     tokens = random_tokens(1, 17)
-    found = model(tokens[:, :-1], tokens[:, 1:])
-    for x, wanted in zip(found, model_reference(model, tokens[0].numpy())):
+    outputs = model(tokens[:, :-1], tokens[:, 1:])
+    for x, wanted in zip(outputs, model_reference(model, tokens[0].numpy())):
         if wanted is None:
             assert x is None
         else:
-            assert np.abs(x[0].detach().double().numpy() - wanted).max() < tolerance
+            found = x[0].detach().double().numpy()
+            assert np.abs(found - wanted).max() < tolerance
 
 
 def moved(a, b):

@@ -80,12 +80,18 @@ def test_losses_in_one_pass():
     weights[0] = [0, 0, 1, 0, 0]
     expected = [mixture(P, w) for w in weights]
     np.testing.assert_allclose(q.mixture_losses(P, weights), expected, rtol=1e-12)
-    np.testing.assert_allclose(q.mixture_losses(list(P), list(weights)), expected, rtol=1e-12)
+    found = q.mixture_losses(list(P), list(weights))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 # The fit -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("M, spread", [(1, 1.5), (2, 0.3), (6, 1.5), (20, 3.0), (90, 1.5)])
+@pytest.mark.parametrize("M, spread", [
+    (1, 1.5),
+    (2, 0.3),
+    (6, 1.5),
+    (20, 3.0),
+    (90, 1.5)])
 def test_prior_against_scipy_and_em(M, spread):
     """Within the certificate of the optimum, which scipy and EM reach to about 1e-9."""
     P = random_predictions(M, seed=M, spread=spread)

@@ -45,7 +45,8 @@ def test_artifacts(run, corpus):
         assert (about["config"]["width"], about["vocab_size"]) == (64, 300)
         assert about["distilled"] == int(i > 0)
         with safe_open(folder / f"members/{i}/model.safetensors", "pt") as file:
-            assert {file.get_slice(name).get_dtype() for name in file.keys()} == {"BF16"}
+            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
+            assert kinds == {"BF16"}
             assert file.get_slice("embed").get_shape() == [320, 64]
     result = read_json(folder / "result.json")
     assert result["members"] == len(result["curve"]) == 4
@@ -63,7 +64,8 @@ def test_log(run, repo, corpus):
     header, events = log.removeprefix(source + LINE).split(LINE)
     about, end = json.JSONDecoder().raw_decode(header)
     assert about["machine"]["torch"] == torch.__version__
-    assert (about["config"]["train_tokens"], about["config"]["boundary"]) == (4000, "perturb")
+    assert about["config"]["train_tokens"] == 4000
+    assert about["config"]["boundary"] == "perturb"
     for name, split in read_json(corpus / "manifest.json")["splits"].items():
         assert about["data"][name] == split["files"]
     assert header[end:].strip() in stdout
@@ -92,7 +94,8 @@ def test_losses_from_cached_predictions(run):
     uniform = np.full(4, 0.25)
     assert loss_of(weights @ found["heldout"]) <= loss_of(uniform @ found["heldout"]) - 0.01
     learned = loss_of(weights @ found["val"])
-    assert float(re.search(r"final_val_loss:(\S+)", stdout)[1]) == approx(learned, abs=5.1e-6)
+    shown = re.search(r"final_val_loss:(\S+)", stdout)[1]
+    assert float(shown) == approx(learned, abs=5.1e-6)
     assert result["final_val_loss"] == approx(learned, abs=1e-6)
     assert result["uniform_val_loss"] == approx(loss_of(uniform @ found["val"]), abs=1e-6)
     for entry, p in zip(result["curve"], found["val"], strict=True):
@@ -120,7 +123,8 @@ def test_select(run, repo, monkeypatch, capsys):
 # Seeds and populations --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag, value, equal", [
-    ("--seed", 1, [False, False]), ("--distill-weight", 0, [True, False])])
+    ("--seed", 1, [False, False]),
+    ("--distill-weight", 0, [True, False])])
 def test_seed_and_teacher_change_members(flag, value, equal, trained):
     one = predictions_of(trained("one", "--cycles", 2))["val"]
     two = predictions_of(trained("two", "--cycles", 2, flag, value))["val"]
@@ -154,7 +158,8 @@ def test_populations(population, trajectories, distilled, trained, monkeypatch):
     folder = trained("x", "--population", population, "--average", 0, *flags)
     curve = read_json(folder / "result.json")["curve"]
     assert [entry["distilled"] for entry in curve] == distilled
-    assert curve[-1]["epochs"] == 8 and curve[-1]["traj"] == trajectories - 1
+    assert curve[-1]["epochs"] == 8
+    assert curve[-1]["traj"] == trajectories - 1
     steps = len(starts) // len(distilled)
     assert differs == [bool(d) for d in distilled for _ in range(steps)]
     for i in range(1, len(distilled)):
@@ -322,7 +327,8 @@ def test_the_head_of_the_script_lists_the_requirements():
     head = re.match(r"# /// script\n((?:#.*\n)*?)# ///\n", q.SOURCE)[1]
     listed = tomllib.loads(re.sub("^# ?", "", head, flags=re.M))
     lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    assert listed["dependencies"] == [line.split("#")[0].strip() for line in lines]
+    required = [line.split("#")[0].strip() for line in lines]
+    assert listed["dependencies"] == required
 
 
 def test_commands_of_a_process(tmp_path):

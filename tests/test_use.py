@@ -97,7 +97,8 @@ def intervals(corpus, nats, rng):
     """Quantiles of means over documents of the validation text, drawn anew."""
     starts = np.cumsum(read_shard(corpus / "val.bin") == END)
     n = len(starts) // 65
-    documents = starts[:65 * n].reshape(n, 65)[:, 1:].flatten()
+    sequences = starts[:65 * n].reshape(n, 65)
+    documents = sequences[:, 1:].flatten()
     groups = [nats[documents == d + 1] for d in range(documents.max())]
     draws = rng.integers(len(groups), size=(400, len(groups)))
     means = []
@@ -197,7 +198,8 @@ def test_sample_command(finished, monkeypatch, capsys):
     assert first.startswith("bale") and first.endswith("\n")
     assert works(capsys, *asked, "--seed", 1) == first != works(capsys, *asked)
     cold = works(capsys, *asked, "--temperature", 0, "--seed", 1)
-    assert cold == works(capsys, *asked, "--temperature", 0) == works(capsys, *asked, "--top-p", 0)
+    assert cold == works(capsys, *asked, "--temperature", 0)
+    assert cold == works(capsys, *asked, "--top-p", 0)
     two = works(capsys, *asked, "--samples", 2, "--stream")
     assert two.startswith(f"--- sample 0\n{works(capsys, *asked)}--- sample 1\nbale")
     printed = []
@@ -278,7 +280,10 @@ def test_prior(finished):
 
 def test_plot():
     """Where one curve reaches another's loss."""
-    curve = np.array([[2, 0, 5.0], [4, 0, 4.0], [8, 0, 3.0]])
+    curve = np.array([
+        [2, 0, 5.0],
+        [4, 0, 4.0],
+        [8, 0, 3.0]])
     for loss, reached in ((3.5, 6), (5.5, 2), (2.9, np.nan)):
         assert_allclose(plot.reached([curve, curve], loss, plot.EPOCHS), [reached] * 2)
 
@@ -290,7 +295,8 @@ def test_compare(finished, tmp_path, capsys):
     epochs, spent, losses = plot.curve(log).T
     assert epochs.tolist() == [6, 12, 18, 24]
     # the first cycle has no teacher
-    assert spent[0] == approx((result["flops"] - result["teacher_flops"]) / 4, 1e-3)
+    of_model = result["flops"] - result["teacher_flops"]
+    assert spent[0] == approx(of_model / 4, 1e-3)
     assert spent[-1] == approx(result["flops"], 1e-3)
     assert_allclose(losses, [entry["learned"] for entry in result["curve"]], atol=1e-5)
     out = works(capsys, "compare", finished, f"b={log}", "--out", tmp_path / "x.png")
@@ -335,7 +341,8 @@ def test_compare_settings(trained, logs, capsys):
         ["seed", "1", "2", "0"],
         ["lr_head", "0.01", "0.02"],
         ["runs", "2", "1"]]
-    assert ["best", "1"] == lines[7][:2] and lines[7][-1] == "-"  # it has no table yet
+    assert lines[7][:2] == ["best", "1"]
+    assert lines[7][-1] == "-"  # it has no table yet
     assert (logs / "compare.png").stat().st_size > 5000
     fails(capsys, "losses on dev and on val text, .* do not compare", "compare", "same", new)
 
@@ -347,7 +354,8 @@ def test_verdict():
     for difference, verdict in ((0.028, "equal"), (0.03, "worse"), (-0.03, "better")):
         other = [curve + [0, 0, difference] for curve in first]
         assert plot.compared(first, other).endswith(f"{difference:+.4f} | 0.0290 | {verdict}")
-    assert plot.compared(first, [curve + 1 for curve in first[:3]]).endswith("worse (n < 5)")
+    few = [curve + 1 for curve in first[:3]]
+    assert plot.compared(first, few).endswith("worse (n < 5)")
 
 
 def test_figures(monkeypatch, capsys):
@@ -394,13 +402,15 @@ def test_pooled_curves(finished, another, tmp_path):
     spent = single[:, plot.FLOPS]
     assert_allclose(flops[4:], spent + spent[-1], rtol=1e-4)
     both = [predictions_of(run) for run in (finished, another)]
-    weights, _ = q.fit_prior(np.concatenate([p["heldout"] for p in both]))
+    heldout = np.concatenate([p["heldout"] for p in both])
+    weights, _ = q.fit_prior(heldout)
     loss = loss_of(weights @ np.concatenate([p["val"] for p in both]))
     assert losses[-1] == approx(loss, abs=2e-6)
     one, two = pooled(tmp_path / "x.json", 1, finished, another, options=["--k=1"])
     assert len(one) == len(two) == 4
     table = read_json(finished / "result.json")["table"]
-    assert one[-1, plot.LOSS] == approx(table["rows"][0]["pruned"], abs=2e-6)
+    pruned = table["rows"][0]["pruned"]
+    assert one[-1, plot.LOSS] == approx(pruned, abs=2e-6)
 
 
 def test_runs_that_do_not_pool(finished, another, tmp_path):
