@@ -38,6 +38,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, record_function
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -214,12 +215,17 @@ def settings(preset="tiny", **changes):
 # Loss, optimizer, attention ---------------------------------------------------------------------
 
 def plain_loss(hidden, head, targets, softcap, teacher, weight, temperature):
-    """The loss of whole logits, by autograd."""
-    teacher_z = None
+    """(loss, cross-entropy) of whole logits, by autograd."""
+    x = q.soft_capped(hidden @ head.T, softcap)
+    ce = F.cross_entropy(x, targets)
+    loss = ce
     for _, states, of in teacher:  # one or none
-        teacher_z = states @ of.T
-    scale = torch.full(targets.shape, 1 / len(targets), device=targets.device)
-    return q.mean_loss(hidden @ head.T, teacher_z, targets, scale, softcap, weight, temperature)
+        y = q.soft_capped(states @ of.T, softcap)
+        log_p = (y / temperature).log_softmax(-1)
+        log_q = (x / temperature).log_softmax(-1)
+        kl = torch.linalg.vecdot(log_p.exp(), log_p - log_q).mean()
+        loss = (1 - weight) * ce + weight * temperature ** 2 * kl
+    return loss, ce
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,10 @@ FEWER_WEIGHTS = dict(
 def blocks():
     """[(kind or None, [command, ...])], continued lines joined."""
     text = "".join((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
-    block = r"(?:<!-- ([^\n]*) -->\n)?^```(bash|sh|console|python|yaml)\n(.*?)^```"
+    block = r"(?:<!-- ([^\n]*) -->\n)?^```(bash|sh|console|python)\n(.*?)^```"
     found = []
     for kind, language, body in re.findall(block, text, re.M | re.S):
         lines = body.replace("\\\n", " ").splitlines()
-        if language == "yaml":  # of SkyPilot
-            task = yaml.safe_load(body)
-            lines = [*task["setup"].splitlines(), *task["run"].splitlines()]
         if language == "python":
             lines = [f"python -c {shlex.quote(body)}"]
         found.append((kind or None, [line for line in lines if line and line[0] != "#"]))
@@ -40,6 +37,14 @@ def blocks():
 
 def lines_that(*kinds):
     return [line for kind, lines in blocks() if kind in kinds for line in lines]
+
+
+def lines_of_clusters():
+    """Commands of the files for Slurm and SkyPilot."""
+    script = (ROOT / "records/slurm.sh").read_text(encoding="utf-8")
+    task = yaml.safe_load((ROOT / "records/sky.yaml").read_text(encoding="utf-8"))
+    lines = [line for line in script.splitlines() if line[0] != "#"]
+    return [*lines, *task["setup"].splitlines(), *task["run"].splitlines()]
 
 
 def test_tags():
@@ -101,10 +106,10 @@ def test_other_commands_parse(monkeypatch):
     for command in ("push", "sample"):
         monkeypatch.setitem(COMMANDS, command, parsed_by(COMMANDS[command], monkeypatch))
     scripts = set()
-    for line in lines_that("needs a GPU", "needs a network"):
+    for line in [*lines_that("needs a GPU", "needs a network"), *lines_of_clusters()]:
         for part in re.split(r"&&|;|\|", line):
             words = shlex.split(part, comments=True)
-            if words[0] == "pip" or "pytest" in words:
+            if words[0] in ("pip", "sbatch", "sky") or "pytest" in words:
                 continue
             script, = [word for word in words if word.endswith(".py")]
             argv = words[words.index(script) + 1:]
