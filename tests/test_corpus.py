@@ -56,7 +56,12 @@ def test_an_epoch_holds_whole_documents_in_another_order(corpus):
 
 
 def test_epochs_are_functions_of_their_key(corpus):
-    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 7)]
+    keys = [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 1, 0),
+        (1, 0, 0),
+        (0, 0, 7)]
     forward = [corpus.epoch(*key).tobytes() for key in keys]
     backward = [corpus.epoch(*key).tobytes() for key in reversed(keys)]
     assert forward == backward[::-1]

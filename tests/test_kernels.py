@@ -187,7 +187,10 @@ def test_the_kernel_is_trusted_after_a_trial_run(loss, reason, monkeypatch, caps
 
 
 @outside
-@pytest.mark.parametrize("softcap, T, fits", [(30, 1.2, True), (0, 1, False), (16, 0.5, False)])
+@pytest.mark.parametrize("softcap, T, fits", [
+    (30, 1.2, True),
+    (0, 1, False),
+    (16, 0.5, False)])
 def test_a_cap_without_a_kernel_is_told(softcap, T, fits, flags, monkeypatch, capsys):
     kernel = q.loss_in_triton
     monkeypatch.setattr(q, "use_triton", lambda device_type: True)

@@ -35,7 +35,10 @@ def attention_by_loops(query, key, value, window):
     return torch.stack(rows, dim=1)
 
 
-@pytest.mark.parametrize("T, window", [(16, 16), (16, 1), (7, 3)])
+@pytest.mark.parametrize("T, window", [
+    (16, 16),
+    (16, 1),
+    (7, 3)])
 @pytest.mark.parametrize("name", ["sdpa", "plain"])
 def test_attention_kernels(name, T, window):
     """Forward and backward pass in float64."""
@@ -288,7 +291,8 @@ def test_initial_weights_depend_on_key_and_name_alone():
     torch.manual_seed(2)
     again = build(stir=False, key=3)
     other = build(stir=False, key=4)
-    smaller = build(stir=False, key=3, **{**OFF, "induction": True, "layers": 2})
+    few = {**OFF, "induction": True, "layers": 2}
+    smaller = build(stir=False, key=3, **few)
     for name, weight in first.named_parameters():
         assert torch.equal(weight, getattr(again, name))
         assert torch.equal(weight, getattr(other, name)) == (name in NEUTRAL)

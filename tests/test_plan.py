@@ -125,7 +125,9 @@ def test_modelled_time(monkeypatch, capsys):
     monkeypatch.setattr(cost, "step", lambda cfg, vocab_size: step)
     cfg = resolved(epochs=16, batch_tokens=16_384)  # 8 micro-batches a step, of 2,048 tokens
     cycles = sum(q.plan_cycles(cfg, 163_840), [])  # 2 of 4 distilled, 40 steps each
-    wanted = 80 * (8 * 0.25 + 0.125) + 80 * (8 * 0.5 + 0.125) + 4 * 10 * 0.25
+    alone = 80 * (8 * 0.25 + 0.125)
+    taught = 80 * (8 * 0.5 + 0.125)
+    wanted = alone + taught + 4 * 10 * 0.25
     for gpus in (1, 2):
         found = plan.modelled_seconds(cfg, VOCAB, gpus, cycles, eval_tokens=20_480)
         assert found == pytest.approx(wanted / gpus)

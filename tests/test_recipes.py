@@ -38,7 +38,10 @@ def test_between_and_beyond():
     assert recipes.loss_of(rows, 8, 1) is None
 
 
-@pytest.mark.parametrize("epochs, k", [(32, 2), (64, 4), (64, None)])
+@pytest.mark.parametrize("epochs, k", [
+    (32, 2),
+    (64, 4),
+    (64, None)])
 def test_the_commands_are_commands(epochs, k):
     population, _, _ = recipes.recommend(epochs, k)
     spent = 0
