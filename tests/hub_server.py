@@ -1,5 +1,5 @@
 """A small hub on this machine: the endpoints that huggingface-hub uses to make a model, commit
-files to it and fetch them, over HTTP."""
+files to it and fetch them (also of a data set), over HTTP."""
 import base64
 import contextlib
 import hashlib
@@ -56,9 +56,9 @@ class Answers(BaseHTTPRequestHandler):
         self.send_response(status)
         if not isinstance(body, bytes):
             body = json.dumps(body).encode()
-        headers.setdefault("Content-Length", str(len(body)))
+        headers.setdefault("Content_Length", len(body))
         for name, value in headers.items():
-            self.send_header(name.replace("_", "-"), value)
+            self.send_header(name.replace("_", "-"), str(value))
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(body)
@@ -69,8 +69,9 @@ class Answers(BaseHTTPRequestHandler):
     def do(self):
         length = int(self.headers.get("Content-Length") or 0)
         self.body = self.rfile.read(length)
-        path = unquote(urlsplit(self.path).path)
-        self.server.log.append((self.command, path))
+        path = unquote(urlsplit(self.path).path).removeprefix("/datasets")
+        self.asked = self.headers.get("Range")
+        self.server.log.append((self.command, path, self.asked))
         if self.server.busy:
             return self.refuse(503, message="too many visitors")
         parts = path.strip("/").split("/")
@@ -129,11 +130,24 @@ class Answers(BaseHTTPRequestHandler):
     def resolve(self, name, model, sha, file):
         if model.gated:
             return self.refuse(403, "GatedRepo", "Access to it is restricted")
-        files = model.commits[sha]
-        if file not in files:
+        if file not in model.commits[sha]:
             return self.refuse(404, "EntryNotFound", "Entry not found")
-        etag = hashlib.sha256(files[file]).hexdigest()
-        self.answer(200, files[file], ETag=f'"{etag}"', X_Repo_Commit=sha)
+        faults = self.server.faults.get(file)
+        fault = faults.pop(0) if self.command == "GET" and faults else None
+        if fault == "busy":
+            return self.refuse(503)
+        content = model.commits[sha][file]
+        size = len(content)
+        begin = int(self.asked[6:-1]) if self.asked else 0
+        etag = f'"{hashlib.sha256(content).hexdigest()}"'
+        if fault == "flip":  # right length, wrong content
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        if fault == "cut":
+            content = content[:size // 2]
+            self.close_connection = True
+        self.answer(206 if self.asked else 200, content[begin:], ETag=etag, X_Linked_Etag=etag,
+                    X_Linked_Size=size, X_Repo_Commit=sha, Content_Length=size - begin,
+                    Content_Range=f"bytes {begin}-{size - 1}/{size}")
 
     # What it takes
 
@@ -183,13 +197,14 @@ class Answers(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def running():
-    """A hub without models. Its log has (method, path) of each request."""
+    """A hub without models. Its log has (method, path, range) of each request."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.models = {}
     server.large = {}  # {sha256: bytes}: contents of large files
     server.log = []
     server.busy = False
+    server.faults = {}  # {file: what goes wrong, answer by answer}: "busy", "flip", "cut"
     thread = threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True)
     thread.start()
     try:

@@ -42,35 +42,27 @@ def run(name):
 def test_loss_and_a_process_of_its_own():
     items = []
     assert bench.run_section(["loss", "--small"], 100, items.append) == ""
-    whole, *sizes = rows_of(items)
-    assert whole["hidden"] == "torch.float32" and whole["teacher"] and len(sizes) == 2
+    whole, *_ = rows_of(items)
     if sys.platform == "linux":
         assert 0 < whole["chunked / plain memory"] < 1
         # at least the logits and their gradient
         assert whole["plain extra MB"] > 2 * 4 * 1024 * 8000 / 1e6
 
 
-def test_optimizer_and_attention():
-    orthogonal, update = run("optimizer")
-    assert orthogonal["X"] == "(3, 16, 32)" and update["banks"] > 5
-    assert [row["window"] for row in run("attention")] == [16, 32]
-
-
-def test_text():
-    rows = run("text")
-    assert [(row["members"], row["samples"]) for row in rows] == [(1, 1), (2, 2)] * 2
-
-
-def test_compiled():
-    assert [row["teacher"] for row in run("compiled")] == [False, True]
+@pytest.mark.parametrize("name, column, values", [
+    ("optimizer", "banks", [9]),
+    ("attention", "window", [16, 32]),
+    ("text", "samples", [1, 2] * 2),
+    ("compiled", "teacher", [False, True]),
+    ("model", "part", ["micro-batch", "with teacher", "update"])])
+def test_section(name, column, values):
+    assert [row[column] for row in run(name) if column in row] == values
 
 
 def test_step():
-    groups = {row["operation"]: row for row in run("step") if "operation" in row}
-    wanted = {"attention", "batch preparation", "loss: products", "model: products"}
-    assert wanted <= groups.keys()
+    groups = [row for row in run("step") if "operation" in row]
     for taught in ("teacher: False", "teacher: True"):
-        shares = [float(row[taught].rstrip("%")) for row in groups.values()]
+        shares = [float(row[taught].rstrip("%")) for row in groups]
         assert sum(shares) == pytest.approx(100, abs=0.6)  # each is rounded to 0.1
 
 
@@ -87,15 +79,6 @@ def test_prior():
         assert -1e-6 < other["loss - fit_prior's"] <= other["certified gap"]
 
 
-def test_model():
-    """The smallest step there is, not compiled."""
-    rows = run("model")
-    parts = [row["part"] for row in rows if "part" in row]
-    assert parts == ["micro-batch", "with teacher", "update"]
-    assert sum("ten heaviest of" in row for row in rows) == 20
-    assert sum("deviation" in row for row in rows) == 14
-
-
 def test_output(tmp_path, capsys):
     output = bench.Output(tmp_path / "b.md")
     items = ["# title", {"a": 1.23456, "b": math.nan}, {"a": 12345.6, "b": "x"}, "note"]
@@ -109,12 +92,8 @@ def test_output(tmp_path, capsys):
 
 def test_mistakes(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(bench, "CUDA", False)
     assert bench.main(["--gpu"]) == 2
     assert capsys.readouterr().err == "bench.py: --gpu needs a GPU, and torch sees none here\n"
-    with pytest.raises(SystemExit):
-        bench.main(["nothing"])
-    assert "nothing is not one of" in capsys.readouterr().err
 
 
 @pytest.mark.slow

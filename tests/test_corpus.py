@@ -1,27 +1,28 @@
 """Order of the training text and cutting into sequences; seeds; an import without side effects."""
 import json
-import os
-import subprocess
-import sys
 from collections import Counter
 from itertools import pairwise, product
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 import forks
 import train_q0 as q
+from tiny import user
 
-ROOT = Path(__file__).resolve().parent.parent
 LENGTHS = (5, 40, 1, 17, 30, 9, 23)  # 125 tokens: 13 sequences of 9, and 8 that are dropped
 
 
 @pytest.fixture
 def corpus():
     """Documents of distinct tokens, each counting up from a multiple of 100."""
-    documents = [np.arange(100 * i, 100 * i + n, dtype=np.uint16) for i, n in enumerate(LENGTHS)]
-    splits = {split: np.arange(100 + 7 * i) for i, split in enumerate(q.SPLITS)}
+    documents = []
+    for i, n in enumerate(LENGTHS):
+        document = np.arange(n, dtype=np.uint16)
+        documents.append(100 * i + document)
+    splits = {}
+    for i, split in enumerate(q.SPLITS):
+        splits[split] = np.arange(100 + 7 * i)
     splits["train"] = np.concatenate(documents)
     return q.Corpus("counting", 1000, splits, {}, tuple(documents), seq_len=8)
 
@@ -45,7 +46,9 @@ def test_an_epoch_holds_whole_documents_in_another_order(corpus):
     assert min(left_out.values()) == 0 and left_out.total() == 8
     starts = {document[0] for document in corpus.documents}
     ends = {document[-1] for document in corpus.documents}
-    joints = {(a, b) for sequence in epoch for a, b in pairwise(sequence) if b != a + 1}
+    joints = set()
+    for sequence in epoch:
+        joints |= {(a, b) for a, b in pairwise(sequence) if b != a + 1}
     assert all(a in ends and b in starts for a, b in joints)
     assert joints - set(pairwise(text))
     neighbours = sum(b[0] == a[-1] + 1 for a, b in pairwise(epoch))
@@ -53,7 +56,12 @@ def test_an_epoch_holds_whole_documents_in_another_order(corpus):
 
 
 def test_epochs_are_functions_of_their_key(corpus):
-    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 7)]
+    keys = [
+        (0, 0, 0),
+        (0, 0, 1),
+        (0, 1, 0),
+        (1, 0, 0),
+        (0, 0, 7)]
     forward = [corpus.epoch(*key).tobytes() for key in keys]
     backward = [corpus.epoch(*key).tobytes() for key in reversed(keys)]
     assert forward == backward[::-1]
@@ -85,15 +93,12 @@ def test_training_text_is_whole_documents_up_to_the_target(tmp_path):
 IMPORTS = """
 import json, os, random, sys
 import numpy, torch
-sys.argv = ["other.py", "--no-such-flag"]
 
 def state():
-    return [sys.argv[:], dict(os.environ), os.getcwd(), sorted(os.listdir(".")),
-            torch.get_rng_state().tolist(), random.getstate(),
-            numpy.random.get_state()[1].tolist(), torch.get_num_threads(),
-            torch.get_default_dtype() == torch.float32, torch.get_float32_matmul_precision()]
+    return [sys.argv[:], dict(os.environ), os.getcwd(), os.listdir("."), random.getstate(),
+            torch.get_rng_state().tolist(), numpy.random.get_state()[1].tolist(),
+            torch.get_num_threads(), torch.get_float32_matmul_precision()]
 
-os.environ["OMP_WAIT_POLICY"] = "ACTIVE"  # the user's: where it is missing the script sets it
 before = state()
 import train_q0
 print(json.dumps([state() == before, torch.distributed.is_initialized(),
@@ -102,16 +107,8 @@ print(json.dumps([state() == before, torch.distributed.is_initialized(),
 
 
 def test_import_has_no_side_effect(tmp_path):
-    # a bare environment: this process's own may hold what its import of train_q0 left there
-    environment = {"PYTHONPATH": str(ROOT)}
-    for name in ("PATH", "HOME", "LD_LIBRARY_PATH", "SYSTEMROOT"):
-        if name in os.environ:
-            environment[name] = os.environ[name]
-    done = subprocess.run(
-        [sys.executable, "-B", "-c", IMPORTS],
-        cwd=tmp_path,
-        env=environment,
-        capture_output=True,
-        text=True)
+    # OMP_WAIT_POLICY is the user's; where it is missing the script sets it
+    done = user(tmp_path, "python", "-B", "-c", IMPORTS, "--no-such-flag",
+                PYTHONPATH=str(q.ROOT), OMP_WAIT_POLICY="ACTIVE")
     assert done.stderr == ""
     assert json.loads(done.stdout) == [True, False, False]  # nothing else was printed

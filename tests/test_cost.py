@@ -56,7 +56,8 @@ def test_flops_of_attention_are_those_of_the_keys_seen():
     for window in (1, 5, 8):
         attend = cost.attention(None, "meta", window)
         kernel, = kernels_of(lambda compile: attend, x, x, x)
-        seen = int(torch.ones(T, T).tril().triu(1 - window).sum())
+        visible = torch.ones(T, T).tril().triu(1 - window)
+        seen = int(visible.sum())
         assert kernel.flops == 2 * 2 * (2 * 3 * 64) * seen
         assert kernel.full == (window == T)
 
@@ -78,7 +79,9 @@ def test_fused_operations_read_and_write_once():
     assert [k.nbytes for k in found] == [size + 4, 2 * size + 4]
     found = kernels_of(lambda compile: compile(lambda x: (x + 1) @ x * 2), x)
     assert [(k.name, k.nbytes) for k in found] == [
-        ("fused", 2 * size), ("mm", 3 * size), ("fused", 2 * size)]
+        ("fused", 2 * size),
+        ("mm", 3 * size),
+        ("fused", 2 * size)]
     assert found[1].size == (1, 300, 300, 300)
 
 
@@ -96,28 +99,6 @@ def test_memory_is_that_of_living_tensors():
         assert recorder.live == part.held
 
 
-def test_a_repeated_graph_costs_what_its_first_call_did():
-    recorder = cost.Recorder()
-    found = []
-    with cost.on_meta(recorder):
-        with torch.device("meta"):
-            weight = torch.empty(64, 64, requires_grad=True)
-            x = torch.zeros(8, 64)
-
-        def layer(x):
-            y = x @ weight
-            return (y.relu() * y).sin().sum(), x[:4]  # one output is a view of an input
-
-        layer = torch.compile(layer)
-        for _ in range(3):
-            found.append(cost.record(recorder, lambda: layer(x)[0].backward()))
-            weight.grad = None
-    first, *repeated = found
-    for part in repeated:
-        assert part.kernels == first.kernels
-        assert part.peak == first.peak and part.held == first.held
-
-
 def test_what_float32_weights_cost():
     w = torch.empty(64, 64, device="meta", requires_grad=True)
     x = torch.empty(8, 64, device="meta", dtype=torch.bfloat16)
@@ -130,7 +111,8 @@ def test_what_float32_weights_cost():
     with recorder:
         part = cost.record(recorder, micro_batches, [w])
         float32 = cost.record(recorder, lambda: x.float() @ w, [w])
-    assert not cost.float32_products(part.ops) and len(cost.float32_products(float32.ops)) == 1
+    assert not cost.float32_products(part.ops)
+    assert len(cost.float32_products(float32.ops)) == 1
     assert cost.weight_casts(part.ops, part.masters) == 3 * w.numel()
     assert cost.gradient_additions(part.ops, [w.shape]) == {(64, 64): 2}
 
@@ -148,4 +130,5 @@ def test_what_a_step_must_not_do(compiled):
         assert cost.weight_casts(part.ops, part.masters) == 0
         assert cost.gradient_additions(part.ops, copied) == once
     update = compiled.update
-    assert cost.weight_casts(update.ops, update.masters) == sum(map(math.prod, copied))
+    casts = cost.weight_casts(update.ops, update.masters)
+    assert casts == sum(map(math.prod, copied))

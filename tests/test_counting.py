@@ -8,7 +8,8 @@ import torch
 from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.numpy import load_file
-from tiny import VOCABULARY, edit_json, fails, flip, predictions_of, read_json, sequences_of, works
+from tiny import (
+    VOCABULARY, edit_json, fails, flip, predictions_of, read_json, run_in, sequences_of, works)
 
 import train_q0 as q
 from records import check, counting, gate, neighbours
@@ -23,7 +24,8 @@ def some_text(length=400, seed=0):
     """Documents of tokens below V, as one array; some are empty."""
     rng = np.random.default_rng(seed)
     p = np.array([8, 4, 2, 2, 1, 1, 3])
-    return np.append(EOT, rng.choice(V, length - 1, p=p / p.sum())).astype(np.uint16)
+    tokens = rng.choice(V, length - 1, p=p / p.sum())
+    return np.append(EOT, tokens).astype(np.uint16)
 
 
 # Members ----------------------------------------------------------------------------------------
@@ -40,8 +42,10 @@ def plain_kneser_ney(text, order):
     counts = [None, *occurs[1:]]
     for n in range(1, order):
         before = collections.Counter(gram[1:] for gram in occurs[n + 1])
-        counts[n] = {gram: occurs[n][gram] if n > 1 and gram[0] == EOT else before[gram]
-                     for gram in occurs[n]}
+        counts[n] = {}
+        for gram, times in occurs[n].items():
+            opens = n > 1 and gram[0] == EOT
+            counts[n][gram] = times if opens else before[gram]
 
     def discount(n, count):
         times = collections.Counter(counts[n].values())
@@ -49,11 +53,15 @@ def plain_kneser_ney(text, order):
             return counting.FEW[min(count, 3)]
         c = min(count, 3)
         y = times[1] / (times[1] + 2 * times[2])
-        return min(max(c - (c + 1) * y * times[c + 1] / times[c], 0), c)
+        found = c - (c + 1) * y * times[c + 1] / times[c]
+        return min(max(found, 0), c)
 
     def p(token, context):
         n = len(context) + 1
-        follow = {g[-1]: c for g, c in counts[n].items() if g[:-1] == context}
+        follow = {}
+        for gram, count in counts[n].items():
+            if gram[:-1] == context:
+                follow[gram[-1]] = count
         shorter = p(token, context[1:]) if context else 1 / V
         if not follow:
             return shorter
@@ -67,7 +75,8 @@ def plain_kneser_ney(text, order):
 
 def context_in_document(tokens, t, longest):
     """The last `longest` tokens up to t, from the beginning of the document on."""
-    begin = max([i for i in range(t + 1) if tokens[i] == EOT], default=0)
+    ends = [i for i in range(t + 1) if tokens[i] == EOT]
+    begin = max(ends, default=0)
     return tuple(tokens[max(begin, t + 1 - longest):t + 1])
 
 
@@ -76,45 +85,51 @@ def test_kneser_ney_is_the_plain_one(length):
     member = counting.KneserNey(some_text(length), V, EOT, order=3)
     tokens = some_text(40, seed=1)[3:].astype(np.int64)
     p = plain_kneser_ney(some_text(length), 3)
-    expected = [[p(v, context_in_document(tokens.tolist(), t, 2)) for v in range(V)]
-                for t in range(len(tokens))]
-    assert_allclose(member.probs(tokens), expected, rtol=1e-5)
+    for t, found in enumerate(member.probs(tokens)):
+        context = context_in_document(tokens.tolist(), t, 2)
+        expected = [p(v, context) for v in range(V)]
+        assert_allclose(found, expected, rtol=1e-5)
+
+
+def followers(text, context):
+    """Counts [V] of what follows a context in its documents."""
+    found = np.zeros(V)
+    for end, token in enumerate(text):
+        begins = end - len(context)
+        if begins >= 0 and context_in_document(text, end - 1, len(context)) == context:
+            found[token] += 1
+    return found
+
+
+def check_interpolated(member, tokens, text_of, start, strengths):
+    """That p pulls what follows longer and longer contexts to that of the next shorter one."""
+    for t, p in enumerate(member.probs(tokens)):
+        expected = start
+        for k, strength in strengths.items():
+            context = context_in_document(tokens.tolist(), t, k)
+            if len(context) == k:
+                counts = followers(text_of(t), context)
+                expected = (counts + strength * expected) / (counts.sum() + strength)
+        assert_allclose(p, expected, rtol=1e-5)
 
 
 def test_undiscounted_is_the_plain_one():
-    """What follows each context in its documents, pulled to the next shorter one."""
-    text = some_text(60)
-    member = counting.Undiscounted(text, V, EOT, order=3)
+    text = [*some_text(60).tolist(), EOT]
+    member = counting.Undiscounted(some_text(60), V, EOT, order=3)
     tokens = some_text(40, seed=1)[3:].astype(np.int64)
-    found = member.probs(tokens)
-    text = [*text.tolist(), EOT]
-    for t in range(len(tokens)):
-        expected = member.unigram
-        for k in (1, 2):
-            context = context_in_document(tokens.tolist(), t, k)
-            after = [text[i] for i in range(k, len(text))
-                     if len(context) == k and context_in_document(text, i - 1, k) == context]
-            counts = np.bincount(after, minlength=V) if after else np.zeros(V)
-            expected = (counts + counting.PULL * expected) / (len(after) + counting.PULL)
-        assert_allclose(found[t], expected, rtol=1e-5)
+    pulls = {1: counting.PULL, 2: counting.PULL}
+    check_interpolated(member, tokens, lambda t: text, member.unigram, pulls)
 
 
 def test_cache_is_the_plain_one():
-    strengths = (3, 0.5, 0.25)
-    member = counting.Cache(strengths, V, EOT)
+    """Of the document so far."""
     tokens = some_text(60, seed=2)[5:].astype(np.int64)
-    found = member.probs(tokens)
-    for t in range(len(tokens)):
-        text = context_in_document(tokens.tolist(), t, len(tokens))
-        expected = np.full(V, 1 / V)
-        for k, strength in enumerate(strengths):
-            if k > len(text):
-                break
-            context = text[len(text) - k:]
-            after = [text[i + k] for i in range(len(text) - k) if text[i:i + k] == context]
-            counts = np.bincount(after, minlength=V)
-            expected = (counts + strength * expected) / (len(after) + strength)
-        assert_allclose(found[t], expected, rtol=1e-5)
+    member = counting.Cache((3, 0.5, 0.25), V, EOT)
+
+    def so_far(t):
+        return list(context_in_document(tokens.tolist(), t, len(tokens)))
+
+    check_interpolated(member, tokens, so_far, np.full(V, 1 / V), {0: 3, 1: 0.5, 2: 0.25})
 
 
 def members():
@@ -183,11 +198,15 @@ def test_certificate(strength):
     v = np.array([0.5, 0.3, 0.2 - 1e-5, 1e-5])
 
     def loss(w):
-        return -(np.log(w @ P).sum() + strength * (v @ np.log(w))) / (P.shape[1] + strength)
+        likelihood = np.log(w @ P).sum()
+        pull = strength * (v @ np.log(w))
+        return -(likelihood + pull) / (P.shape[1] + strength)
     w, gap = gate.fit_bucket(P, v, strength)
     assert w.sum() == approx(1) and (w > 0).all() and gap <= 1e-7
     rng = np.random.default_rng(1)
-    for other in (*rng.dirichlet(1e3 * w + 1e-3, 50), *rng.dirichlet(np.ones(4), 50)):
+    near = rng.dirichlet(1e3 * w + 1e-3, 50)
+    far = rng.dirichlet(np.ones(4), 50)
+    for other in (*near, *far):
         assert loss(w) <= loss(other.clip(1e-12)) + gap
 
 
@@ -196,14 +215,17 @@ def test_gate_between_prior_and_bucket():
     each has the prior of its own tokens, and the loss is lower."""
     P, buckets = some_predictions()
     v, _ = q.fit_prior(P)
-    one = gate.fit_gate(P, np.zeros(P.shape[1], dtype=int), 1, v, 100)
+    nowhere = np.zeros(P.shape[1], dtype=int)
+    one = gate.fit_gate(P, nowhere, 1, v, 100)
     assert_allclose(one.weights[0], v, atol=1e-5)
     found = gate.fit_gate(P, buckets, 3, v, 1e-6)
     assert_allclose(found.weights[2], v, atol=1e-12)
     own, _ = q.fit_prior(np.ascontiguousarray(P[:, buckets == 1]))
     assert_allclose(found.weights[1], own, atol=1e-4)
-    assert_allclose(found.mix(P, buckets), (found.weights[buckets].T * P).sum(axis=0))
-    assert np.log(found.mix(P, buckets)).mean() > np.log(v @ P).mean() + 0.01
+    mixed = found.mix(P, buckets)
+    each = found.weights[buckets].T * P
+    assert_allclose(mixed, each.sum(axis=0))
+    assert np.log(mixed).mean() > np.log(v @ P).mean() + 0.01
 
 
 def test_strength_by_documents():
@@ -219,10 +241,8 @@ def test_strength_by_documents():
 
 @pytest.fixture(scope="module")
 def counted(finished, base):
-    """(folder, what the command said) of a run and its members that count."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(q, "LOGS", base / "counted")
-        assert q.main(["count", str(finished)]) == 0
+    """A run and its members that count."""
+    run_in(base / "counted", "count", finished)
     return base / "counted/first_counted"
 
 
@@ -269,16 +289,6 @@ def test_counted_with_neighbours(finished, copied, corpus, logs, capsys):
         check.main([str(copied), "--pack", str(logs / "near")])
     shutil.rmtree(copied / "members/3")
     fails(capsys, "members/3 is missing", "count", copied, "--neighbours")
-
-
-def test_two_texts_beyond_the_context(counted, corpus):
-    rows = torch.from_numpy(sequences_of(corpus, "val", 64)[:2])
-    mixed = load_mixture(counted)
-    reader = mixed.reader()
-    reader.read(rows[:1, :64])
-    reader.repeat(2)
-    seen = torch.cat((rows[:1, 32:64].expand(2, -1), rows[:, :1]), dim=1)
-    assert_allclose(reader.read(rows[:, :1]), mixed.log_probs(seen)[:, -1], rtol=1e-4)
 
 
 @pytest.fixture

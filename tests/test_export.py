@@ -171,13 +171,6 @@ def test_generate(mixture, model, folder):
     assert texts == [greedy(mixture, prompt, 16) for prompt in prompts]
 
 
-def test_pipeline(mixture, folder):
-    write = transformers.pipeline("text-generation", model=folder, trust_remote_code=True)
-    found, = write("dore belo", max_new_tokens=5, do_sample=False)
-    pieces = mixture.generate("dore belo", 5, temperature=0)
-    assert found["generated_text"] == "dore belo" + "".join(pieces)
-
-
 # ranks of no training: merges make no `bde`, so it stands alone; `abcd` comes before its parts
 UNLIKE_TRAINED = [bytes([i]) for i in range(256)] + [b"ab", b"abcd", b"cd", b"bde", b" a", b"a b"]
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
-from tiny import MINI, edit_json, fails, flip, read_json, snapshot, with_file, works
+from tiny import MINI, edit_json, fails, flip, read_json, run_in, snapshot, with_file, works
 
 import records.hub
 import train_q0 as q
@@ -49,11 +49,7 @@ def rearrange(run, order):
 def trained(corpus, tmp_path_factory):
     """logs/ with two runs of the same four members."""
     logs = tmp_path_factory.mktemp("hub") / "logs"
-    flags = [*MINI, "--cycles", "4", "--data", str(corpus), "--run", "one"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(q, "LOGS", logs)
-        patch.setattr(plot, "draw_curve", lambda path, *_: path.write_bytes(b"a picture"))
-        assert q.main(flags) == 0
+    run_in(logs, *MINI, "--cycles", 4, "--data", corpus, "--run", "one")
     shutil.copytree(logs / "one", logs / "two")
     rearrange(logs / "one", (0, 1, 2, 3))
     rearrange(logs / "two", (3, 1, 0, 2))
@@ -95,7 +91,7 @@ def hub(empty_hub):
 
 def fetched(hub):
     """Files downloaded since the last call."""
-    paths = [path.split("/", 5)[5] for method, path in hub.log
+    paths = [path.split("/", 5)[5] for method, path, _ in hub.log
              if method == "GET" and "/resolve/" in path]
     hub.log.clear()
     assert len(paths) == len(set(paths))

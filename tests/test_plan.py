@@ -76,7 +76,7 @@ def test_weights_gradients_optimizer_and_member_memory(changes):
 
 @pytest.mark.parametrize("preset", ["small", "q0"])
 def test_what_a_preset_needs_of_a_gpu(preset):
-    """The table that chooses a preset: in whole GB, with 5% to spare, for the largest population."""
+    """The table that chooses a preset: in GB, with 5% to spare, for the largest population."""
     peaks = []
     for population in q.POPULATIONS:
         cfg = replace(resolved(preset, population=population), precision="bfloat16", compile=True)
@@ -88,27 +88,17 @@ def test_plan_names_a_micro_batch_that_fits(capsys):
     argv = ("plan", "--preset", "q0", "--gpus", 8)
     too_large = works(capsys, *argv, "--micro-batch", 8)
     assert "does not fit in 80 GB: use --micro-batch 4" in too_large
-    assert "does not fit in" not in works(capsys, *argv, "--micro-batch", 4)
-
-
-def test_plan_states_memory_and_the_resume_state(capsys):
-    """Weights and one or two moments in float32; with --average mean weights too."""
-    shown = []
-    for average in (0, 0.5):
-        out = works(capsys, "plan", "--preset", "q0", "--gpus", 8, "--average", average)
-        found = re.search(r"resume state 2 x ([\d.]+) GB a trajectory", out)
-        shown.append(float(found[1]))
-    assert 1.87 * 8 < shown[0] < 1.87 * 12
-    assert shown[1] - shown[0] == pytest.approx(1.87 * 4, rel=0.02)
-    table = out.split("memory per device:\n")[1].split("disk:")[0].splitlines()
-    assert {len(line) for line in table} == {len(table[0])}
-    weights, = re.findall(r"^  weights +([\d.]+) GB$", out, re.M)
-    assert float(weights) == pytest.approx(4 * 1.87, rel=0.01)
+    out = works(capsys, *argv, "--micro-batch", 4)
+    assert "does not fit in" not in out
+    # weights and one or two moments in float32
+    state = re.search(r"resume state 2 x ([\d.]+) GB a trajectory", out)
+    assert 1.87 * 8 < float(state[1]) < 1.87 * 12
 
 
 def test_plan_time_is_flops_over_speed(capsys):
     argv = "plan --preset q0 --population single --epochs 4 --gpus 8 --mfu 0.5".split()
-    found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", works(capsys, *argv, "--micro-batch", 4), re.M)
+    out = works(capsys, *argv, "--micro-batch", 4)
+    found = re.search(r"^estimated time\W+(\d+):(\d+):(\d+)", out, re.M)
     hours, minutes, rest = map(int, found.groups())
     cfg = resolved("q0", population="single", epochs=4)
     per_token, forward = flops.flops_per_token(cfg, 50257)
@@ -135,7 +125,9 @@ def test_modelled_time(monkeypatch, capsys):
     monkeypatch.setattr(cost, "step", lambda cfg, vocab_size: step)
     cfg = resolved(epochs=16, batch_tokens=16_384)  # 8 micro-batches a step, of 2,048 tokens
     cycles = sum(q.plan_cycles(cfg, 163_840), [])  # 2 of 4 distilled, 40 steps each
-    wanted = 80 * (8 * 0.25 + 0.125) + 80 * (8 * 0.5 + 0.125) + 4 * 10 * 0.25
+    alone = 80 * (8 * 0.25 + 0.125)
+    taught = 80 * (8 * 0.5 + 0.125)
+    wanted = alone + taught + 4 * 10 * 0.25
     for gpus in (1, 2):
         found = plan.modelled_seconds(cfg, VOCAB, gpus, cycles, eval_tokens=20_480)
         assert found == pytest.approx(wanted / gpus)

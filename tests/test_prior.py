@@ -80,19 +80,21 @@ def test_losses_in_one_pass():
     weights[0] = [0, 0, 1, 0, 0]
     expected = [mixture(P, w) for w in weights]
     np.testing.assert_allclose(q.mixture_losses(P, weights), expected, rtol=1e-12)
-    np.testing.assert_allclose(q.mixture_losses(list(P), list(weights)), expected, rtol=1e-12)
-    P = np.full((2, 10), 0.5)
-    P[1] += 1e-9
-    first, second = q.mixture_losses(P, np.eye(2))
-    assert first - second == approx(2e-9, rel=1e-4)
+    found = q.mixture_losses(list(P), list(weights))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
 
 
 # The fit -----------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("M", [2, 6, 12])
-def test_prior_against_scipy_and_em(M):
-    P = random_predictions(M, seed=M)
-    w, gap = q.fit_prior(P)
+@pytest.mark.parametrize("M, spread", [
+    (1, 1.5),
+    (2, 0.3),
+    (6, 1.5),
+    (20, 3.0),
+    (90, 1.5)])
+def test_prior_against_scipy_and_em(M, spread):
+    """Within the certificate of the optimum, which scipy and EM reach to about 1e-9."""
+    P = random_predictions(M, seed=M, spread=spread)
     found = scipy.optimize.minimize(
         lambda w: mixture(P, w),
         np.full(M, 1 / M),
@@ -101,34 +103,12 @@ def test_prior_against_scipy_and_em(M):
         bounds=[(0, 1)] * M,
         constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
         options={"ftol": 1e-14})
-    slow = em(P, 5000)
-    assert w.min() >= 0 and w.sum() == approx(1, abs=1e-12)
-    # within the certificate of the optimum, which scipy and EM reach to about 1e-9
-    assert is_certified(P, w, gap)
-    assert mixture(P, w) == approx(found.fun, abs=1.1e-7)
-    assert mixture(P, w) == approx(mixture(P, slow), abs=1.1e-7)
-    # F is curved: F(w) - F* = (w - w*) H (w - w*) / 2 <= 1e-7, and H >= 0.02 here
-    np.testing.assert_allclose(w, slow, atol=5e-3)
-
-
-@pytest.mark.parametrize("M", [2, 20, 90])
-@pytest.mark.parametrize("spread", [0.3, 3.0])
-def test_the_gap_bounds_the_distance_from_the_optimum(M, spread):
-    P = random_predictions(M, 200, seed=M, spread=spread)
-    exact, _ = q.fit_prior(P, tolerance=1e-11)
-    lowest = min(mixture(P, exact), mixture(P, em(P, 1000)))
-    for tolerance in (1.0, 1e-2, 1e-4, 1e-7, 1e-10):
+    lowest = min(found.fun, mixture(P, em(P, 2000)))
+    for tolerance in (1e-2, 1e-4, 1e-7):
         w, gap = q.fit_prior(P, tolerance=tolerance)
+        assert w.min() >= 0 and w.sum() == approx(1, abs=1e-12)
         assert is_certified(P, w, gap, tolerance)
-        assert mixture(P, w) - lowest <= gap + 1e-12
-
-
-def test_identical_members_share_alike():
-    one = random_predictions(1)
-    for M in (1, 7, 80):
-        w, gap = q.fit_prior(np.repeat(one, M, axis=0))
-        assert w == approx(np.full(M, 1 / M))
-        assert 0 <= gap < 1e-12
+        assert -1e-8 <= mixture(P, w) - lowest <= gap + 1e-8
 
 
 def test_many_members_need_a_small_part_of_the_hessian(newton_steps):
@@ -172,18 +152,9 @@ def test_what_is_no_probability_is_refused():
 
 # Few members of many -----------------------------------------------------------------------------
 
-def two_kinds():
-    """p(true token) of six members that are alike and two others that are [8, 4000]."""
-    rng = np.random.default_rng(0)
-    kinds = rng.normal(size=(2, 4000))
-    error = np.repeat(kinds, (6, 2), axis=0)
-    error += 0.1 * rng.normal(size=(8, 4000))
-    return np.exp(-np.abs(error) - 0.1)
-
-
 def test_pruned():
     """Each set is the one before without its least member, under the optimal weights."""
-    P = two_kinds()
+    P = random_predictions(8)
     before = range(8)
     for members, weights in population.pruned(P):
         assert set(members) <= set(before)
@@ -226,7 +197,9 @@ def test_population_table(M):
     table = population.population_table(heldout, list(scored))
     w, gap = q.fit_prior(heldout)
     ranked = np.argsort(-w)
-    assert (table["weights"], table["ranked"], table["gap"]) == (w.tolist(), ranked.tolist(), gap)
+    assert table["weights"] == w.tolist()
+    assert table["ranked"] == ranked.tolist()
+    assert table["gap"] == gap
     assert [row["k"] for row in table["rows"]] == population.table_sizes(M)
     for row in table["rows"]:
         k = row["k"]
@@ -256,21 +229,6 @@ def test_tables_show_every_k_of_a_small_population():
     few = [1, 2, 3, 4, 6, 8, 11, 16, 23, 32]
     assert population.table_sizes(33) == [*few, 33]
     assert population.table_sizes(480) == [*few, 45, 64, 91, 128, 181, 256, 362, 480]
-
-
-def test_format_table():
-    first = {"k": 1, "uniform": 4.5, "learned": 4.5, "pruned": 4.25}
-    second = {"k": 2, "uniform": 4.125, "learned": 4.0, "pruned": 4.0}
-    table = {
-        "weights": [0.25, 0.75, 0.0001],
-        "ranked": [1, 0, 2],
-        "gap": 2.5e-8,
-        "rows": [first, second]}
-    assert population.format_table(table, "val") == [
-        "   k   uniform   learned    pruned   val loss of k members",
-        "   1   4.50000   4.50000   4.25000",
-        "   2   4.12500   4.00000   4.00000",
-        "prior gap:2.5e-08  weights (member:weight) 1:0.750 0:0.250"]
 
 
 def test_data_efficiency():

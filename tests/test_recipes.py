@@ -14,7 +14,11 @@ def test_the_page_holds_the_table_of_recipes_json():
 
 
 @pytest.mark.parametrize("epochs, k, population", [
-    (16, 1, "chain"), (32, 2, "chain"), (32, None, "q0"), (64, 4, "chain+q0"), (128, None, "q0")])
+    (16, 1, "chain"),
+    (32, 2, "chain"),
+    (32, None, "q0"),
+    (64, 4, "chain+q0"),
+    (128, None, "q0")])
 def test_measured_budgets(epochs, k, population):
     best, loss, of_q0 = recipes.recommend(epochs, k)
     assert best == population
@@ -34,7 +38,10 @@ def test_between_and_beyond():
     assert recipes.loss_of(rows, 8, 1) is None
 
 
-@pytest.mark.parametrize("epochs, k", [(32, 2), (64, 4), (64, None)])
+@pytest.mark.parametrize("epochs, k", [
+    (32, 2),
+    (64, 4),
+    (64, None)])
 def test_the_commands_are_commands(epochs, k):
     population, _, _ = recipes.recommend(epochs, k)
     spent = 0

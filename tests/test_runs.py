@@ -1,4 +1,5 @@
 """Runs made of runs: average, pool, and a whole run as teacher (`--teacher`)."""
+import functools
 import re
 import shutil
 from dataclasses import replace
@@ -12,10 +13,11 @@ from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.torch import load_file
 from tiny import (
-    MINI, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, sequences_of, works)
+    MINI, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, run_in,
+    sequences_of, with_file, works)
 
 import train_q0 as q
-from records import plot, population
+from records import population
 from records.flops import flops_per_token
 from records.mixture import load_mixture
 from records.population import load_member
@@ -42,14 +44,10 @@ def assert_mean(run, j, source, members):
 def trained_once(corpus, tmp_path_factory):
     """A folder with a chain of two members, and a q0 of two trajectories that kept its last two."""
     logs = tmp_path_factory.mktemp("logs")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(q, "LOGS", logs)
-        patch.setattr(plot, "draw_curve", lambda *args: None)
-        base = [*MINI, "--data", str(corpus)]
-        assert q.main([*base, "--cycles", "2", "--run", "chain", "--population", "chain"]) == 0
-        several = "--cycles 3 --run several --trajectories 2 --keep-members 2 --report dev"
-        assert q.main([*base, *several.split()]) == 0
-        assert q.main([*base, "--cycles", "3", "--run", "q0", "--seed", "1"]) == 0
+    several = "--cycles 3 --trajectories 2 --keep-members 2 --report dev"
+    for name, flags in (("chain", "--cycles 2 --population chain"), ("several", several),
+                        ("q0", "--cycles 3 --seed 1")):
+        run_in(logs, *MINI, "--data", corpus, "--run", name, *flags.split())
     return logs
 
 
@@ -106,21 +104,20 @@ def test_average_of_trajectories(trained_once, trained, logs, capsys):
     assert result_of(student)["members"] == 1
 
 
-def other_data(run):
-    data = read_json(run / "run.json")["data"]
-    edit_json(run / "run.json", data={**data, "val": []})
-
-
-def no_weights(run):
-    shutil.rmtree(run / "members")
+def edited(name, part, **changes):
+    """Damage: change a part of a JSON file."""
+    def damage(run):
+        found = read_json(run / name)[part]
+        edit_json(run / name, **{part: {**found, **changes}})
+    return damage
 
 
 @pytest.mark.parametrize("argv, damage, message", [
     (["--last", "5"], None, "the weights of 4 members of a trajectory: --last 5 is out of range"),
     (["--name", "a/b"], None, "--name a/b must be a plain name"),
     (["--name", "taken"], None, "taken exists: give another --name"),
-    ([], other_data, "does not hold the data of .*copied any more: their hashes differ"),
-    ([], no_weights, "copied has the weights of 0 members of a trajectory")])
+    ([], edited("run.json", "data", val=[]), "does not hold the data of .*copied any more: their"),
+    ([], with_file("members", shutil.rmtree), "copied has the weights of 0 members of a traj")])
 def test_bad_average(argv, damage, message, copied, logs, capsys):
     (logs / "taken").mkdir(parents=True)
     if damage:
@@ -129,10 +126,10 @@ def test_bad_average(argv, damage, message, copied, logs, capsys):
     assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
 
 
-def test_no_torchrun(finished, monkeypatch, capsys):
+@pytest.mark.parametrize("command", ["average", "pool"])
+def test_no_torchrun(command, finished, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in ("average", "pool"):
-        fails(capsys, f"{command} needs no torchrun", command, finished)
+    fails(capsys, f"{command} needs no torchrun", command, finished)
 
 
 # pool -------------------------------------------------------------------------------------------
@@ -182,23 +179,11 @@ def test_a_pool_is_a_run(chain, three, corpus, logs, capsys):
     assert load_mixture("chain_pool").member(4)
 
 
-def unfinished(run):
-    (run / "result.json").unlink()
-
-
-def of_an_older_script(run):
-    edit_json(run / "members/0/config.json", format=1)
-
-
-def of_another_text(run):
-    data = result_of(run)["data"]
-    edit_json(run / "result.json", data={**data, "heldout.bin": "0" * 64})
-
-
 @pytest.mark.parametrize("damage, argv, message", [
-    (of_another_text, [], "q0 differs from .*chain in .*data.*: runs that mix"),
-    (unfinished, [], "q0 is not complete: go on with it"),
-    (of_an_older_script, [], "q0/members/0 .* of format 1, this script reads 3"),
+    (edited("result.json", "data", heldout=[]), [], "q0 differs from .*chain in .*data.*: runs"),
+    (with_file("result.json", Path.unlink), [], "q0 is not complete: go on with it"),
+    (with_file("members/0/config.json", functools.partial(edit_json, format=1)), [],
+     "q0/members/0 .* of format 1, this script reads 3"),
     (None, ["--name", "q0"], "q0 exists: give another --name"),
     (None, ["nobody"], "no run nobody under")])
 def test_bad_pool(damage, argv, message, chain, three, logs, capsys):
@@ -224,20 +209,15 @@ def test_members_of_several_shapes(trained, corpus, logs, capsys, monkeypatch):
     assert works(capsys, "sample", "x", "--tokens", 3)
     everyone = ([0, 1, 2], [0.3, 0.3, 0.4])  # the prior may choose one shape alone
     monkeypatch.setattr(population, "best_members", lambda heldout, k=None: everyone)
-    student = trained("student", "--population", "single", "--teacher", "x")
-    assert result_of(student)["teacher_flops"] == approx(flops_of_teachers(student, "x"))
+    student = result_of(trained("student", "--population", "single", "--teacher", "x"))
 
-
-def flops_of_teachers(student, teacher):
-    """A forward pass of each member for every token of the student's."""
     def flops(path):
         return flops_per_token(q.Config(**read_json(path)["config"]), VOCABULARY)
 
-    result = result_of(student)
-    of_student, _ = flops(student / "run.json")
-    tokens = (result["flops"] - result["teacher_flops"]) / of_student
-    members = (q.LOGS / teacher / "members").glob("*/config.json")
-    return tokens * sum(flops(path)[1] for path in members)
+    trained_, _ = flops(logs / "student/run.json")
+    taught = sum(flops(path)[1] for path in (logs / "x/members").glob("*/config.json"))
+    alone = student["flops"] - student["teacher_flops"]
+    assert student["teacher_flops"] / alone == approx(taught / trained_)  # for every token
 
 
 # --teacher --------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ def test_learning_rate_and_decay_are_linear():
         cfg = resolved(lr_floor=floor, wd_start=start, wd_end=end)
         for steps in (1, 7, 381):
             for s in range(steps):
-                wanted = (1 + (floor - 1) * s / steps, start + (end - start) * s / steps)
-                assert q.schedule(s, steps, cfg) == pytest.approx(wanted)
+                lr, wd = q.schedule(s, steps, cfg)
+                assert lr == pytest.approx(1 + (floor - 1) * s / steps)
+                assert wd == pytest.approx(start + (end - start) * s / steps)
 
 
 def test_noise_follows_a_cosine_from_first_to_last_boundary():

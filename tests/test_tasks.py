@@ -10,6 +10,7 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import prepare
@@ -19,10 +20,8 @@ import torch
 from pytest import approx
 from tiny import (
     MINI, edit_json, fails, flip, learnable_documents, make_data, random_documents, read_documents,
-    read_json, shard_bytes, snapshot, with_file, works)
+    read_json, read_shard, run_in, shard_bytes, snapshot, with_file, works)
 
-import train_q0 as q
-from records import plot
 from records.mixture import load_mixture, load_tokenizer
 
 SWAP = "q0_swap"
@@ -49,17 +48,11 @@ def encoding_of(folder):
 
 
 def make(capsys, *argv):
-    """What data/tasks.py prints."""
+    """(exit status, what data/tasks.py prints)."""
     status = tasks.main([str(a) for a in argv])
     out, error = capsys.readouterr()
-    assert status == 0, error
-    return out
-
-
-def bad(capsys, message, *argv):
-    assert tasks.main([str(a) for a in argv]) == 2
-    error = capsys.readouterr().err
-    assert re.fullmatch(f"tasks.py: error: .*{message}.*\n", error), error
+    assert (error == "") == (status == 0), error
+    return status, out + error
 
 
 def items_of(folder, name):
@@ -139,99 +132,73 @@ def test_cloze(made):
             assert sum(low < n < high for n in count.values()) < 20
 
 
-def with_val(source, folder, documents):
-    """A copy of a data folder with other validation documents, given as tokens."""
-    shutil.copytree(source, folder)
+def test_items_asked_for(data, tmp_path, capsys):
+    """The same again in place; others of another seed; fewer where the documents give no more."""
+    argv = ["--data", data / "utf8", "--out", tmp_path / "t", "--items"]
+    assert make(capsys, *argv, 20)[0] == 0
+    first = snapshot(tmp_path / "t")
+    make(capsys, *argv, 20)
+    assert snapshot(tmp_path / "t") == first and len(first) == 6
+    make(capsys, *argv, 20, "--seed", 1)
+    again = snapshot(tmp_path / "t")
+    _, told = make(capsys, *argv, 5000)
+    for name in NAMES:
+        assert again[Path(f"{name}.jsonl")] != first[Path(f"{name}.jsonl")]
+        number = len(items_of(tmp_path / "t", name))
+        assert f"{name}: {number} items of 5000, the documents give no more" in told
+
+
+def cut_documents(folder):
+    """Validation documents end anywhere, as FineWeb's last one does: inside a word or a character,
+    where their text would give other tokens."""
+    tokens = read_shard(folder / "val.bin")
+    starts = np.flatnonzero(tokens == read_json(folder / "manifest.json")["eot"])
+    cut = [tokens[i:i + 1 + n] for i in starts for n in LENGTHS.values()]
+    (folder / "val.bin").write_bytes(shard_bytes(np.concatenate(cut)))
     manifest = read_json(folder / "manifest.json")
-    tokens = []
-    for document in documents:
-        tokens += [manifest["eot"], *document]
-    (folder / "val.bin").write_bytes(shard_bytes(tokens))
-    file, = manifest["splits"]["val"]["files"]
-    file["sha256"] = prepare.file_sha256(folder / "val.bin")
-    (folder / "manifest.json").write_text(json.dumps(manifest))
-    return folder
+    manifest["splits"]["val"]["files"][0]["sha256"] = prepare.file_sha256(folder / "val.bin")
+    edit_json(folder / "manifest.json", **manifest)
 
 
 def test_documents_cut_anywhere(data, tmp_path, capsys):
-    """As FineWeb's last one is: inside a word or a character, where its text would give other
-    tokens."""
-    encoding = encoding_of(data / "utf8")
-    cut = []
-    for text in read_documents(data / "utf8", "val", encoding):
-        tokens = encoding.encode_ordinary(text)
-        cut += [tokens[:n] for n in LENGTHS.values()]
-    again = [encoding.encode_ordinary(encoding.decode(tokens)) for tokens in cut]
-    assert again != cut
-    folder = with_val(data / "utf8", tmp_path / "d", cut)
+    folder = shutil.copytree(data / "utf8", tmp_path / "d")
+    cut_documents(folder)
+    encoding = encoding_of(folder)
     make(capsys, "--data", folder, "--out", tmp_path / "t")
     for name, length in LENGTHS.items():
         for item in items_of(tmp_path / "t", name):
             text = item["context"] + item["choices"][item["label"]]
-            assert len(encoding.encode_ordinary(text)) == length
-            assert "\ufffd" not in text
+            assert len(encoding.encode_ordinary(text)) == length and "\ufffd" not in text
 
 
-def test_words_that_training_text_lacks(data, tmp_path, capsys):
-    """They are neither asked for nor offered, in documents that stand there twice."""
-    source = data / "learnable"
-    encoding = encoding_of(source)
-    documents = read_documents(source, "val", encoding)
-    (word, _), = Counter(" ".join(documents).split(" ")).most_common(1)
-    new = [encoding.encode_ordinary(text.replace(word, "unseen")) for text in documents]
-    make(capsys, "--data", with_val(source, tmp_path / "d", new * 2), "--out", tmp_path / "t")
-    items = items_of(tmp_path / "t", CLOZE)
-    offered = {choice.split(" ")[1] for item in items for choice in item["choices"]}
-    assert word in offered and "unseen" not in offered
-    assert any("unseen" in item["context"] for item in items)
-
-
-def test_seeds(data, tmp_path, capsys):
-    argv = ["--data", data / "learnable", "--items", 20]
-    make(capsys, *argv, "--out", tmp_path / "a")
-    first = snapshot(tmp_path / "a")
-    make(capsys, *argv, "--out", tmp_path / "a")  # again, in place
-    assert snapshot(tmp_path / "a") == first and len(first) == 6
-    make(capsys, *argv, "--out", tmp_path / "b", "--seed", 1)
-    for name in NAMES:
-        assert items_of(tmp_path / "a", name) != items_of(tmp_path / "b", name)
-
-
-def test_fewer_items_than_asked_for(data, tmp_path, capsys):
-    told = make(capsys, "--data", data / "utf8", "--out", tmp_path / "t", "--items", 5000)
-    for name in NAMES:
-        number = len(items_of(tmp_path / "t", name))
-        assert f"{name}: {number} items of 5000, the documents give no more" in told
-    make_data(tmp_path / "d", random_documents(60, words=40), val=500, dev=500, heldout=500)
-    bad(capsys, "give 0 items", "--data", tmp_path / "d", "--out", tmp_path / "none")
-    assert not (tmp_path / "none").exists()
-
-
-def no_tokenizer(folder):
-    """As prepare.py leaves GPT-2's tokens where the tokenizer could not be loaded."""
-    (folder / "tokenizer.tiktoken").unlink()
-    edit_json(folder / "manifest.json", tokenizer={"kind": "gpt2", "eot": 50256})
+def short_documents(folder):
+    shutil.rmtree(folder)
+    make_data(folder, random_documents(60, words=40), val=500, dev=500, heldout=500)
+    folder.with_suffix(".jsonl").unlink()
 
 
 @pytest.mark.parametrize("damage, message", [
     (shutil.rmtree, "No such file.*manifest.json"),
-    (no_tokenizer, "has no tokenizer"),
+    (short_documents, "give 0 items"),
+    # as prepare.py leaves GPT-2's tokens where the tokenizer could not be loaded
+    (with_file("manifest.json", functools.partial(edit_json, tokenizer={"eot": 50256})),
+     "has no tokenizer|not ours"),
     (with_file("tokenizer.tiktoken", flip), "tokenizer.tiktoken is damaged"),
     (with_file("val.bin", flip), "val.bin is damaged.*SHA-256")])
 def test_bad_data(damage, message, data, tmp_path, capsys):
     folder = shutil.copytree(data / "learnable", tmp_path / "d")
     damage(folder)
-    bad(capsys, message, "--data", folder, "--out", tmp_path / "t")
+    status, told = make(capsys, "--data", folder, "--out", tmp_path / "t")
+    assert status == 2 and re.search(f"^tasks.py: error: .*({message})", told, re.M)
     assert set(tmp_path.iterdir()) <= {folder}
 
 
 def test_foreign_folder(data, tmp_path, capsys):
-    mine = tmp_path / "t/mine.txt"
-    mine.parent.mkdir()
-    mine.write_text("mine")
-    for out in (mine.parent, mine):
-        bad(capsys, "exists and was not", "--data", data / "learnable", "--out", out)
-    assert snapshot(tmp_path) == {mine.relative_to(tmp_path): b"mine"}
+    (tmp_path / "mine.txt").write_text("mine")
+    for out in (tmp_path, tmp_path / "mine.txt"):
+        status, told = make(capsys, "--data", data / "learnable", "--out", out)
+        assert status == 2 and "exists and was not" in told
+    assert (tmp_path / "mine.txt").read_text() == "mine"
 
 
 # The harness ------------------------------------------------------------------------------------
@@ -244,12 +211,9 @@ TWO = [*MINI, "--seq-len", T, "--batch-tokens", 640, "--train-tokens", 2000, "--
 @pytest.fixture(scope="module")
 def two(data, tmp_path_factory):
     """The folder of a run of two members."""
-    argv = [*TWO, "--data", data / "learnable", "--run", "two"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(q, "LOGS", tmp_path_factory.mktemp("runs"))
-        patch.setattr(plot, "draw_curve", lambda *args: None)
-        assert q.main([str(a) for a in argv]) == 0
-        return q.LOGS / "two"
+    logs = tmp_path_factory.mktemp("runs")
+    run_in(logs, *TWO, "--data", data / "learnable", "--run", "two")
+    return logs / "two"
 
 
 @pytest.fixture(scope="module")
@@ -371,17 +335,6 @@ def test_loglikelihood(mixture, model, texts):
     assert together[0][0] == approx(together[-1][0], abs=1e-4)
 
 
-def greedy_tokens(mixture, ids, number):
-    found = []
-    context = ids[-T:]
-    for _ in range(number):
-        found.append(int(log_p(mixture, [*context, 0])[-1].argmax()))
-        context = [*context, found[-1]]
-        if len(context) > T:  # half of it is forgotten
-            context = context[T // 2:]
-    return found
-
-
 def test_loglikelihood_rolling(mixture, model, texts):
     """Each token once, in windows of T; the last one reaches back, so that its tokens see as much
     as T allows."""
@@ -420,13 +373,9 @@ def written(model, texts):
 
 @pytest.mark.parametrize("words", [0, 45])
 def test_greedy_text(words, mixture, written, texts):
-    """Token by token, also after more than fits; up to the end of the document."""
+    """Also after more than fits; up to the end of the document."""
     prompt = " ".join(texts[1].split(" ")[:words])
-    ids = greedy_tokens(mixture, mixture.encode(prompt), 24)
-    end = mixture.encoding.eot_token
-    if end in ids:
-        ids = ids[:ids.index(end)]
-    assert written(prompt, until=[]) == mixture.encoding.decode(ids)
+    assert written(prompt, until=[]) == "".join(mixture.generate(prompt, 24, temperature=0))
 
 
 def test_options_of_text(written):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import prepare
+import pytest
 import torch
 from safetensors.numpy import load_file
 
 import train_q0 as q
+from records import plot
 
 ROOT = Path(q.__file__).resolve().parent
 # a fraction of a second; one micro-batch a step
@@ -247,6 +249,14 @@ def works(capsys, *argv):
     out, error = capsys.readouterr()
     assert status == 0, error
     return out
+
+
+def run_in(logs, *argv):
+    """train_q0.main(argv) with runs under `logs`, for what many tests read; no curve is drawn."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(q, "LOGS", logs)
+        patch.setattr(plot, "draw_curve", lambda path, *_: path.write_bytes(b"a picture"))
+        assert q.main([str(a) for a in argv]) == 0
 
 
 def fails(capsys, pattern, *argv):
