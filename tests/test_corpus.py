@@ -71,7 +71,11 @@ def test_epochs_are_functions_of_their_key(corpus):
 def test_batches_and_evaluation_read_in_order(corpus):
     """Batches straddle epochs."""
     stream = np.concatenate([corpus.epoch(3, 1, e) for e in range(4)])
-    for first, count in ((26, 5), (0, 4), (11, 5), (12, 15)):
+    for first, count in (
+            (26, 5),
+            (0, 4),
+            (11, 5),
+            (12, 15)):
         batch = corpus.batch(3, 1, first, count)
         assert batch.dtype == np.int64
         assert (batch == stream[first:first + count]).all()

@@ -134,7 +134,8 @@ def test_a_resumed_run_goes_on_with_its_curve(kind, base, logs):
     for name, key in (("member", "loss"), ("uniform", "uniform"), ("learned", "learned")):
         losses = [entry[f"{name}/val_loss"] for entry in sent if f"{name}/val_loss" in entry]
         assert losses == [entry[key] for entry in curve]
-    assert sent[-1] == {"finish": True} and sent[-2]["final/val_loss"] == curve[-1]["learned"]
+    assert sent[-1] == {"finish": True}
+    assert sent[-2]["final/val_loss"] == curve[-1]["learned"]
 
 
 def test_trajectories_are_curves_of_their_own(trained, monkeypatch, tmp_path):

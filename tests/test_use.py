@@ -351,7 +351,10 @@ def test_verdict():
     """A t-test worked out by hand: t(0.99, df 8) = 2.896, times 0.01581 * sqrt(2 / 5)."""
     first = [np.array([[2.0, 1e9, 4 + i / 100]]) for i in range(5)]
     assert plot.compared(first, first) == "5 | 4.0200 ± 0.0158 | - | - | -"
-    for difference, verdict in ((0.028, "equal"), (0.03, "worse"), (-0.03, "better")):
+    for difference, verdict in (
+            (0.028, "equal"),
+            (0.03, "worse"),
+            (-0.03, "better")):
         other = [curve + [0, 0, difference] for curve in first]
         assert plot.compared(first, other).endswith(f"{difference:+.4f} | 0.0290 | {verdict}")
     few = [curve + 1 for curve in first[:3]]
