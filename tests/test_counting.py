@@ -9,7 +9,15 @@ from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.numpy import load_file
 from tiny import (
-    VOCABULARY, edit_json, fails, flip, predictions_of, read_json, run_in, sequences_of, works)
+    VOCABULARY,
+    edit_json,
+    fails,
+    flip,
+    predictions_of,
+    read_json,
+    run_in,
+    sequences_of,
+    works)
 
 import train_q0 as q
 from records import check, counting, gate, neighbours

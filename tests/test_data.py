@@ -28,7 +28,14 @@ import tiktoken
 import train_q0
 from hypothesis import given, settings, strategies
 from tiny import (
-    edit_json, flip, random_documents, read_documents, read_json, read_shard, shard_bytes, snapshot,
+    edit_json,
+    flip,
+    random_documents,
+    read_documents,
+    read_json,
+    read_shard,
+    shard_bytes,
+    snapshot,
     write_jsonl)
 
 DATA = Path(prepare.__file__).resolve().parent

@@ -7,7 +7,15 @@ import pytest
 import torch
 from hypothesis import example, given, settings, strategies
 from tiny import (
-    ROOT, VOCAB, build, fails, flip, random_tokens, small, with_file, works)
+    ROOT,
+    VOCAB,
+    build,
+    fails,
+    flip,
+    random_tokens,
+    small,
+    with_file,
+    works)
 from torch.testing import assert_close
 
 import train_q0 as q

@@ -16,8 +16,19 @@ from pytest import approx
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
-    MINI, ROOT, clone, fails, flip, loss_of, predictions_of, read_json,
-    sequences_of, shorten, snapshot, user, works)
+    MINI,
+    ROOT,
+    clone,
+    fails,
+    flip,
+    loss_of,
+    predictions_of,
+    read_json,
+    sequences_of,
+    shorten,
+    snapshot,
+    user,
+    works)
 
 import train_q0 as q
 
