@@ -1195,7 +1195,7 @@ def polar_express(X):
     """The nearest semi-orthogonal matrix to each of X [n, rows <= cols], of norms just below 1."""
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
-        # in place on 1 * A: else baddbmm copies A by itself, for which a CUDA graph stops
+        # in place on 1 * A: else baddbmm copies A itself, a memcpy in the middle of a CUDA graph
         B = (1 * A).baddbmm_(A, A, beta=b, alpha=c)
         X = (1 * X).baddbmm_(B, X, beta=a)
     return X
