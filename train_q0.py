@@ -42,6 +42,7 @@ from pathlib import Path
 SOURCE = Path(__file__).read_text(encoding="utf-8")  # first: the log must hold the text that ran
 
 import argparse
+import base64
 import contextlib
 import ctypes
 import datetime
@@ -157,6 +158,9 @@ class Config:
     data: str = knob("data/wiki", "folder of token shards with a manifest.json")
     train_tokens: int = knob(
         150_000, "whole training documents up to about this many tokens; 0: all of them")
+    split_tokens: float | None = knob(
+        None, "share of the training tokens that are replaced by the two they were merged from, "
+        "in the first half of a trajectory's epochs", high=0.5)
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
     batch_tokens: int = knob(
         2048, "tokens per step, in the middle half of the cycles", low=1)
@@ -320,6 +324,7 @@ def derive_recipe(cfg):
     """What was tuned, or published, for the population."""
     boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
+    yield "split_tokens", 0.0, "none"
     if cfg.teacher:
         yield "distill_weight", 0.45, "--teacher is given"
     yield "distill_weight", weight, f"population {cfg.population}"
@@ -426,6 +431,33 @@ def cut(tokens, seq_len):
     return tokens[:n * (seq_len + 1)].reshape(n, seq_len + 1)
 
 
+def merged_from(path, vocab_size):
+    """int32 [vocab_size, 2]: the two tokens that BPE merged into each, from tiktoken's ranks file;
+    -1 for single bytes and special tokens. Raises UserError for another file."""
+    parts = np.full((vocab_size, 2), -1, dtype=np.int32)
+    with reading(f"tokenizer {path}", ": --split-tokens needs it, so give --split-tokens 0"):
+        words = path.read_bytes().split()[::2]
+        ranks = {base64.b64decode(word): rank for rank, word in enumerate(words)}
+        for token, rank in ranks.items():
+            pieces = [token[i:i + 1] for i in range(len(token))]
+            while len(pieces) > 2:  # as the tokenizer does: the merge of lowest rank comes first
+                merges = [ranks.get(a + b, vocab_size) for a, b in zip(pieces, pieces[1:])]
+                i = np.argmin(merges)
+                pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
+            if len(pieces) == 2:
+                parts[rank] = [ranks[piece] for piece in pieces]
+    return parts
+
+
+def split_tokens(text, parts, share, rng):
+    """The same bytes in more tokens: `share` of those that are merges become the two of `parts`."""
+    pieces = parts[text]
+    whole = (rng.random(len(text)) >= share) | (pieces[:, 0] < 0)
+    pieces[whole, 0] = text[whole]
+    pieces[whole, 1] = -1
+    return pieces[pieces >= 0]
+
+
 @dataclass(frozen=True, eq=False)
 class Corpus:
     """The four splits as token arrays, and the documents of the training part."""
@@ -435,6 +467,9 @@ class Corpus:
     hashes: dict  # split -> its files in order, with sha256; the end-of-text token
     documents: tuple  # of uint16 arrays: the training documents in file order
     seq_len: int
+    split: float = 0.0  # share of the tokens that training splits
+    split_epochs: int = 0  # in so many first epochs of a trajectory
+    parts: np.ndarray | None = None  # the two tokens that each is split into
 
     @functools.cached_property
     def train_sequences(self):
@@ -447,11 +482,16 @@ class Corpus:
 
     @functools.lru_cache(maxsize=2)  # two: a batch may straddle the end of an epoch
     def epoch(self, seed, trajectory, epoch):
-        """[train_sequences, seq_len + 1]: documents shuffled, joined, cut; sequences shuffled."""
+        """[train_sequences, seq_len + 1]: documents shuffled, joined, cut; sequences shuffled.
+        Split tokens make the text longer: another part of it is left out each time."""
         rng = np.random.default_rng(seed_of("order", seed, trajectory, epoch))
         order = rng.permutation(len(self.documents))
-        sequences = cut(np.concatenate([self.documents[i] for i in order]), self.seq_len)
-        return sequences[rng.permutation(len(sequences))]
+        text = np.concatenate([self.documents[i] for i in order])
+        if epoch < self.split_epochs:
+            split_rng = np.random.default_rng(seed_of("split", seed, trajectory, epoch))
+            text = split_tokens(text, self.parts, self.split, split_rng)
+        sequences = cut(text, self.seq_len)
+        return sequences[rng.permutation(len(sequences))[:self.train_sequences]]
 
     def batch(self, seed, trajectory, first, count):
         """Sequences first .. first+count-1 of a trajectory's endless stream of epochs, int64."""
@@ -2511,7 +2551,12 @@ def launch(cfg, why, args, world):
     now = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
     name = args.resume or args.run or now
     name = world.broadcast_object(name)  # the other ranks also wait for the data
-    corpus = load_corpus(find_data(cfg), cfg.seq_len, cfg.train_tokens)
+    data = find_data(cfg)
+    corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
+    if cfg.split_tokens:
+        corpus = replace(
+            corpus, split=cfg.split_tokens, split_epochs=cfg.epochs // cfg.trajectories // 2,
+            parts=merged_from(data / "tokenizer.tiktoken", corpus.vocab_size))
     population = None
     if cfg.teacher:
         from records.population import load_teacher
