@@ -118,7 +118,7 @@ MOMENTUM = 0.95  # Muon's, Nesterov
 LR_RESID = 0.00025  # peak lr of residual and skip scalars
 LR_X0 = 0.025  # peak lr of x0 scalars
 LR_MIXING = 0.02  # peak lr of head mixing and smear
-LAUNCH_BOUND = 150e6  # parameters in the blocks; at 12.6M an H100 spent most of a step launching
+LAUNCH_BOUND = 50e6  # parameters in blocks; graphs gain 2.3 times at 12.6M, nothing at 85M
 
 def knob(default, why, low=0, high=1e37, choices=""):
     """A Config field: its default, what it is, inclusive bounds of a number, the words allowed."""
@@ -159,7 +159,7 @@ class Config:
     train_tokens: int = knob(
         150_000, "whole training documents up to about this many tokens; 0: all of them")
     split_tokens: float | None = knob(
-        None, "share of the training tokens that are replaced by the two they were merged from, "
+        None, "share of the training tokens that become two shorter ones, drawn anew each epoch, "
         "in the first half of a trajectory's epochs", high=0.5)
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
     batch_tokens: int = knob(
@@ -224,8 +224,7 @@ class Config:
 
     def __post_init__(self):
         for f in fields(self):
-            if getattr(self, f.name) is not None or "None" not in f.type:
-                check_value(f, getattr(self, f.name))
+            check_value(f, getattr(self, f.name))
 
 GROUPS = {  # of --help: the first field of each
     "preset": "population", "data": "data", "layers": "model", "lr_matrix": "optimizer",
@@ -236,6 +235,8 @@ MACHINE = ("device compile graphs recompute attention save_minutes keep_members 
 
 def check_value(f, value):
     """Raise UserError where `value` is not of the type, the choices or the range of field `f`."""
+    if value is None and "None" in f.type:
+        return
     said = f"{flag(f.name)} {value}"
     rule = f.metadata
     kind = f.type.split(" ")[0]
@@ -256,7 +257,7 @@ def digest(value):
 def method_settings(cfg):
     return {k: v for k, v in asdict(cfg).items() if k not in MACHINE}
 
-PUBLISHED = dict(  # the 1.87B run, in batches of 524,288 tokens; lr x decay of a cycle sum to 2.2
+PUBLISHED = dict(  # the 1.87B run, in batches of 524,288 tokens: lr x decay of a cycle sum to 2.2
     data="data/fineweb", train_tokens=0, mlp_hidden=None, lr_matrix=0.01, lr_head=0.0005,
     weight_decay=1.3, wd_start=0.7, wd_end=1.0, dropout=0.1, average=0.0, smear=False,
     induction=False)
@@ -265,7 +266,7 @@ PRESETS = {
     "small": dict(
         PUBLISHED, seq_len=1024, batch_tokens=131_072, micro_batch=16, layers=12, width=768,
         value_embeds=False,
-        weight_decay=0.325,  # a quarter: a cycle has four times the steps, and keeps its sum
+        weight_decay=0.325,  # a quarter, as a cycle has four times the steps: the same sum
         lr_head=0.0013),  # as 1 / width, which no run has tested
     "q0": dict(
         PUBLISHED, epochs=64, seq_len=2048, batch_tokens=524_288, edge_batch_tokens=393_216,
@@ -279,26 +280,28 @@ LENGTHS = {  # in epochs: a trajectory, a cycle, a member from scratch; until di
     "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
     "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
     "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
+# rows of COLUMNS, each from so many epochs on
 COLUMNS = "lr_matrix", "weight_decay", "wd_start", "wd_end", "dropout", "average"
-AFRESH = {  # by epochs a member, from so many on; measured: up to 5, 8 and 16
+AFRESH = {  # epochs of a member; measured up to 5, 8 and 16
     1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),  # decay falls with lr
     6: (0.04, 1.2, 1.2, 0.096, 0.0, 0.25),
     12: (0.04, 0.8, 0.7, 1.0, 0.1, 0.25)}  # decay rises while lr falls, as published
-RESTARTED = {  # by epochs in all, from so many on
+RESTARTED = {  # epochs of all members
     1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),
     32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0)}
-POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
-    "single": ("fresh", 0.0, AFRESH),
-    "ensemble": ("fresh", 0.0, AFRESH),
-    "chain": ("fresh", 0.45, AFRESH),
-    "snapshots": ("continue", 0.0, RESTARTED),
-    "q0": ("perturb", 0.45, RESTARTED)}
+POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings, what epochs buy
+    "single": ("fresh", 0.0, AFRESH, None),
+    "ensemble": ("fresh", 0.0, AFRESH, "trajectories"),
+    "chain": ("fresh", 0.45, AFRESH, "cycles"),
+    "snapshots": ("continue", 0.0, RESTARTED, "cycles"),
+    "q0": ("perturb", 0.45, RESTARTED, "cycles")}
 
 def derive_budget(cfg):
     """Yield (field, value, reason): the trajectories and cycles that the epochs pay for. Where one
     is given, the other gets the rest. Raises UserError as `resolve` does."""
     length = LENGTHS[cfg.preset]
-    restarts = cfg.population in ("q0", "snapshots")
+    _, _, rows, more = POPULATIONS[cfg.population]
+    restarts = rows is RESTARTED
     J = cfg.trajectories or 1
     C = cfg.cycles or 1
     each = max(1, cfg.epochs // (J * C))
@@ -308,10 +311,10 @@ def derive_budget(cfg):
     member = length["cycle" if restarts else "member"]
     many = 1  # below 6 epochs one member is better than two
     if each >= 6:
-        many = max(2, (each + (member - 1) // 2) // member)  # the nearest number
-    if cfg.population == "ensemble":
+        many = max(2, math.ceil(each / member - 0.5))  # the nearest number
+    if more == "trajectories":
         J = cfg.trajectories or many
-    elif cfg.population != "single":
+    elif more == "cycles":
         C = cfg.cycles or many
     if cfg.epochs < J * C:
         raise UserError(f"--epochs {cfg.epochs} are fewer than one for each of {J} trajectories x "
@@ -322,7 +325,7 @@ def derive_budget(cfg):
 
 def derive_recipe(cfg):
     """What was tuned, or published, for the population."""
-    boundary, weight, rows = POPULATIONS[cfg.population]
+    boundary, weight, rows, _ = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
     yield "split_tokens", 0.0, "none"
     if cfg.teacher:
@@ -331,7 +334,7 @@ def derive_recipe(cfg):
     members = cfg.trajectories * cfg.cycles
     untaught = LENGTHS[cfg.preset]["untaught"]
     after = 1 if cfg.population == "chain" else max(1, round(untaught * members / cfg.epochs))
-    yield "distill_after", after, f"if members teach: {untaught} epochs, in a chain one member"
+    yield "distill_after", after, f"{untaught} epochs before the first teacher, in a chain a member"
     each = cfg.epochs // members
     epochs = each if rows is AFRESH else cfg.epochs
     row = rows[max(n for n in rows if n <= epochs)]
@@ -362,7 +365,7 @@ def derive_machine(cfg):
     yield "compile", gpu, "a GPU is in use" if gpu else "on a CPU it gains 2 to 6%"
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
     small = gpu and parameters < LAUNCH_BOUND
-    yield "graphs", small, f"for a GPU and fewer than {LAUNCH_BOUND:.3g} parameters in blocks"
+    yield "graphs", small, f"only on a GPU, below {LAUNCH_BOUND:.3g} parameters in blocks"
 
 def check_model(cfg):
     """Raise UserError where sizes do not fit together."""
@@ -431,30 +434,27 @@ def cut(tokens, seq_len):
     return tokens[:n * (seq_len + 1)].reshape(n, seq_len + 1)
 
 
-def merged_from(path, vocab_size):
-    """int32 [vocab_size, 2]: the two tokens that BPE merged into each, from tiktoken's ranks file;
-    -1 for single bytes and special tokens. Raises UserError for another file."""
-    parts = np.full((vocab_size, 2), -1, dtype=np.int32)
-    with reading(f"tokenizer {path}", ": --split-tokens needs it, so give --split-tokens 0"):
+def halves_of(path, vocab_size):
+    """int32 [vocab_size, 2]: of each token of a BPE (tiktoken's ranks file) two that spell the same
+    bytes, those learned first; -1 for single bytes and special tokens. Raises UserError for a
+    missing or damaged file."""
+    halves = np.full((vocab_size, 2), -1, dtype=np.int32)
+    with reading(f"tokenizer {path}", "; --split-tokens 0 needs none"):
         words = path.read_bytes().split()[::2]
         ranks = {base64.b64decode(word): rank for rank, word in enumerate(words)}
         for token, rank in ranks.items():
-            pieces = [token[i:i + 1] for i in range(len(token))]
-            while len(pieces) > 2:  # as the tokenizer does: the merge of lowest rank comes first
-                merges = [ranks.get(a + b, vocab_size) for a, b in zip(pieces, pieces[1:])]
-                i = np.argmin(merges)
-                pieces[i:i + 2] = [pieces[i] + pieces[i + 1]]
-            if len(pieces) == 2:
-                parts[rank] = [ranks[piece] for piece in pieces]
-    return parts
+            cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+            pairs = [(ranks[a], ranks[b]) for a, b in cuts if a in ranks and b in ranks]
+            halves[rank] = min(pairs, key=max, default=-1)
+    return halves
 
 
-def split_tokens(text, parts, share, rng):
-    """The same bytes in more tokens: `share` of those that are merges become the two of `parts`."""
-    pieces = parts[text]
-    whole = (rng.random(len(text)) >= share) | (pieces[:, 0] < 0)
+def split_tokens(text, halves, share, rng):
+    """The same bytes in more tokens: of those that have halves, a random share becomes these."""
+    pieces = halves[text]
+    whole = (pieces[:, 0] < 0) | (rng.random(len(text)) >= share)
+    pieces[whole] = -1
     pieces[whole, 0] = text[whole]
-    pieces[whole, 1] = -1
     return pieces[pieces >= 0]
 
 
@@ -469,7 +469,7 @@ class Corpus:
     seq_len: int
     split: float = 0.0  # share of the tokens that training splits
     split_epochs: int = 0  # in so many first epochs of a trajectory
-    parts: np.ndarray | None = None  # the two tokens that each is split into
+    halves: np.ndarray | None = None  # of each token: what it is split into
 
     @functools.cached_property
     def train_sequences(self):
@@ -488,8 +488,7 @@ class Corpus:
         order = rng.permutation(len(self.documents))
         text = np.concatenate([self.documents[i] for i in order])
         if epoch < self.split_epochs:
-            split_rng = np.random.default_rng(seed_of("split", seed, trajectory, epoch))
-            text = split_tokens(text, self.parts, self.split, split_rng)
+            text = split_tokens(text, self.halves, self.split, rng)
         sequences = cut(text, self.seq_len)
         return sequences[rng.permutation(len(sequences))[:self.train_sequences]]
 
@@ -527,7 +526,7 @@ def load_corpus(folder, seq_len, train_tokens):
     if train_tokens:  # whole documents, up to and including the one that reaches the target
         ends = np.cumsum([len(d) for d in documents])
         documents = documents[:np.searchsorted(ends, train_tokens) + 1]
-        splits["train"] = train[:sum(len(d) for d in documents)]
+        splits["train"] = np.concatenate(documents)
     for s, text in splits.items():
         if len(text) < seq_len + 1:
             raise UserError(f"split {s} of {folder} has {len(text)} tokens, fewer than "
@@ -596,7 +595,9 @@ def uniform_with_induction(bound, first):
 def block_names(cfg):
     """Names of all blocks in the order of the banks; the multi-token block is the last."""
     names = [f"blocks.{i}" for i in range(cfg.layers)]
-    return tuple(names + ["mtp_block"]) if cfg.mtp_weight else tuple(names)
+    if cfg.mtp_weight:
+        names.append("mtp_block")
+    return tuple(names)
 
 
 def parameter_table(cfg, vocab_size):
@@ -608,11 +609,11 @@ def parameter_table(cfg, vocab_size):
     H = D // cfg.head_dim
     padded = 64 * math.ceil(vocab_size / 64)
     blocks = block_names(cfg)
-    with_value = tuple(f"blocks.{i}" for i in range(n) if has_value_embed(cfg, i))
     wd = cfg.weight_decay
     matrix = dict(rule="muon", product=True, lr=cfg.lr_matrix, decay=wd)
     every = dict(matrix, blocks=blocks)
-    value = dict(matrix, blocks=with_value, used=cfg.value_embeds)
+    # value embeddings: every second layer, the last one included
+    value = dict(matrix, blocks=blocks[(n - 1) % 2:n:2], used=cfg.value_embeds)
     fan_in = uniform(math.sqrt(3 / D))
     residual = normal(D ** -0.5)
     qkv_start = uniform_with_induction(math.sqrt(3 / D), local_heads(cfg) * cfg.head_dim)
@@ -668,7 +669,7 @@ def perturb(table, weights, scale, *key):
     """Add noise to every tensor of more than one weight, in `scale` of its own standard deviation
     (of a stack each matrix's)."""
     def add_noise(row, tensor, generator):
-        dims = (-2, -1) if tensor.ndim > 1 else (0,)
+        dims = tuple(range(tensor.ndim))[-2:]
         if math.prod(tensor.shape[-2:]) > 1:
             noise = torch.randn(tensor.shape, generator=generator).to(tensor.device)
             tensor.add_(noise * tensor.std(dim=dims, keepdim=True) * scale)
@@ -684,26 +685,21 @@ def local_heads(cfg):
 def layer_windows(cfg):
     """Attention window of each layer in tokens, the own one included."""
     spans = {"S": min(cfg.short_window, cfg.seq_len), "L": cfg.seq_len}
-    pattern = [cfg.windows[i % len(cfg.windows)] for i in range(cfg.layers - 1)]
-    return [spans[w] for w in pattern + ["L"]]
-
-
-def has_value_embed(cfg, i):
-    """Whether layer i adds a value embedding: every second layer, the last one included."""
-    return cfg.value_embeds and i % 2 == (cfg.layers - 1) % 2
+    pattern = (cfg.windows * cfg.layers)[:cfg.layers - 1] + "L"
+    return [spans[w] for w in pattern]
 
 
 def layer_order(cfg):
     """Indices of the blocks in the order they run, replays of looped layers included."""
     order = list(range(cfg.layers))
-    end = cfg.loop_last + 1
-    replays = order[cfg.loop_first:end] * (cfg.loop_passes - 1)
-    return order[:end] + replays + order[end:]
+    looped = slice(cfg.loop_first, cfg.loop_last + 1)
+    order[looped] *= cfg.loop_passes
+    return order
 
 
 class RMSNorm(torch.autograd.Function):
-    """x over its root mean square. The gradient is made from the result, which what follows keeps
-    anyway: the input need not be kept."""
+    """x over its root mean square. It keeps its output, which the next layer keeps anyway, and not
+    its input."""
     @staticmethod
     def forward(ctx, x):
         y, scale = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], None, None)
@@ -732,6 +728,11 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
+def gate(x, weight):
+    """[B, T, H, 1] from 0 to 1: a gate for each head, of the first channels of x."""
+    return torch.sigmoid(F.linear(x[..., :weight.size(1)], weight)).unsqueeze(-1)
+
+
 def attention(x, w, cos, sin, attend, cfg, shift):
     """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]. `attend` is a kernel of the
     layer's window, `shift` gives what belongs to the token before."""
@@ -739,19 +740,19 @@ def attention(x, w, cos, sin, attend, cfg, shift):
     heads = (B, T, D // cfg.head_dim, cfg.head_dim)
     q, k, v = F.linear(x, w["qkv"].flatten(0, 1)).view(B, T, 3, *heads[2:]).unbind(2)
     if "value" in w:
-        gate = 2 * torch.sigmoid(F.linear(x[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
-        v = v + gate.unsqueeze(-1) * w["value"].view(heads)
+        v = v + 2 * gate(x, w["value_gate"]) * w["value"].view(heads)
     else:
-        v = v.contiguous()  # a copy: a view would keep q and k of before their norms alive
+        v = v.contiguous()  # copied: a view would keep all of q, k and v in memory
     local = local_heads(cfg)
     turned_q = rotate(q[:, :, :local], cos, sin)
     turned_k = rotate(k[:, :, :local], cos, sin)
-    if cfg.induction:  # these keys are the token before's and do not rotate: found by content
+    if cfg.induction:  # keys of the token before, not rotated, so found by content
         turned_q = torch.cat((turned_q, q[:, :, local:]), dim=2)
         turned_k = torch.cat((turned_k, shift(k[:, :, local:])), dim=2)
-    y = attend(norm(turned_q), norm(turned_k), v)  # turned first: only normed ones are kept
+    heads_first = (t.transpose(1, 2) for t in (norm(turned_q), norm(turned_k), v))
+    y = attend(*heads_first).transpose(1, 2)
     if "attn_gate" in w:
-        y = y * torch.sigmoid(F.linear(x[..., :ATTN_GATE_CHANNELS], w["attn_gate"])).unsqueeze(-1)
+        y = y * gate(x, w["attn_gate"])
     return F.linear(y.reshape(B, T, D), w["out"])
 
 
@@ -795,8 +796,6 @@ class GPT(nn.Module):
         angle = torch.arange(cfg.seq_len)[:, None, None] * frequency
         self.register_buffer("cos", angle.cos().to(self.dtype), persistent=False)
         self.register_buffer("sin", angle.sin().to(self.dtype), persistent=False)
-        self.windows = layer_windows(cfg)
-        self.order = layer_order(cfg)
         self.attend = attention_by_window(sdpa_attention, cfg, "cpu")  # works everywhere
         # others take their place: compiled ones in training, cached ones in records/generate.py
         self.block = block
@@ -804,15 +803,16 @@ class GPT(nn.Module):
         self.shifted = shifted
 
     def layers(self, x0):
-        """[{bank: tensor}] of each block, the multi-token block's last. Value embeddings, the same
-        in all passes of a loop, are of the embedding x0 [B, T, D]: [B, T, D] for each block."""
+        """[{bank: tensor}] of each block, the multi-token block's last. Under "value" a block gets
+        the product of its weights with the embedding x0 [B, T, D]: all passes of a loop share it.
+        """
         found = {name: {} for name in block_names(self.cfg)}
         for name, row in self.table.items():
             if row.blocks and name != "mixing":
                 bank = getattr(self, name)
                 if name == "qkv" and self.cfg.head_mixing:
                     bank = mix_heads(bank, self.mixing)
-                tensors = bank.unbind()
+                tensors = bank
                 if name == "value":
                     tensors = F.linear(x0, bank.flatten(0, 1)).chunk(len(bank), dim=-1)
                 for of, tensor in zip(row.blocks, tensors):
@@ -842,20 +842,21 @@ class GPT(nn.Module):
             skips[n - n // 2:] = self.skip_scale.unbind()
         predicts_two = targets is not None and cfg.mtp_weight > 0
         if predicts_two:
-            tokens = torch.cat((tokens, targets[:, -1:]), dim=1)  # looked up once for both
+            tokens = torch.cat((tokens, targets[:, -1:]), dim=1)  # one lookup for both
         embedded = norm(F.embedding(tokens, self.embed).to(self.dtype))
         x = embedded[:, :T]
         if cfg.smear:
             x = norm(x + self.smear.to(x.dtype) * self.shifted(x))
         x0 = x.view_as(x)  # a view: torch.compile compiles anew where two arguments are one tensor
         layers = self.layers(x0)
+        windows = layer_windows(cfg)
         outputs = {}
-        for i in self.order:
+        for i in layer_order(cfg):
             skip = outputs[n - 1 - i] if skips[i] is not None else None
             if skip is not None or cfg.x0_mix:
                 x = self.blend(x, x0, skip, skips[i], resid[i], mixed[i])
-            x = self.run_block(i, x, layers[i], T, self.windows[i])
-            outputs[i] = x.view_as(x)  # likewise
+            x = self.run_block(i, x, layers[i], T, windows[i])
+            outputs[i] = x.view_as(x)  # a view, as above
         x = norm(x)
         if not predicts_two:
             return x, None
@@ -864,7 +865,7 @@ class GPT(nn.Module):
 
 
 # Attention kernels: each is a factory, kernel(cfg, device, window) -> attend(q, k, v), for causal
-# attention over the last `window` tokens, [B, T, H, K] each, T up to --seq-len.
+# attention over the last `window` tokens, [B, H, T, K] each, T up to --seq-len.
 
 def visible(T, window, device):
     """[T, T], True where a query sees a key."""
@@ -875,23 +876,20 @@ def plain_attention(cfg, device, window):
     """Attention as one reads it; the other kernels must agree. In bf16 on a CPU it is faster than
     SDPA, up to 1,024 tokens."""
     def attend(q, k, v):
-        hidden = ~visible(q.size(1), window, q.device)
-        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        hidden = ~visible(q.size(2), window, q.device)
         scores = (q * q.size(-1) ** -0.5 @ k.mT).masked_fill(hidden, -math.inf)
-        return (scores.softmax(-1) @ v).transpose(1, 2)
+        return scores.softmax(-1) @ v
     return attend
 
 
 def sdpa_attention(cfg, device, window):
-    """torch's scaled_dot_product_attention; with a mask where the window is short: one for every
-    call, as of a whole sequence it may take more memory than the model."""
+    """torch's scaled_dot_product_attention. A short window needs a mask, made for each call: kept,
+    it would take T^2 bytes."""
     short = window < cfg.seq_len
 
     def attend(q, k, v):
-        mask = visible(q.size(1), window, q.device) if short else None
-        y = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2),
-                                           attn_mask=mask, is_causal=not short)
-        return y.transpose(1, 2)
+        mask = visible(q.size(2), window, q.device) if short else None
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=not short)
     return attend
 
 
@@ -903,11 +901,7 @@ def flex_attention(cfg, device, window):
         return (query >= key) & (query - key < window)
     mask = create_block_mask(seen, None, None, cfg.seq_len, cfg.seq_len, device)
     compiled = torch.compile(flex_attention, dynamic=False)
-
-    def attend(q, k, v):
-        y = compiled(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), block_mask=mask)
-        return y.transpose(1, 2)
-    return attend
+    return functools.partial(compiled, block_mask=mask)
 
 
 ATTENTION = {"flex": flex_attention, "sdpa": sdpa_attention, "plain": plain_attention}
@@ -915,13 +909,13 @@ ATTENTION = {"flex": flex_attention, "sdpa": sdpa_attention, "plain": plain_atte
 
 def attention_by_window(kernel, cfg, device):
     """{window: attend} of one kernel for all windows of the model."""
-    return {w: kernel(cfg, device, w) for w in {cfg.seq_len, *layer_windows(cfg)}}
+    return {w: kernel(cfg, device, w) for w in set(layer_windows(cfg))}
 
 
 def check_attention(attend, cfg, device, window):
     """Compare a forward and backward pass with plain_attention. Raises ArithmeticError."""
     generator = torch.Generator().manual_seed(0)
-    draws = torch.randn(4, 1, cfg.seq_len, 2, cfg.head_dim, generator=generator)
+    draws = torch.randn(4, 1, 2, cfg.seq_len, cfg.head_dim, generator=generator)
     draws = draws.to(device, getattr(torch, cfg.precision))
     passes = []
     for function, drawn in ((attend, draws), (plain_attention(cfg, device, window), draws.float())):
@@ -953,7 +947,7 @@ def choose_attention(cfg, device):
     Says loudly what it falls back from. Raises UserError where none works."""
     names = set()
     attends = {}
-    for window in sorted({cfg.seq_len, *layer_windows(cfg)}):
+    for window in sorted(set(layer_windows(cfg))):
         for name in attention_names(cfg, device.type, window):
             try:
                 attends[window] = ATTENTION[name](cfg, device, window)
@@ -972,10 +966,10 @@ def choose_attention(cfg, device):
 # (1 - a)(CE + m CE of the token after next) + a T^2 KL(teacher || student), on soft-capped logits,
 # never all logits at once. `training_loss`, at the end, is what the training loop calls.
 
-CHUNK_LOGITS = 2 ** 24  # logits of a product; each adds once to the gradient of the whole head
+CHUNK_LOGITS = 2 ** 24  # each chunk adds to the gradient of the whole head: few are faster
 PIECE_LOGITS = 2 ** 19  # of these in float32 at a time, near the caches, where there is no kernel
 GPU_CHUNK_LOGITS = 2 ** 28  # with the kernel, in place: 512 MB in bf16, as much for a teacher
-KERNEL_CAP = 30  # the kernel sums exp(x) of larger logits at most: e^30 V is far from overflow
+KERNEL_CAP = 30  # the kernel keeps no running maximum: e^30 V is far from overflow
 LOSS_BLOCK = 2048  # logits at a time: 8 in each of 256 threads load as 16 bytes; no spills
 
 
@@ -1016,8 +1010,6 @@ if triton is not None:
         log_1 = tl.log(tl.sum(sum_1, 0))
         ce = log_1 - x_target
         loss = ce
-        log_T = log_1
-        log_p = log_1
         if TEACHER:
             log_T = tl.log(tl.sum(sum_T, 0))
             log_p = tl.log(tl.sum(sum_p, 0))
@@ -1117,8 +1109,8 @@ def rows_loss_in_torch(z, teacher_z, V, target, scale, softcap, weight, temperat
         if softcap:  # slope of x by z: x (2c - x) / c^2
             d.mul_(x).mul_((2 * softcap - x).div_(softcap ** 2))
         z[part, :V] = d.mul_(share)
-        total = total + loss
-        ce_total = ce_total + ce
+        total += loss
+        ce_total += ce
     z[:, V:] = 0
     return total, ce_total, z
 
@@ -1171,8 +1163,8 @@ class ChunkedLoss(torch.autograd.Function):
             d_hidden[part] = d @ head
             product = d.T @ hidden[part]
             d_head = product if d_head is None else d_head.float().add_(product)
-            total = total + loss
-            ce_total = ce_total + ce
+            total += loss
+            ce_total += ce
         ctx.save_for_backward(d_hidden, d_head.to(head.dtype))
         ctx.mark_non_differentiable(ce_total)
         return total, ce_total
@@ -1298,8 +1290,8 @@ class Bank:
         self.copied = dtype != torch.float32 and (row.product or row.tensor == "head")
         if row.rule == "muon":
             rows, cols = unit
-            moments = (rows, 1) if rows >= cols else (1, cols)
-            self.second = torch.zeros(len(self.own), *moments, device=weight.device)
+            by_row_or_column = self.own[..., :1] if rows >= cols else self.own[:, :1]
+            self.second = torch.zeros_like(by_row_or_column)
             self.lr *= math.sqrt(max(1, rows / cols))
         self.slices = {"model": self.own, "first": self.first, "second": self.second}
 
@@ -1322,8 +1314,7 @@ class Optimizer:
             weight.data = bank.master.to(self.dtype) if bank.copied else bank.master
             self.banks[name] = bank
         self.masters = {name: bank.master for name, bank in self.banks.items()}
-        device = next(model.parameters()).device
-        zero = torch.zeros((), device=device)
+        zero = torch.zeros((), device=world.device)
         self.steps = zero.clone()
         self.broken = zero.clone()  # steps of a gradient that was not finite
         self.lr_mult = zero.clone()
@@ -1337,9 +1328,8 @@ class Optimizer:
         """Fuse what is not a product. Sizes stay open: banks share what is compiled."""
         # betas are constants: as inputs, torch 2.13's cache on the disk takes one bank's for all
         torch._dynamo.config.specialize_float = True
-        self.muon_momentum = torch.compile(muon_momentum, dynamic=True)
-        self.muon_update = torch.compile(muon_update, dynamic=True)
-        self.adamw_update = torch.compile(adamw_update, dynamic=True)
+        for rule in (muon_momentum, muon_update, adamw_update):
+            setattr(self, rule.__name__, torch.compile(rule, dynamic=True))
 
     @torch.no_grad()
     def refresh(self):
@@ -1443,7 +1433,7 @@ def noise_scale(b, C, first, last):
 
 def cycle_batch_tokens(c, C, cfg):
     """Tokens a step: --batch-tokens in the middle half of the cycles, else --edge-batch-tokens."""
-    middle = C == 1 or 1 - abs(2 * c / (C - 1) - 1) >= 0.5
+    middle = C == 1 or 0.25 <= c / (C - 1) <= 0.75
     return cfg.batch_tokens if middle else cfg.edge_batch_tokens
 
 
@@ -1477,8 +1467,7 @@ def plan_cycles(cfg, train_tokens):
     for j in range(J):
         cycles.append([])
         for c in range(C):
-            longer = c * J + j < rest
-            epochs = each + 1 if longer else each
+            epochs = each + int(c * J + j < rest)
             batch = cycle_batch_tokens(c, C, cfg)
             steps = max(1, round(epochs * train_tokens / batch))
             taught = cfg.distill_weight > 0 and (bool(cfg.teacher) or c >= cfg.distill_after)
@@ -1572,8 +1561,8 @@ def keep_positive(x, dx):
 # Training loop ----------------------------------------------------------------------------------
 
 def train(trainer, cycles_by_trajectory):
-    """The loop of q0 and of every baseline, over trajectories, cycles and steps. Raises Stopped
-    after a signal."""
+    """The loop of q0 and of every baseline, over trajectories, cycles and steps; records/ then fits
+    the prior over all members. Raises Stopped after a signal."""
     for cycles in trainer.claimed(cycles_by_trajectory):
         at = trainer.start_trajectory(cycles)
         for cycle in cycles[at.cycle:]:
@@ -1583,7 +1572,7 @@ def train(trainer, cycles_by_trajectory):
                 trainer.optimizer.step(*schedule(s, cycle.steps, trainer.cfg))
                 trainer.update_mean(cycle, s)
                 trainer.finish_step(cycle, s)
-            trainer.finish_cycle(cycle)
+            trainer.finish_cycle(cycle)  # a member; it teaches the next cycle
         trainer.finish_trajectory()
 
 
@@ -1649,8 +1638,8 @@ class Trainer:
         self.loss += ce * self.share
 
     def forward_backward(self, cycle):
-        """Gradients of one step: this rank's micro-batches. Which units a micro-batch drops depends
-        on its index alone, whatever rank runs it."""
+        """Gradients of one step: this rank's micro-batches. Dropout depends on the index of a
+        micro-batch alone, not on the rank that runs it."""
         cfg = self.cfg
         at = self.at
         self.run.alive(cfg.hang_minutes)
@@ -1774,11 +1763,11 @@ class Trainer:
 
     def update_mean(self, cycle, s):
         """Average the weights over the last --average of a cycle."""
+        # how many weights are in the mean, these included
         averaged = s + 1 - cycle.steps + math.ceil(self.cfg.average * cycle.steps)
         if averaged > 0:
-            masters = self.optimizer.masters
             for name, mean in self.mean.items():
-                mean.lerp_(masters[name], 1 / averaged)
+                mean.lerp_(self.optimizer.masters[name], 1 / averaged)
 
     def finish_step(self, cycle, s):
         """Count the step; log, check, save or stop where it is time to."""
@@ -1794,8 +1783,11 @@ class Trainer:
         # 1: to save; 2: to save and stop
         asked = 2 if Stopped.signal else int(unsaved > 60 * self.cfg.save_minutes)
         asked = self.world.largest(asked)  # all ranks do the same at the same step
-        if logged or asked:
-            self.check_finite()
+        if (logged or asked) and self.optimizer.broken:
+            raise UserError(
+                f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
+                f"{at.trajectory}; the last saved state is of step {self.saved_step}: lower "
+                "--lr-matrix, or try --precision float32")
         if asked or last:  # before the evaluation, which may be interrupted
             self.save()
         if asked == 2:
@@ -1826,15 +1818,6 @@ class Trainer:
                 "loss": loss, "lr": cfg.lr_matrix * lr_mult, "wd": cfg.weight_decay * wd_mult,
                 "tok/s": round(speed), "eta": str(eta)})
 
-    def check_finite(self):
-        """Raise UserError where a gradient was not finite, before anything of it is saved."""
-        if int(self.optimizer.broken):
-            at = self.at
-            raise UserError(
-                f"the loss or a gradient is not finite at or before step {at.step} of trajectory "
-                f"{at.trajectory}; the last saved state is of step {self.saved_step}: lower "
-                "--lr-matrix, or try --precision float32")
-
     def finish_cycle(self, cycle):
         """The cycle's end becomes a member, saved with its p(true token); it teaches next."""
         cfg = self.cfg
@@ -1864,7 +1847,7 @@ class Trainer:
         key = f"{self.cfg.report}_loss"
         so_far = [i for i in range(cycle.member + 1) if self.predictions.path(i).exists()]
         mixed = self.predictions.mixtures(so_far)
-        entry = {**cycle.place, **mixed, **hashes_of(self.run.folder, cycle.member)}
+        entry = cycle.place | mixed | hashes_of(self.run.folder, cycle.member)
         self.log.event(**cycle.place, **{key: mixed["loss"]})
         for pairs in ensembles(entry, key):
             self.log.event("ensemble", **pairs)
@@ -1948,7 +1931,7 @@ def write_atomically(path, write):
 
 
 def save_json(path, value):
-    text = json.dumps(value, indent=1) + "\n"
+    text = f"{json.dumps(value, indent=1)}\n"
     write_atomically(path, lambda tmp: tmp.write_text(text, encoding="utf-8"))
 
 
@@ -2001,15 +1984,15 @@ def read_member(folder, sha256=None):
         return about, load_tensor_file(folder / "model.safetensors")
 
 
+@dataclass
 class Predictions:
     """p(true token) of a run's members, read from its folder as they appear."""
-    def __init__(self, folder, splits):
-        self.folder = folder / "predictions"
-        self.splits = splits
-        self.cached = {}
+    run: Path
+    splits: tuple
+    cached: dict = field(default_factory=dict)
 
     def path(self, member):
-        return self.folder / f"{member}.safetensors"
+        return self.run / f"predictions/{member}.safetensors"
 
     def write(self, member, probs):
         write_atomically(self.path(member), lambda tmp: save_file(probs, tmp))
@@ -2105,18 +2088,21 @@ def locked(path):
         lock.release()
 
 
+@dataclass
 class Run:
     """The folder of a run, for a launch that trains trajectories of it."""
-    def __init__(self, folder, identity, cycles, about, listeners=()):
-        self.folder = folder
-        self.state = folder / "state"
-        self.identity = identity  # a state of another configuration or other data is refused
-        self.cycles = cycles  # of all trajectories
-        self.about = about  # {key: value} at the head of the log: command, settings, data
-        self.plan = ""  # what follows it there: lines that say what the run will do
-        self.edited = False  # whether it began with another script
-        self.listeners = listeners  # to the events of its logs: records/live.py
-        self.lock = None
+    folder: Path
+    identity: dict  # a state of another configuration or other data is refused
+    cycles: list  # of all trajectories
+    about: dict  # at the head of the log: command, settings, data
+    listeners: list = ()  # to the events of its logs: records/live.py
+    plan: str = ""  # what follows `about` there: lines that say what the run will do
+    edited: bool = False  # whether it began with another script
+    lock: Lock | None = None
+
+    @property
+    def state(self):
+        return self.folder / "state"
 
     def claim(self, trajectory, world):
         """Whether this launch trains the trajectory, which nobody has done and nobody else holds.
@@ -2141,8 +2127,7 @@ class Run:
             self.lock = None
 
     def is_done(self, trajectory):
-        newest = self.generations(trajectory)[:1]
-        named_done = any(file.stem.endswith("_done") for file in newest)
+        named_done = any(self.state.glob(f"{trajectory}-*_done.json"))
         return named_done and self.load_state(trajectory)[0].done  # the newest may be damaged
 
     def generations(self, trajectory, kind=".json"):
@@ -2277,7 +2262,7 @@ class World:
             dist.all_gather_object(abouts, about)
         first = abouts[0]
         for rank, other in enumerate(abouts):
-            for key in {**first, **other}:
+            for key in first | other:
                 if other.get(key) != first.get(key):
                     raise UserError(
                         f"rank {rank} differs from rank 0 in {key}: {other.get(key)}, not "
@@ -2285,7 +2270,7 @@ class World:
 
 
 SIGNALS = [number for number in signal.Signals  # of users, closed terminals and schedulers
-           if number.name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGTSTP")]
+           if number.name in "SIGTERM SIGINT SIGHUP SIGUSR1 SIGUSR2 SIGTSTP".split()]
 
 
 class Stopped(Exception):
@@ -2432,10 +2417,9 @@ def config_parser(extra, preset):
                formatter_class=argparse.RawDescriptionHelpFormatter)
     for names, options in extra.items():
         p.add_argument(*names.split(), **options)
-    defaults, why = resolve(Config(**{**PRESETS.get(preset, {}), "preset": preset}))
-    kinds = {"bool": dict(action=argparse.BooleanOptionalAction)}
-    for of in (int, float, str):
-        kinds[of.__name__] = dict(type=of, metavar=of.__name__.upper())
+    defaults, why = resolve(Config(preset=preset, **PRESETS.get(preset, {})))
+    kinds = {t.__name__: dict(type=t, metavar=t.__name__.upper()) for t in (int, float, str)}
+    kinds["bool"] = dict(action=argparse.BooleanOptionalAction)
     for f in fields(Config):
         text = f.metadata["why"]
         if f.metadata["choices"]:
@@ -2466,10 +2450,10 @@ def parse_config(argv, extra={}):
     given = {k: v for k, v in vars(known).items() if v is not None and hasattr(Config, k)}
     reason = "given"
     if getattr(known, "resume", None) is not None:
-        given = {**saved_config(known.resume), **given}
+        given = saved_config(known.resume) | given
     elif "preset" not in given:
         given["preset"], reason = default_preset(given)
-    cfg, why = resolve(Config(**{**PRESETS.get(given["preset"], {}), **given}))
+    cfg, why = resolve(Config(**PRESETS.get(given["preset"], {}) | given))
     return cfg, {"preset": reason, **why}, known
 
 
@@ -2491,7 +2475,7 @@ def saved_config(run):
     path = find_run(run) / "run.json"
     machine_bound = {"device": "auto", "compile": None, "graphs": None, "attention": "auto"}
     with reading(path, "; start a new run"):
-        return asdict(Config(**{**load_json(path)["config"], **machine_bound}))
+        return asdict(Config(**load_json(path)["config"] | machine_bound))
 
 
 def find_data(cfg):
@@ -2548,25 +2532,25 @@ def launch(cfg, why, args, world):
             listeners = live.begin(cfg, why, args)
         except ImportError as e:
             say(f"notice: without records/ a launch only trains: {one_line(e)}", "stderr")
-    now = f"{datetime.datetime.now():%Y-%m-%d_%H-%M-%S_%f}"
-    name = args.resume or args.run or now
+    now = datetime.datetime.now()
+    name = args.resume or args.run or f"{now:%Y-%m-%d_%H-%M-%S_%f}"
     name = world.broadcast_object(name)  # the other ranks also wait for the data
     data = find_data(cfg)
     corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
     if cfg.split_tokens:
         corpus = replace(
             corpus, split=cfg.split_tokens, split_epochs=cfg.epochs // cfg.trajectories // 2,
-            parts=merged_from(data / "tokenizer.tiktoken", corpus.vocab_size))
+            halves=halves_of(data / "tokenizer.tiktoken", corpus.vocab_size))
     population = None
     if cfg.teacher:
         from records.population import load_teacher
         population = load_teacher(cfg, corpus.vocab_size, world.device)
         corpus.hashes["teacher"] = population.digest
-    identity = {**method_settings(cfg), **corpus.hashes}
-    world.agree({**identity, "train_q0.py": digest(SOURCE)})
+    identity = method_settings(cfg) | corpus.hashes
+    world.agree(identity | {"train_q0.py": digest(SOURCE)})
     cycles = plan_cycles(cfg, corpus.train_sequences * cfg.seq_len)
     about = {"command": " ".join(sys.argv),
-             "time": datetime.datetime.now().isoformat(timespec="seconds"),
+             "time": f"{now:%Y-%m-%dT%H:%M:%S}",
              "config": asdict(cfg), "data": {"name": corpus.name, **corpus.hashes},
              "script": digest(SOURCE)}
     folder = find_run(name) if args.resume else LOGS / name
@@ -2603,8 +2587,8 @@ def open_run(run, allow_edited):
             save_json(path, run.about)
     with reading(path):
         saved = load_json(path)
-        identity = {**saved["config"], **saved["data"]}
-    differ = [k for k in run.identity if identity.get(k) != run.identity[k]]
+        identity = saved["config"] | saved["data"]
+    differ = [k for k, v in run.identity.items() if identity.get(k) != v]
     run.edited = saved.get("script") != run.about["script"]
     if run.edited and not allow_edited:
         differ.append("the script (--allow-edited goes on; then it is no record)")
@@ -2624,7 +2608,7 @@ def find_command(name):
 
 def main(argv=None):
     """Run the command that argv begins with, or train. Returns the exit status."""
-    argv = list(sys.argv[1:] if argv is None else argv)
+    argv = sys.argv[1:] if argv is None else list(argv)
     rank = 0
     try:
         rank = set_by_torchrun("RANK", 0)

@@ -360,7 +360,7 @@ def attention_row(names, cfg, window, inputs, gradient):
             versions[name] = functools.partial(passes, kernel)
         except Exception as e:
             yield f"{name} does not run: {q.one_line(e)}"
-    B, T, H, K = gradient.shape
+    B, H, T, K = gradient.shape
     visible = window * (window + 1) / 2 + (T - window) * window
     flops = 12 * B * H * K * visible  # 3 x forward
     found = compare(versions, seconds=1.0)
@@ -375,7 +375,7 @@ def attention_rows(names, shapes, **machine):
         cfg = settings(
             seq_len=T, head_dim=K, width=H * K, windows="SL", batch_tokens=T, micro_batch=1,
             precision="bfloat16", **machine)
-        draws = torch.randn(4, B, T, H, K, device=DEVICE, dtype=torch.bfloat16)
+        draws = torch.randn(4, B, T, H, K, device=DEVICE, dtype=torch.bfloat16).transpose(2, 3)
         *inputs, gradient = draws.unbind()
         for x in inputs:
             x.requires_grad_()

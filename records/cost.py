@@ -90,8 +90,9 @@ torch.library.register_autograd("cost::rms_norm", norm_backward, setup_context=k
 
 def attention(cfg, device, window):
     """A kernel as those of train_q0.ATTENTION."""
-    def attend(q, k, v):
-        return torch.ops.cost.attention(q, k, v, window)[0]
+    def attend(*qkv):
+        heads_last = [x.transpose(1, 2) for x in qkv]  # as they lie in memory
+        return torch.ops.cost.attention(*heads_last, window)[0].transpose(1, 2)
     return attend
 
 

@@ -72,18 +72,16 @@ class Pass:
         """Attention of new tokens, the first of them in slot `start`, as one of
         train_q0.ATTENTION."""
         def attend(q_, k, v):
-            T = k.size(1)
+            T = k.size(2)
             end = start + T
             first = max(0, start + 1 - window)
-            self.keys[:, :, start:end] = k.transpose(1, 2)
-            self.values[:, :, start:end] = v.transpose(1, 2)
+            self.keys[:, :, start:end] = k
+            self.values[:, :, start:end] = v
             mask = None
             if T > 1:
                 mask = q.visible(end, window, k.device)[start:, first:]
-            y = F.scaled_dot_product_attention(
-                q_.transpose(1, 2), self.keys[:, :, first:end], self.values[:, :, first:end],
-                attn_mask=mask)
-            return y.transpose(1, 2)
+            return F.scaled_dot_product_attention(
+                q_, self.keys[:, :, first:end], self.values[:, :, first:end], attn_mask=mask)
         return attend
 
 

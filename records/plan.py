@@ -26,7 +26,10 @@ def activation_bytes(cfg, width_bytes):
     D = cfg.width
     rows = cfg.micro_batch * cfg.seq_len
     order = q.layer_order(cfg)
-    value = sum(q.has_value_embed(cfg, i) for i in order) / len(order)
+    value = 0
+    if cfg.value_embeds:
+        every_second = range((cfg.layers - 1) % 2, cfg.layers, 2)
+        value = sum(i in every_second for i in order) / len(order)
     dropped = 2 if cfg.dropout > 0 else 0
     streams = 4 + dropped + cfg.x0_mix + value + cfg.attn_gates
     token = width_bytes * (D * streams + 5 * cfg.mlp_hidden)

@@ -30,7 +30,7 @@ DEVIATIONS = 4
 ROUNDING = 0.002
 PRUNED = 0.01  # of the column `pruned`: other members may be kept on fewer tokens
 PLANS = ("plan_cycles", "cycle_batch_tokens")
-MODELS = ("parameter_table", "block_names", "has_value_embed", "local_heads")
+MODELS = ("parameter_table", "block_names", "local_heads")
 
 
 # Plan and parameters ----------------------------------------------------------------------------
