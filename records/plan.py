@@ -183,12 +183,12 @@ def plan(argv):
     on_gpus = bool(args.gpus) or cfg.device == "cuda"
     gpus = args.gpus or 1
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)
-    on_h100 = (("precision", "bfloat16"), ("compile", True),
-               ("graphs", parameters < q.LAUNCH_BOUND))
-    for name, value in on_h100:
+    on_h100 = {"device": "cuda", "precision": "bfloat16", "compile": True,
+               "graphs": parameters < q.LAUNCH_BOUND}
+    for name, value in on_h100.items():
         if args.gpus and name in why:
             cfg = replace(cfg, **{name: value})
-            why[name] = "on a GPU"
+            why[name] = "of --gpus"
     epoch_tokens, vocab_size, eval_tokens = text_of(cfg)
     population = load_teacher(cfg, vocab_size, torch.device("cpu")) if cfg.teacher else None
     lines = describe(cfg, why, epoch_tokens, vocab_size)
