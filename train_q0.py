@@ -160,7 +160,7 @@ class Config:
         150_000, "whole training documents up to about this many tokens; 0: all of them")
     split_tokens: float | None = knob(
         None, "share of the training tokens that become two shorter ones, drawn anew each epoch, "
-        "in the first half of a trajectory's epochs", high=0.5)
+        "in the first half of a trajectory's epochs", high=1)
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
     batch_tokens: int = knob(
         2048, "tokens per step, in the middle half of the cycles", low=1)
@@ -289,19 +289,18 @@ AFRESH = {  # epochs of a member; measured up to 5, 8 and 16
 RESTARTED = {  # epochs of all members
     1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),
     32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0)}
-POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings, what epochs buy
-    "single": ("fresh", 0.0, AFRESH, None),
-    "ensemble": ("fresh", 0.0, AFRESH, "trajectories"),
-    "chain": ("fresh", 0.45, AFRESH, "cycles"),
-    "snapshots": ("continue", 0.0, RESTARTED, "cycles"),
-    "q0": ("perturb", 0.45, RESTARTED, "cycles")}
+POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
+    "single": ("fresh", 0.0, AFRESH),
+    "ensemble": ("fresh", 0.0, AFRESH),
+    "chain": ("fresh", 0.45, AFRESH),
+    "snapshots": ("continue", 0.0, RESTARTED),
+    "q0": ("perturb", 0.45, RESTARTED)}
 
 def derive_budget(cfg):
     """Yield (field, value, reason): the trajectories and cycles that the epochs pay for. Where one
     is given, the other gets the rest. Raises UserError as `resolve` does."""
     length = LENGTHS[cfg.preset]
-    _, _, rows, more = POPULATIONS[cfg.population]
-    restarts = rows is RESTARTED
+    restarts = POPULATIONS[cfg.population][2] is RESTARTED
     J = cfg.trajectories or 1
     C = cfg.cycles or 1
     each = max(1, cfg.epochs // (J * C))
@@ -312,9 +311,9 @@ def derive_budget(cfg):
     many = 1  # below 6 epochs one member is better than two
     if each >= 6:
         many = max(2, math.ceil(each / member - 0.5))  # the nearest number
-    if more == "trajectories":
+    if cfg.population == "ensemble":
         J = cfg.trajectories or many
-    elif more == "cycles":
+    elif cfg.population != "single":
         C = cfg.cycles or many
     if cfg.epochs < J * C:
         raise UserError(f"--epochs {cfg.epochs} are fewer than one for each of {J} trajectories x "
@@ -325,7 +324,7 @@ def derive_budget(cfg):
 
 def derive_recipe(cfg):
     """What was tuned, or published, for the population."""
-    boundary, weight, rows, _ = POPULATIONS[cfg.population]
+    boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
     yield "split_tokens", 0.0, "none"
     if cfg.teacher:
@@ -728,11 +727,6 @@ def rotate(x, cos, sin):
     return torch.cat((a * cos + b * sin, b * cos - a * sin), dim=-1)
 
 
-def gate(x, weight):
-    """[B, T, H, 1] from 0 to 1: a gate for each head, of the first channels of x."""
-    return torch.sigmoid(F.linear(x[..., :weight.size(1)], weight)).unsqueeze(-1)
-
-
 def attention(x, w, cos, sin, attend, cfg, shift):
     """x [B, T, D] normed, w {bank: tensor of this block} -> [B, T, D]. `attend` is a kernel of the
     layer's window, `shift` gives what belongs to the token before."""
@@ -740,7 +734,8 @@ def attention(x, w, cos, sin, attend, cfg, shift):
     heads = (B, T, D // cfg.head_dim, cfg.head_dim)
     q, k, v = F.linear(x, w["qkv"].flatten(0, 1)).view(B, T, 3, *heads[2:]).unbind(2)
     if "value" in w:
-        v = v + 2 * gate(x, w["value_gate"]) * w["value"].view(heads)
+        gate = 2 * torch.sigmoid(F.linear(x[..., :VALUE_GATE_CHANNELS], w["value_gate"]))
+        v = v + gate.unsqueeze(-1) * w["value"].view(heads)
     else:
         v = v.contiguous()  # copied: a view would keep all of q, k and v in memory
     local = local_heads(cfg)
@@ -752,7 +747,7 @@ def attention(x, w, cos, sin, attend, cfg, shift):
     heads_first = (t.transpose(1, 2) for t in (norm(turned_q), norm(turned_k), v))
     y = attend(*heads_first).transpose(1, 2)
     if "attn_gate" in w:
-        y = y * gate(x, w["attn_gate"])
+        y = y * torch.sigmoid(F.linear(x[..., :ATTN_GATE_CHANNELS], w["attn_gate"])).unsqueeze(-1)
     return F.linear(y.reshape(B, T, D), w["out"])
 
 
@@ -812,7 +807,7 @@ class GPT(nn.Module):
                 bank = getattr(self, name)
                 if name == "qkv" and self.cfg.head_mixing:
                     bank = mix_heads(bank, self.mixing)
-                tensors = bank
+                tensors = bank.unbind()
                 if name == "value":
                     tensors = F.linear(x0, bank.flatten(0, 1)).chunk(len(bank), dim=-1)
                 for of, tensor in zip(row.blocks, tensors):
