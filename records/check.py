@@ -52,7 +52,7 @@ HARDWARE = ("precision", "device", "compile", "graphs")  # no comparison may dif
 # settings that other versions of the script lack, with the values they had there
 ELSEWHERE = {"smear": False, "induction": False, "average": 0.0, "graphs": False,
              "rotary_base": 10_000, "momentum": 0.95, "lr_resid": 0.00025, "lr_x0": 0.025,
-             "lr_mixing": 0.02}
+             "lr_mixing": 0.02, "split_tokens": 0.0}
 BEGIN = "<!-- tables: made by records/check.py --tables -->\n"
 END = "<!-- end of tables -->\n"
 # what reading a missing, damaged or hostile file raises

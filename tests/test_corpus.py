@@ -1,6 +1,8 @@
 """Order of the training text and cutting into sequences; seeds; an import without side effects."""
+import base64
 import json
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
@@ -84,6 +86,47 @@ def test_batches_and_evaluation_read_in_order(corpus):
         sequences = corpus.eval_sequences(split)
         assert sequences.shape == (len(tokens) // 9, 9)
         assert (sequences.flatten() == tokens[:sequences.size]).all()
+
+
+SPELLED = ["a", "b", "c", "d", "ab", "cd", "abcd", "bc"]  # by rank; 8 is <|endoftext|>
+
+
+def ranks_file(path):
+    lines = [b"%s %d\n" % (base64.b64encode(x.encode()), i) for i, x in enumerate(SPELLED)]
+    path.write_bytes(b"".join(lines))
+    return path
+
+
+def test_tokens_split_into_the_halves_that_were_learned_first(tmp_path):
+    path = ranks_file(tmp_path / "ranks")
+    halves = q.halves_of(path, 9)
+    assert halves.tolist() == [[-1, -1]] * 4 + [[0, 1], [2, 3], [4, 5], [1, 2], [-1, -1]]
+    text = np.tile(np.array([6, 0, 7, 4, 8], np.uint16), 2000)
+    split = q.split_tokens(text, halves, 0.3, np.random.default_rng(0))
+    more = len(split) - len(text)
+    assert abs(more / 6000 - 0.3) < 0.03  # of 6,000 that can be: five standard deviations
+    spelled = np.array([*SPELLED, "|"])
+    assert "".join(spelled[split]) == "".join(spelled[text])
+    all_split = q.split_tokens(text[:5], halves, 1.0, np.random.default_rng(0))
+    assert all_split.tolist() == [4, 5, 0, 1, 2, 0, 1, 8]  # once, not down to the bytes
+    path.write_bytes(b"no ranks\n")
+    with pytest.raises(q.UserError, match="--split-tokens 0 needs none"):
+        q.halves_of(path, 9)
+
+
+def test_only_early_epochs_split_tokens(corpus):
+    """An epoch keeps its size; without a split it is the epoch as it was."""
+    halves = np.full((1000, 2), -1)
+    halves[200:300] = [900, 901]
+    splitting = replace(corpus, split=1.0, split_epochs=2, halves=halves)
+    for epoch, has_split in enumerate([True, True, False]):
+        found = splitting.epoch(0, 1, epoch)
+        plain = corpus.epoch(0, 1, epoch)
+        assert found.shape == plain.shape
+        assert (found == plain).all() != has_split
+        assert (found >= 900).any() == has_split
+        assert (found // 100 == 2).any() != has_split
+        assert (splitting.epoch(0, 1, epoch) == found).all()
 
 
 def test_training_text_is_whole_documents_up_to_the_target(tmp_path):
