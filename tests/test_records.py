@@ -3,7 +3,6 @@ import json
 import lzma
 import re
 import shutil
-import subprocess
 import time
 from dataclasses import asdict
 
@@ -63,18 +62,14 @@ def runs(corpus, tmp_path_factory):
     return found
 
 
-def tokens_of(corpus):
-    """{split: tokens that are predicted}, of one epoch of training text."""
-    tokens = {split: corpus.eval_sequences(split)[:, 1:].size for split in ("heldout", "val")}
-    return {"train": corpus.train_sequences * corpus.seq_len, **tokens}
-
-
 def make_records(folder, corpus):
     """A track without rows, and one that is counted."""
     folder.mkdir(exist_ok=True)
     (folder / "README.md").write_text(f"before\n{check.BEGIN}{check.END}after\n")
     found = q.load_corpus(corpus, LIMITS["seq_len"], LIMITS["train_tokens"])
-    track = {"data": found.hashes, "tokens": tokens_of(found), **LIMITS}
+    tokens = {split: found.eval_sequences(split)[:, 1:].size for split in ("heldout", "val")}
+    tokens["train"] = found.train_sequences * found.seq_len
+    track = {"data": found.hashes, "tokens": tokens, **LIMITS}
     counted = {"like": "made", "counted": counting.SETTINGS}
     (folder / "tracks.json").write_text(json.dumps({"made": track, "counted": counted}))
     return folder
@@ -253,15 +248,11 @@ def add_to_losses(name, delta, members=True):
     return change
 
 
-def in_predictions(name, change):
-    """Another -log p, float16 [members, tokens], in a packed file."""
-    def tamper(folder):
-        file = folder / f"logs/{name}.xz"
-        raw = np.frombuffer(lzma.decompress(file.read_bytes()), np.uint8)
-        values = np.frombuffer(raw.reshape(2, -1).T.tobytes(), np.float16).reshape(4, -1).copy()
-        by_byte = np.frombuffer(change(values).tobytes(), np.uint8).reshape(-1, 2).T
-        file.write_bytes(lzma.compress(by_byte.tobytes()))
-    return tamper
+def no_probabilities(folder):
+    """NaN in place of -log p."""
+    file = folder / "logs/new_seed4.xz"
+    size = len(lzma.decompress(file.read_bytes()))
+    file.write_bytes(lzma.compress(b"\xff" * size))
 
 
 LEARNED = r"^(ensemble members:4 k:4 prior:learned val_loss:)\S+"
@@ -269,16 +260,13 @@ LOSS_2 = r"\g<1>2.00000"
 IN_A_LOG = [  # (pattern, what replaces its last match, what the checker says)
     # losses
     (LEARNED, r"\g<1>nan", "final_val_loss is not the last learned"),
-    (r"^(   4 +\S+ +)\S+", LOSS_2, "final_val_loss is not the table's at k = 4"),
     (r"^(   4 +)\S+", LOSS_2, "k = 4 is not the last uniform"),
     (r"^(member:0 .*val_loss:)\S+", LOSS_2, "an ensemble of one is not its member"),
     (r"^(member:2 .*val_loss:)\S+", LOSS_2, "mixture of 3 is worse"),
     # lines
     (r"^member:2 .*\n", "", "its 3 member lines are not the 4 planned"),
-    (r"^ensemble members:2 .*learned.*\n", "", "ensemble lines do not follow"),
     (r"^(member:3 .*)epochs:8", r"\g<1>epochs:9", "do not end at epoch 8"),
     (r"\d+ tokens in all", "99999 tokens in all", "99999 tokens are more than 8 epochs"),
-    (r'("grad_clip": 1.0),', r"\1, \1,", "is not the whole log.txt"),
     # settings
     (r'("train": \[)([^]]*\],[^$]*"val": \[)([^]]*)\]', r"\1\3, \2\3]",
      "data are not the track's: train"),
@@ -287,41 +275,18 @@ IN_A_LOG = [  # (pattern, what replaces its last match, what the checker says)
     (r"^parameters: \d+", "parameters: 30001", "30001 parameters are too many"),
     (r"^steps: 16 (.*), 8192", r"steps: 16 \1, 8191", "its settings make 16 steps, 8192 tokens"),
     (r'"teacher": null', '"teacher": "x"', "another run taught it"),
-    (r'"seed": 3', '"seed": 4', "its seed is 4"),
+    (r'"seed": \d+', '"seed": 7', "its seed is 7"),
     (r'"script": "\w', '"script": "x', "did not begin with the script at its head"),
     (r"^(member:0)", r"notice: ... (--allow-edited)\n\1", "its script was edited on the way")]
 
 
-@pytest.mark.parametrize("pattern, new, message", IN_A_LOG)
-def test_a_log_that_contradicts_itself(pattern, new, message, runs, records, tmp_path):
-    """Or its track."""
-    track = read_json(records / "tracks.json")["made"]
-    (tmp_path / "logs").mkdir()
-    log = shutil.copy(runs["new"][2] / "log.txt", tmp_path / "logs/new_seed3.txt")
-    assert problems_of(log, track) == []
-    in_log(pattern, new)(tmp_path)
-    assert message in "\n".join(problems_of(log, track))
-
-
-def problems_of(log, track):
-    found = []
-    try:
-        for holds, text in check.Run(log).checks(track, False):
-            found += [] if holds else [text]
-    except check.FAULTS:
-        found.append("is not the whole log.txt")
-    return found
-
-
 MORE = "differs from new_seed1.txt in more than"
-DAMAGED = "predictions are missing or damaged"
 TAMPERED = {  # what is told together: [(change, message), ...]
     "files": [
         (in_log(LEARNED, LOSS_2, "new_seed1"), "new_seed1.txt: final_val_loss is not the last"),
         (write("logs/new_seed2.txt", "x"), "new_seed2.txt: is not the whole log.txt"),
-        (lambda folder: (folder / "logs/new_seed3.xz").unlink(), f"new_seed3: its {DAMAGED}"),
-        (in_predictions("new_seed4", lambda x: x[:, 1:]), f"new_seed4: its {DAMAGED}"),
-        (in_predictions("new_seed5", lambda x: x * np.nan), "it does not hold -log p"),
+        (lambda folder: (folder / "logs/new_seed3.xz").unlink(), "new_seed3: its predictions are missing"),
+        (no_probabilities, "it does not hold -log p"),
         (add_to_losses("old_seed1", -0.02), "old_seed1 and its log disagree: member 0"),
         (add_to_losses("old_seed2", -0.02, members=False), "disagree: uniform mixture of 2 mem"),
         (write("logs/new_seed7_a.txt", "x"), "logs/new_seed7_a.txt is not named"),
@@ -342,6 +307,11 @@ TAMPERED = {  # what is told together: [(change, message), ...]
     "next": [(other_seed, "its seeds must be the next ones, 1 to 5")],
     "result": [(lambda folder: edit_json(folder / "result.json", mean=2.0), "not what the logs")],
     "readme": [(write("README.md", "Why."), "lacks the line `Screened on seeds")]}
+
+
+for number, (pattern, new, message) in enumerate(IN_A_LOG):  # each in a log of its own
+    change = in_log(pattern, new, f"new_seed{number % 5 + 1}")
+    TAMPERED.setdefault(f"log {number // 5}", []).append((change, message))
 
 
 @pytest.mark.parametrize("case", TAMPERED)
@@ -376,7 +346,6 @@ HOSTILE = {  # of a log each; the others' problems are told all the same
     "new_seed5": in_log(
         r'"cycles": 2,([^$]*)^(population: 2 traj.*) x 2 cycles = 4',
         r'"cycles": 5000000,\1\2 x 5000000 cycles = 10000000', "new_seed5"),
-    "old_seed1": write("logs/old_seed1.txt", "=" * 11_000_000),
     "old_seed2": lambda folder: (folder / "logs/old_seed2.txt").write_bytes(b"\xff" * 100),
     "old_seed3": lambda folder: (folder / "logs/old_seed3.xz").write_bytes(
         lzma.compress(bytes(50_000_000), preset=0))}
@@ -402,7 +371,7 @@ COMMITTED = {"print(1)\n": "aaa", q.SOURCE: "abc1234", q.SOURCE + "# later\n# an
 
 def test_edited_source(good, capsys, monkeypatch):
     """Allowed, and shown against the nearest commit; --source prints it. Reruns need the script of
-    the row that they repeat, or a committed one; without a history nothing can be checked."""
+    the row that they repeat, or a committed one."""
     monkeypatch.setattr(check, "versions", lambda: COMMITTED)
     of = "train_q0.py of commit abc1234"
     in_source("new*", "# Config:", "# Knobs:")(good)
@@ -414,8 +383,6 @@ def test_edited_source(good, capsys, monkeypatch):
     assert out == q.SOURCE.replace("# Config:", "# Knobs:")
     in_source("old*", "# Config:", "# Weaker:")(good)
     assert "neither the script of" in says(capsys, good)[1]
-    monkeypatch.setattr(check, "versions", lambda: {})
-    assert "problem: no git history here" in says(capsys, good)[1]
 
 
 # The repository's own ---------------------------------------------------------------------------
@@ -439,16 +406,6 @@ def test_tracks(name):
     assert (cfg.train_tokens, cfg.seq_len) == (track["train_tokens"], track["seq_len"])
     most = track["max_parameters"]
     assert 0.9 * most < recompute.parameters(cfg, track["vocab_size"]) <= most
-    if (ROOT / "data/wiki/manifest.json").exists():
-        found = q.load_corpus(ROOT / "data/wiki", track["seq_len"], track["train_tokens"])
-        known = (track["data"], track["tokens"], track["vocab_size"])
-        assert known == (found.hashes, tokens_of(found), found.vocab_size)
-
-
-@pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a git checkout")
-def test_logs_of_records_are_committed():
-    log = "records/wiki_cpu/2026-11-25_X/logs/new_seed5.txt"
-    assert subprocess.run(["git", "check-ignore", log], cwd=ROOT).returncode == 1
 
 
 def test_rows_can_be_rerun():
