@@ -1,16 +1,10 @@
 """records/bench.py in miniature: its sections run, their tables have their rows and their numbers
 are plausible."""
 import math
-import os
-import subprocess
-import sys
 
 import pytest
-import torch
 
 from records import bench
-
-NEED_TRITON = ("loss", "products", "evaluation")  # the others would only be slow under it
 
 
 @pytest.fixture(autouse=True)
@@ -49,17 +43,3 @@ def test_output_and_a_process_of_its_own(tmp_path, capsys):
         assert -1e-6 < other["loss - fit_prior's"] <= other["certified gap"]
     text = (tmp_path / "b.md").read_text()
     assert "|---|---|" in text and text == capsys.readouterr().out
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, whose run says more")
-@pytest.mark.parametrize("name", bench.GPU)
-def test_gpu_sections_under_the_interpreter(name):
-    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    if name in NEED_TRITON:
-        pytest.importorskip("triton")
-        env["TRITON_INTERPRET"] = "1"
-    command = [sys.executable, bench.__file__, "--gpu", "--small", name]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
-    assert "does not run" not in done.stdout and "Error" not in done.stdout, done.stdout

@@ -62,37 +62,6 @@ def test_flops_of_attention_are_those_of_the_keys_seen():
         assert kernel.full == (window == T)
 
 
-def test_fused_operations_read_and_write_once():
-    """A product ends a fused kernel."""
-    x = torch.empty(300, 300, device="meta")
-    size = x.nbytes
-    found = kernels_of(lambda compile: compile(lambda x: (x + 1).relu() @ x * 2), x)
-    assert [(k.name, k.nbytes) for k in found] == [
-        ("fused", 2 * size),
-        ("mm", 3 * size),
-        ("fused", 2 * size)]
-    eager = kernels_of(lambda compile: lambda x: (x + 1).relu(), x)
-    assert [k.nbytes for k in eager] == [2 * size] * 2
-
-
-def test_what_float32_weights_cost():
-    w = torch.empty(64, 64, device="meta", requires_grad=True)
-    x = torch.empty(8, 64, device="meta", dtype=torch.bfloat16)
-    recorder = cost.Recorder()
-
-    def micro_batches():
-        for _ in range(3):  # a cast, and an addition but for the first, in each
-            (x @ (w * 2).bfloat16()).sum().backward()
-
-    with recorder:
-        part = cost.record(recorder, micro_batches, [w])
-        float32 = cost.record(recorder, lambda: x.float() @ w, [w])
-    assert not cost.float32_products(part.ops)
-    assert len(cost.float32_products(float32.ops)) == 1
-    assert cost.weight_casts(part.ops, part.masters) == 3 * w.numel()
-    assert cost.gradient_additions(part.ops, [w.shape]) == {(64, 64): 2}
-
-
 def test_what_a_step_must_not_do(compiled):
     """What made the first core twice as slow on a GPU: float32 products, casts of weights in every
     pass, float32 additions of gradients in every pass."""
