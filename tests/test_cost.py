@@ -43,25 +43,6 @@ def test_flops_are_those_that_torch_counts(compiled):
     assert compiled.micro_batch.peak < eager.micro_batch.peak
 
 
-def kernels_of(function, *inputs):
-    recorder = cost.Recorder()
-    with cost.on_meta(recorder):
-        part = cost.record(recorder, lambda: function(torch.compile)(*inputs))
-    return part.kernels
-
-
-def test_flops_of_attention_are_those_of_the_keys_seen():
-    T = 8
-    x = torch.empty(2, T, 3, 64, device="meta")
-    for window in (1, 5, 8):
-        attend = cost.attention(None, "meta", window)
-        kernel, = kernels_of(lambda compile: attend, x, x, x)
-        visible = torch.ones(T, T).tril().triu(1 - window)
-        seen = int(visible.sum())
-        assert kernel.flops == 2 * 2 * (2 * 3 * 64) * seen
-        assert kernel.full == (window == T)
-
-
 def test_what_a_step_must_not_do(compiled):
     """What made the first core twice as slow on a GPU: float32 products, casts of weights in every
     pass, float32 additions of gradients in every pass."""
