@@ -1,5 +1,4 @@
-"""records/bench.py in miniature: its sections run, their tables have their rows and their numbers
-are plausible."""
+"""records/bench.py in miniature: sections run, and their numbers are plausible."""
 import math
 
 import pytest

@@ -55,12 +55,7 @@ def test_an_epoch_holds_whole_documents_in_another_order(corpus):
 
 
 def test_epochs_are_functions_of_their_key(corpus):
-    keys = [
-        (0, 0, 0),
-        (0, 0, 1),
-        (0, 1, 0),
-        (1, 0, 0),
-        (0, 0, 7)]
+    keys = [(0, 0, 0), (0, 0, 1), (0, 1, 0), (1, 0, 0), (0, 0, 7)]
     forward = [corpus.epoch(*key).tobytes() for key in keys]
     backward = [corpus.epoch(*key).tobytes() for key in reversed(keys)]
     assert forward == backward[::-1]
@@ -70,11 +65,7 @@ def test_epochs_are_functions_of_their_key(corpus):
 def test_batches_and_evaluation_read_in_order(corpus):
     """Batches straddle epochs."""
     stream = np.concatenate([corpus.epoch(3, 1, e) for e in range(4)])
-    for first, count in (
-            (26, 5),
-            (0, 4),
-            (11, 5),
-            (12, 15)):
+    for first, count in ((26, 5), (0, 4), (11, 5), (12, 15)):
         batch = corpus.batch(3, 1, first, count)
         assert batch.dtype == np.int64
         assert (batch == stream[first:first + count]).all()

@@ -1,10 +1,8 @@
-"""The cost model: its counts against torch's and against what one counts by hand, and what a step
-must not do."""
+"""The cost model: its counts against torch's, and what a step must not do."""
 import collections
 import math
 
 import pytest
-import torch
 from tiny import FEATURES, resolved
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -94,8 +94,6 @@ def pip_wheel(folder, requirement, sha256):
     return wheel
 
 
-# Tokenizer --------------------------------------------------------------------------------------
-
 def test_train_bpe(tmp_path, capsys, monkeypatch):
     """To the tokens of the plain algorithm, which counts all pairs again for every merge; as the
     command `bpe` writes them."""
@@ -114,8 +112,6 @@ def test_train_bpe(tmp_path, capsys, monkeypatch):
     with pytest.raises(prepare.Fail):
         prepare.load_bpe(ranks + b"AA== 299\n")
 
-
-# Documents and splits ---------------------------------------------------------------------------
 
 LONG = " ".join(map(str, range(1000, 1100)))
 VILLAGE = ("{} is a village in the municipality of {}, in the north of the country, with {} "
@@ -151,8 +147,6 @@ def test_split_documents(targets):
         assert size <= size_of(splits[name]) < size + 500
     assert splits["train"] != [text for text in texts if text in splits["train"]]  # fair front
 
-
-# text -------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("tokenizer, vocabulary", [("wiki", 2048), ("train", 300)])
 def test_text(tokenizer, vocabulary, tmp_path, capsys, argv, documents):
@@ -191,7 +185,6 @@ def test_txt_files(tmp_path, capsys):
 
 BAD_LINES = {
     b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content .str., id .int.;',
-    b'{"text": null}': r'no text in "text".* text .null.;.*--field.*--skip-bad',
     b'{"text": "half \\ud83d"}': "not valid UTF-8"}
 
 
@@ -204,9 +197,9 @@ def test_bad_lines(tmp_path, capsys, argv):
     assert names_in(tmp_path) == ["corpus.jsonl"]
     lines = [json.dumps({"content": text}) for text in random_documents(40)]
     path.write_bytes(b"\n".join([*BAD_LINES, *map(str.encode, lines)]))
-    run_bad(capsys, "0 documents.*43 bad documents skipped", *argv, "--skip-bad")
+    run_bad(capsys, "0 documents.*42 bad documents skipped", *argv, "--skip-bad")
     argv += ["--field", "content", "--skip-bad"]
-    assert "bad documents skipped: 2" in run_ok(capsys, *argv)
+    assert "bad documents skipped: 1" in run_ok(capsys, *argv)
     check_manifest(tmp_path / "out")
 
 
@@ -266,8 +259,7 @@ def test_manifest_leads_elsewhere(name, out, capsys, argv, tmp_path):
     ("rename", PermissionError(13, "Permission denied"), 2)], ids=str)
 def test_failure_leaves_the_old_output(
         place, error, status, tmp_path, argv, out, monkeypatch, capsys):
-    """After all shards are written; between two renames, where the system can't swap folders. A
-    link to it stays a link."""
+    """After all shards are written; between two renames, where the system can't swap folders."""
     rename = Path.rename
 
     def fail(path, target):
@@ -280,16 +272,15 @@ def test_failure_leaves_the_old_output(
         monkeypatch.setattr(Path, "rename", fail)
     else:
         monkeypatch.setattr(prepare, "write_manifest", fail)
-    (tmp_path / "link").symlink_to(out)
-    argv = [*map(str, argv), "--seed", "1", "--force", "--out", str(tmp_path / "link")]
+    argv = [*map(str, argv), "--seed", "1", "--force"]
     before = snapshot(tmp_path)
     assert prepare.main(argv) == status
     assert capsys.readouterr().err.count("\n") == 1
     assert snapshot(tmp_path) == before
-    assert names_in(tmp_path) == ["corpus.jsonl", "link", "out"]
+    assert names_in(tmp_path) == ["corpus.jsonl", "out"]
     monkeypatch.undo()
     run_ok(capsys, *argv)
-    assert check_manifest(out)["seed"] == 1 and (tmp_path / "link").is_symlink()
+    assert check_manifest(out)["seed"] == 1
 
 
 def test_what_killed_runs_left(tmp_path, capsys, argv, out):
@@ -345,12 +336,10 @@ def hub(monkeypatch, tmp_path):
         for number, begin in enumerate(range(0, len(stream), 17_000)):
             name = f"fineweb_{'train' if number else 'val'}_{number:06d}.bin"
             server.files[name] = shard_bytes(stream[begin:begin + 17_000])
-        for name, value in (
-                ("HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILE),
-                ("HF_HUB_CACHE", str(tmp_path / "hub")),
-                ("HF_HUB_OFFLINE", False),
-                ("DOWNLOAD_CHUNK_SIZE", 1000)):
-            monkeypatch.setattr(constants, name, value)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILE)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
         monkeypatch.setenv("NO_PROXY", "*")
         monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)  # what it retries
         monkeypatch.setattr(prepare, "HUB_SHA256", {})  # these are other shards
@@ -394,8 +383,7 @@ def reference_split(val, train, dev, heldout):
 
 
 def check_fineweb(out, encoding=None):
-    """That the folder holds the reference's tokens; bytes are counted where there is a tokenizer.
-    """
+    """That it holds the reference's tokens; bytes are counted where there is a tokenizer."""
     manifest = check_manifest(out)
     for name, tokens in reference_split(**SIZES).items():
         assert read_shard(out / f"{name}.bin").tolist() == tokens
@@ -436,16 +424,11 @@ def test_fineweb(hub, fineweb, tmp_path, capsys):
     assert snapshot(out) == repaired
 
 
-def always(fault):
-    return lambda hub: hub.faults.update({FIRST: [fault] * 100})
-
-
 @pytest.mark.parametrize("damage, argv, message", [
-    (always("flip"), [], "arrived damaged twice"),
-    (always("cut"), [], "can't download"),
+    (lambda hub: hub.faults.update({FIRST: ["flip"] * 9}), [], "arrived damaged twice"),
     (lambda hub: prepare.HUB_SHA256.update({FIRST: "0" * 64}), [], "arrived damaged twice"),
     (lambda hub: None, ["--heldout-tokens=30000"], "no tokens are left for train")],
-    ids="hash cut other heldout".split())
+    ids="hash other heldout".split())
 def test_bad_fineweb(damage, argv, message, hub, fineweb, tmp_path, capsys):
     damage(hub)
     run_bad(capsys, message, *fineweb, *argv)
@@ -454,8 +437,6 @@ def test_bad_fineweb(damage, argv, message, hub, fineweb, tmp_path, capsys):
         assert len(requests(hub, "GET")) == 2
         assert not list((tmp_path / "hub").rglob("*.bin"))
 
-
-# slowrun ----------------------------------------------------------------------------------------
 
 def write_slowrun(folder, train, val):
     torch = pytest.importorskip("torch")

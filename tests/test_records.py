@@ -115,17 +115,13 @@ def good(records):
     return records / f"made/{TODAY}_Q0"
 
 
-# Good records -----------------------------------------------------------------------------------
-
 def test_good_record(records, good, runs, capsys):
     """Its result and its row; the tables must be current."""
     status, out = says(capsys, good)
     assert status == 0 and "problem:" not in out
     result = read_json(good / "result.json")
-    made = {side: [read_json(run / "result.json")["final_val_loss"] for run in of]
-            for side, of in runs.items()}
-    new = made["new"]
-    old = made["old"]
+    new, old = ([read_json(run / "result.json")["final_val_loss"] for run in runs[side]]
+                for side in ("new", "old"))
     assert result["val_loss"] == approx(new, abs=1e-5) and result["seeds"] == list(SEEDS)
     assert result["mean"] == approx(np.mean(new), abs=1e-5)
     assert (result["members"], result["epochs"]) == (4, 8)
@@ -180,12 +176,8 @@ def test_counted_rows(records, runs, corpus, tmp_path, monkeypatch, capsys):
     says(capsys, "--tables")
     page = (records / "README.md").read_text()
     assert f"| {loss:.4f} (n=1) Ⓧ | {neural:.4f} | 4 | 8 |" in page
-    for changes, message in (
-            ({"val_loss": 3.9}, "disagree: members that count gain another amount"),
-            ({"strength": 0}, "no loss or no strength")):
-        edit_json(folder / "logs/new_seed1.json", **changes)
-        status, out = says(capsys, folder)
-        assert status == 1 and re.search(f"problem: logs/new_seed1.*{message}", out), out
+    edit_json(folder / "logs/new_seed1.json", val_loss=3.9)
+    assert "disagree: members that count gain another amount" in says(capsys, folder)[1]
 
 
 # What the checker must catch --------------------------------------------------------------------
@@ -324,8 +316,6 @@ def test_tampering_is_caught(case, good, capsys):
     for _, message in TAMPERED[case]:
         assert re.search(f"^made/{good.name}: problem: .*{re.escape(message)}", out, re.M), out
 
-
-# Edited source ----------------------------------------------------------------------------------
 
 COMMITTED = {"print(1)\n": "aaa", q.SOURCE: "abc1234", q.SOURCE + "# later\n# and more\n": "bbb"}
 

@@ -25,8 +25,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match, *FUNCTIONS)
 SEQUENCES = (ast.Tuple, ast.List)
 
-# --------------------------------------------------------------------------------------------------
-# Size
+# Size --------------------------------------------------------------------------------------------
 
 
 def code_tokens(source):
@@ -81,8 +80,7 @@ def too_long_or_deep(source):
                 yield f"{node.name} is {depth(node)} levels deep"
 
 
-# --------------------------------------------------------------------------------------------------
-# Golf
+# Golf --------------------------------------------------------------------------------------------
 
 
 def is_text(node):
@@ -197,8 +195,7 @@ def long_unpackings(source):
                     yield f"line {part.lineno}: {ast.unparse(part)}"
 
 
-# --------------------------------------------------------------------------------------------------
-# The script, and code that breaks each rule
+# The script, and code that breaks each rule ------------------------------------------------------
 
 FLAT = "def f(x):\n" + "    x += 1\n" * 70
 DEEP = "def f(x):\n" + "".join(4 * (i + 1) * " " + "if x:\n" for i in range(5)) + 24 * " " + "pass"

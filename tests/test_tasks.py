@@ -21,12 +21,9 @@ from tiny import (
 
 from records.mixture import load_mixture, load_tokenizer
 
-SWAP = "q0_swap"
 CONTINUATION = "q0_continuation"
-CLOZE = "q0_cloze"
-NAMES = [SWAP, CONTINUATION, CLOZE]
-LENGTHS = {SWAP: 64, CONTINUATION: 128, CLOZE: 80}  # tokens of an item
-CHOICES = {SWAP: 2, CONTINUATION: 4, CLOZE: 5}
+LENGTHS = {"q0_swap": 64, CONTINUATION: 128, "q0_cloze": 80}  # tokens of an item
+CHOICES = {"q0_swap": 2, CONTINUATION: 4, "q0_cloze": 5}
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +47,6 @@ def items_of(folder, name):
     return [json.loads(line) for line in lines]
 
 
-# Items ------------------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def made(data, tmp_path_factory):
     """A folder of tasks."""
@@ -65,7 +60,7 @@ def encoding(data):
     return load_tokenizer(data)["encoding"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", CHOICES)
 def test_every_item(name, data, made, encoding):
     """One choice is of the text and the others are not; tokens are the same together or apart;
     labels are even, and passages come from many documents."""
@@ -89,18 +84,6 @@ def test_every_item(name, data, made, encoding):
             assert encode(context) + encode(choice) == encode(context + choice)
 
 
-def test_cloze(data, made, encoding):
-    """Words of training text, of like frequency, before one and the same rest."""
-    training = " ".join(read_documents(data, "train", encoding)).split(" ")
-    count = Counter(word for word in training if len(word) >= 4 and word.islower())
-    for item in items_of(made, CLOZE):
-        words, rests = zip(*(choice[1:].split(" ", 1) for choice in item["choices"]))
-        assert len(set(rests)) == 1
-        for word in words:
-            low, high = sorted((count[word], count[words[item["label"]]]))
-            assert 0 < low and sum(low < n < high for n in count.values()) < 20
-
-
 def test_items_asked_for(data, tmp_path, capsys):
     """Others of another seed; fewer where the documents give no more; none of damaged data, nor
     where a file is not ours."""
@@ -120,8 +103,6 @@ def test_items_asked_for(data, tmp_path, capsys):
     status, told = make(capsys, *argv)
     assert status == 2 and "exists and was not" in told
 
-
-# The harness ------------------------------------------------------------------------------------
 
 T = 40  # of the run below; shorter than the items, so their front is cut
 TWO = [*MINI, "--seq-len", T, "--batch-tokens", 640, "--train-tokens", 2000, "--epochs", 24,
@@ -196,7 +177,7 @@ def test_evaluate_tasks(data, two, harness, tmp_path, capsys, monkeypatch):
     make(capsys, "--data", data, "--out", tmp_path / "t", "--items", 12)
     monkeypatch.chdir(tmp_path)
     argv = ["evaluate", two, "--task-folder", "t", "--tasks"]
-    out = works(capsys, *argv, ",".join(NAMES))
+    out = works(capsys, *argv, ",".join(CHOICES))
     pattern = r"^task:(\S+) (\S+):([\d.]+) stderr:([\d.]+) (.*)$"
     shown = {}
     for task, metric, value, error, name in re.findall(pattern, out, re.M):
@@ -209,7 +190,7 @@ def test_evaluate_tasks(data, two, harness, tmp_path, capsys, monkeypatch):
         "uniform, all 2": {0: 0.5, 1: 0.5},
         f"learned, {len(weights)}": weights}
     for name, of in mixtures.items():
-        for task in NAMES:
+        for task in CHOICES:
             items = items_of(tmp_path / "t", task)
             hits = np.array([scored(learned, item, of) for item in items], dtype=float)
             metrics = ["acc", "acc_norm"] if task == CONTINUATION else ["acc"]
