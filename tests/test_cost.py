@@ -1,5 +1,4 @@
-"""The cost model: its counts against torch's and against what one counts by hand, and what a step
-must not do."""
+"""The cost model: its counts against torch's, and what a step must not do."""
 import collections
 import math
 
@@ -12,7 +11,7 @@ import train_q0 as q
 from records import cost
 
 SETTINGS = dict(
-    FEATURES, layers=3, width=128, head_dim=64, mlp_hidden=320, micro_batch=2, seq_len=96,
+    FEATURES, layers=2, width=128, head_dim=64, mlp_hidden=320, micro_batch=2, seq_len=96,
     batch_tokens=192, precision="bfloat16", device="cpu", dropout=0.1, windows="SL", loop_first=1,
     loop_last=1)
 VOCAB = 500
@@ -41,62 +40,6 @@ def test_flops_are_those_that_torch_counts(compiled):
     assert counted == product_flops(compiled)
     assert compiled.micro_batch.seconds() < eager.micro_batch.seconds()
     assert compiled.micro_batch.peak < eager.micro_batch.peak
-
-
-def kernels_of(function, *inputs):
-    recorder = cost.Recorder()
-    with cost.on_meta(recorder):
-        part = cost.record(recorder, lambda: function(torch.compile)(*inputs))
-    return part.kernels
-
-
-def test_flops_of_attention_are_those_of_the_keys_seen():
-    T = 8
-    x = torch.empty(2, T, 3, 64, device="meta")
-    for window in (1, 5, 8):
-        attend = cost.attention(None, "meta", window)
-        kernel, = kernels_of(lambda compile: attend, x, x, x)
-        visible = torch.ones(T, T).tril().triu(1 - window)
-        seen = int(visible.sum())
-        assert kernel.flops == 2 * 2 * (2 * 3 * 64) * seen
-        assert kernel.full == (window == T)
-
-
-def test_fused_operations_read_and_write_once():
-    """A reduction over all reads twice; a product ends a fused kernel."""
-    x = torch.empty(300, 300, device="meta")
-    size = x.nbytes
-    rows = 4 * 300
-
-    def shares(x):
-        return (x.relu() * 2 + 1).softmax(-1).sum(-1)
-
-    kernel, = kernels_of(lambda compile: compile(shares), x)
-    assert kernel.nbytes == size + rows
-    eager = kernels_of(lambda compile: shares, x)
-    assert [k.nbytes for k in eager] == [2 * size] * 4 + [size + rows]
-    found = kernels_of(lambda compile: compile(lambda x: x / x.square().sum().sqrt()), x)
-    assert [k.nbytes for k in found] == [size + 4, 2 * size + 4]
-    found = kernels_of(lambda compile: compile(lambda x: (x + 1) @ x * 2), x)
-    assert [(k.name, k.nbytes) for k in found] == [
-        ("fused", 2 * size),
-        ("mm", 3 * size),
-        ("fused", 2 * size)]
-    assert found[1].size == (1, 300, 300, 300)
-
-
-def test_memory_is_that_of_living_tensors():
-    recorder = cost.Recorder()
-    with recorder, torch.device("meta"):
-        weight = torch.empty(1000, 1000, requires_grad=True)
-        x = torch.zeros(10, 1000)
-        assert recorder.live == 4 * (1000 * 1000 + 10 * 1000)
-        part = cost.record(recorder, lambda: (x @ weight).square().sum().backward())
-        assert recorder.live == 4 * (2 * 1000 * 1000 + 10 * 1000)
-        # two small ones live when the gradient is made: that of the product, and the loss's
-        assert part.peak == pytest.approx(recorder.live + 4 * 10 * 1000, abs=20)
-        weight.grad = None
-        assert recorder.live == part.held
 
 
 def test_what_float32_weights_cost():

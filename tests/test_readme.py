@@ -82,19 +82,15 @@ def test_commands_run(corpus, logs, tmp_path, monkeypatch, capsys, request):
             assert script == "data/tasks.py" and not tasks.main(argv)
 
 
-class Parsed(Exception):
-    """A command has read its flags; it would start now."""
-
-
 def parsed_by(command, monkeypatch):
-    """The command up to there."""
+    """The command up to where it has read its flags."""
     def run(argv):
         parse = q.Parser.parse_args
 
         def stop(parser, argv):
             parse(parser, argv)
-            raise Parsed
-        with monkeypatch.context() as patch, pytest.raises(Parsed):
+            raise EOFError
+        with monkeypatch.context() as patch, pytest.raises(EOFError):
             patch.setattr(q.Parser, "parse_args", stop)
             command(argv)
     return run

@@ -25,8 +25,7 @@ FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 BLOCKS = (ast.For, ast.While, ast.If, ast.With, ast.Try, ast.Match, *FUNCTIONS)
 SEQUENCES = (ast.Tuple, ast.List)
 
-# --------------------------------------------------------------------------------------------------
-# Size
+# Size --------------------------------------------------------------------------------------------
 
 
 def code_tokens(source):
@@ -36,10 +35,17 @@ def code_tokens(source):
         if isinstance(node, ast.Expr) and is_text(node.value):
             docstrings |= set(range(node.lineno, node.end_lineno + 1))
     kinds = {tokenize.OP, tokenize.NAME, tokenize.NUMBER, tokenize.STRING}
-    for name in ("FSTRING_START", "FSTRING_MIDDLE", "FSTRING_END"):  # from Python 3.12 on
-        kinds.add(getattr(tokenize, name, tokenize.STRING))
-    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
-    return [t for t in tokens if t.type in kinds and t.start[0] not in docstrings]
+    start = getattr(tokenize, "FSTRING_START", None)  # an f-string is one token before Python 3.12
+    end = getattr(tokenize, "FSTRING_END", None)
+    inside = 0
+    found = []
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        is_start = token.type == start
+        counts = is_start or token.type in kinds
+        if not inside and counts and token.start[0] not in docstrings:
+            found.append(token)
+        inside += int(is_start) - int(token.type == end)
+    return found
 
 
 def too_many_tokens(source):
@@ -81,8 +87,7 @@ def too_long_or_deep(source):
                 yield f"{node.name} is {depth(node)} levels deep"
 
 
-# --------------------------------------------------------------------------------------------------
-# Golf
+# Golf --------------------------------------------------------------------------------------------
 
 
 def is_text(node):
@@ -197,12 +202,10 @@ def long_unpackings(source):
                     yield f"line {part.lineno}: {ast.unparse(part)}"
 
 
-# --------------------------------------------------------------------------------------------------
-# The script, and code that breaks each rule
+# The script, and code that breaks each rule ------------------------------------------------------
 
 FLAT = "def f(x):\n" + "    x += 1\n" * 70
 DEEP = "def f(x):\n" + "".join(4 * (i + 1) * " " + "if x:\n" for i in range(5)) + 24 * " " + "pass"
-LADDER = "def f(x):\n    if x:\n        pass\n" + "    elif x:\n        pass\n" * 8
 
 BREAKS = {  # rule: code that it finds fault with
     too_many_tokens: ["x = 1\n" * MAX_TOKENS],
@@ -215,25 +218,6 @@ BREAKS = {  # rule: code that it finds fault with
     walruses: ["def f():\n    return (a := 1) + (b := 2)", "if (a := 1) > (b := 2): pass"],
     starred_conditionals: ["f(*(x if y else []))", "[*a, *(b and c)]", "{**a, **(b if c else {})}"],
     long_unpackings: ["a, b, c, d = f()", "for i, (a, b, c, d) in x: pass", "a, *b, c, d = x"]}
-FINE = """
-def f(x, mask, rows):
-    '''A docstring: """ + "word " * 12 + """'''
-    B, T, H, K = x.shape
-    a, b = divmod(x, 2)
-    a, b = b, a
-    n, D = cfg.layers, cfg.width
-    z = x
-    y = mask * (x > 0) + 2 * x + (a or 1) * (b or 1)
-    if match := find(x):
-        y = y * match
-        z = y
-    else:
-        z = 0
-    key = sorted(rows, key=lambda row: row[0])
-    for i, (name, value) in enumerate(rows):
-        y = f(*a, *[z for z in b if z], **c)
-    return y
-"""
 
 
 @pytest.mark.parametrize("rule", BREAKS, ids=lambda rule: rule.__name__)
@@ -241,7 +225,6 @@ def test_script(rule):
     found = list(rule(SCRIPT.read_text(encoding="utf-8")))
     assert not found, "\n".join(found)
     assert all(list(rule(code)) for code in BREAKS[rule])
-    assert not any(list(rule(code)) for code in (FINE, LADDER))
 
 
 def test_tests():

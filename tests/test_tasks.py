@@ -10,41 +10,28 @@ import shutil
 import sys
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
-import prepare
 import pytest
 import tasks
 import torch
 from pytest import approx
 from tiny import (
-    MINI, edit_json, fails, flip, learnable_documents, make_data, random_documents, read_documents,
-    read_json, read_shard, run_in, shard_bytes, snapshot, with_file, works)
+    MINI, fails, flip, learnable_documents, make_data, read_documents, run_in, snapshot, works)
 
 from records.mixture import load_mixture, load_tokenizer
 
-SWAP = "q0_swap"
 CONTINUATION = "q0_continuation"
-CLOZE = "q0_cloze"
-NAMES = [SWAP, CONTINUATION, CLOZE]
-LENGTHS = {SWAP: 64, CONTINUATION: 128, CLOZE: 80}  # tokens of an item
-CHOICES = {SWAP: 2, CONTINUATION: 4, CLOZE: 5}
+LENGTHS = {"q0_swap": 64, CONTINUATION: 128, "q0_cloze": 80}  # tokens of an item
+CHOICES = {"q0_swap": 2, CONTINUATION: 4, "q0_cloze": 5}
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """Data folders: words that can be learned; words of letters that are several tokens."""
-    rare = [text.replace("old", chr(0x4E00 + i))
-            for i, text in enumerate(random_documents(600, words=150))]
-    folder = tmp_path_factory.mktemp("data")
-    make_data(folder / "learnable", learnable_documents(1400), val=120_000)
-    make_data(folder / "utf8", rare, val=120_000)
-    return folder
-
-
-def encoding_of(folder):
-    return load_tokenizer(folder)["encoding"]
+    """A data folder: words that can be learned; in each document a letter of several tokens."""
+    texts = [text.replace(" ", f" {chr(0x4E00 + i)} ", 1)
+             for i, text in enumerate(learnable_documents(1400, words=80))]
+    return make_data(tmp_path_factory.mktemp("data") / "d", texts, val=120_000)
 
 
 def make(capsys, *argv):
@@ -60,34 +47,31 @@ def items_of(folder, name):
     return [json.loads(line) for line in lines]
 
 
-# Items ------------------------------------------------------------------------------------------
-
-@pytest.fixture(scope="module", params=["learnable", "utf8"])
-def made(request, data, tmp_path_factory):
-    """(data folder, folder of tasks)"""
-    source = data / request.param
+@pytest.fixture(scope="module")
+def made(data, tmp_path_factory):
+    """A folder of tasks."""
     folder = tmp_path_factory.mktemp("made") / "t"
-    argv = ["--data", source, "--out", folder, "--items", 60]
-    assert tasks.main([str(a) for a in argv]) == 0
-    return source, folder
+    assert tasks.main(["--data", str(data), "--out", str(folder), "--items", "60"]) == 0
+    return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_every_item(name, made):
+@pytest.fixture(scope="module")
+def encoding(data):
+    return load_tokenizer(data)["encoding"]
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_every_item(name, data, made, encoding):
     """One choice is of the text and the others are not; tokens are the same together or apart;
     labels are even, and passages come from many documents."""
-    source, folder = made
-    encoding = encoding_of(source)
     encode = encoding.encode_ordinary
-    documents = read_documents(source, "val", encoding)
-    items = items_of(folder, name)
+    documents = read_documents(data, "val", encoding)
+    items = items_of(made, name)
     assert 20 <= len(items) <= 60
     labels = Counter(item["label"] for item in items)
     assert len(labels) == CHOICES[name]
     assert max(labels.values()) - min(labels.values()) <= 1
-    passages = {(item["document"], item["context"], *item["choices"]) for item in items}
-    assert len(passages) == len(items)
-    assert len({document for document, *_ in passages}) > len(items) / 2
+    assert len({item["document"] for item in items}) > len(items) / 2
     for item in items:
         context, choices = item["context"], item["choices"]
         text = documents[item["document"]]
@@ -100,108 +84,25 @@ def test_every_item(name, made):
             assert encode(context) + encode(choice) == encode(context + choice)
 
 
-def test_swapped_words(made):
-    """The false choice is the true one but for two words, never the first, in turn."""
-    source, folder = made
-    for item in items_of(folder, SWAP):
-        true = item["choices"][item["label"]]
-        false = item["choices"][1 - item["label"]]
-        assert item["context"] == ""
-        assert len(encoding_of(source).encode_ordinary(false)) == LENGTHS[SWAP]
-        old, new = true.split(" "), false.split(" ")
-        first, second = [i for i, word in enumerate(old) if word != new[i]]
-        assert 0 < first == second - 1
-        old[first], old[second] = old[second], old[first]
-        assert old == new
-
-
-def test_cloze(made):
-    """Words of training text, of like frequency, before one and the same rest."""
-    source, folder = made
-    encoding = encoding_of(source)
-    training = " ".join(read_documents(source, "train", encoding)).split(" ")
-    count = Counter(word for word in training if len(word) >= 4 and word.islower())
-    for item in items_of(folder, CLOZE):
-        words, rests = zip(*(choice[1:].split(" ", 1) for choice in item["choices"]))
-        rest, = set(rests)
-        assert 12 <= len(encoding.encode_ordinary(" " + rest)) <= 20
-        assert item["context"][-1].isalpha()
-        for word in words:
-            assert word.isalpha() and word.islower() and count[word] > 0
-            low, high = sorted((count[word], count[words[item["label"]]]))
-            assert sum(low < n < high for n in count.values()) < 20
-
-
 def test_items_asked_for(data, tmp_path, capsys):
-    """The same again in place; others of another seed; fewer where the documents give no more."""
-    argv = ["--data", data / "utf8", "--out", tmp_path / "t", "--items"]
-    assert make(capsys, *argv, 20)[0] == 0
-    first = snapshot(tmp_path / "t")
-    make(capsys, *argv, 20)
-    assert snapshot(tmp_path / "t") == first and len(first) == 6
-    make(capsys, *argv, 20, "--seed", 1)
-    again = snapshot(tmp_path / "t")
-    _, told = make(capsys, *argv, 5000)
-    for name in NAMES:
-        assert again[Path(f"{name}.jsonl")] != first[Path(f"{name}.jsonl")]
-        number = len(items_of(tmp_path / "t", name))
-        assert f"{name}: {number} items of 5000, the documents give no more" in told
+    """Others of another seed; fewer where the documents give no more; none of damaged data, nor
+    where a file is not ours."""
+    out = tmp_path / "t"
+    argv = ["--data", data, "--out", out, "--items", 400]
+    _, told = make(capsys, *argv)
+    first = snapshot(out)
+    number = len(items_of(out, CONTINUATION))
+    assert f"{CONTINUATION}: {number} items of 400, the documents give no more" in told
+    make(capsys, *argv, "--seed", 1)
+    assert snapshot(out) != first
+    folder = shutil.copytree(data, tmp_path / "d")
+    flip(folder / "val.bin")
+    status, told = make(capsys, *argv, "--data", folder)
+    assert status == 2 and "val.bin is damaged" in told
+    (out / "mine.txt").write_text("mine")
+    status, told = make(capsys, *argv)
+    assert status == 2 and "exists and was not" in told
 
-
-def cut_documents(folder):
-    """Validation documents end anywhere, as FineWeb's last one does: inside a word or a character,
-    where their text would give other tokens."""
-    tokens = read_shard(folder / "val.bin")
-    starts = np.flatnonzero(tokens == read_json(folder / "manifest.json")["eot"])
-    cut = [tokens[i:i + 1 + n] for i in starts for n in LENGTHS.values()]
-    (folder / "val.bin").write_bytes(shard_bytes(np.concatenate(cut)))
-    manifest = read_json(folder / "manifest.json")
-    manifest["splits"]["val"]["files"][0]["sha256"] = prepare.file_sha256(folder / "val.bin")
-    edit_json(folder / "manifest.json", **manifest)
-
-
-def test_documents_cut_anywhere(data, tmp_path, capsys):
-    folder = shutil.copytree(data / "utf8", tmp_path / "d")
-    cut_documents(folder)
-    encoding = encoding_of(folder)
-    make(capsys, "--data", folder, "--out", tmp_path / "t")
-    for name, length in LENGTHS.items():
-        for item in items_of(tmp_path / "t", name):
-            text = item["context"] + item["choices"][item["label"]]
-            assert len(encoding.encode_ordinary(text)) == length and "\ufffd" not in text
-
-
-def short_documents(folder):
-    shutil.rmtree(folder)
-    make_data(folder, random_documents(60, words=40), val=500, dev=500, heldout=500)
-    folder.with_suffix(".jsonl").unlink()
-
-
-@pytest.mark.parametrize("damage, message", [
-    (shutil.rmtree, "No such file.*manifest.json"),
-    (short_documents, "give 0 items"),
-    # as prepare.py leaves GPT-2's tokens where the tokenizer could not be loaded
-    (with_file("manifest.json", functools.partial(edit_json, tokenizer={"eot": 50256})),
-     "has no tokenizer|not ours"),
-    (with_file("tokenizer.tiktoken", flip), "tokenizer.tiktoken is damaged"),
-    (with_file("val.bin", flip), "val.bin is damaged.*SHA-256")])
-def test_bad_data(damage, message, data, tmp_path, capsys):
-    folder = shutil.copytree(data / "learnable", tmp_path / "d")
-    damage(folder)
-    status, told = make(capsys, "--data", folder, "--out", tmp_path / "t")
-    assert status == 2 and re.search(f"^tasks.py: error: .*({message})", told, re.M)
-    assert set(tmp_path.iterdir()) <= {folder}
-
-
-def test_foreign_folder(data, tmp_path, capsys):
-    (tmp_path / "mine.txt").write_text("mine")
-    for out in (tmp_path, tmp_path / "mine.txt"):
-        status, told = make(capsys, "--data", data / "learnable", "--out", out)
-        assert status == 2 and "exists and was not" in told
-    assert (tmp_path / "mine.txt").read_text() == "mine"
-
-
-# The harness ------------------------------------------------------------------------------------
 
 T = 40  # of the run below; shorter than the items, so their front is cut
 TWO = [*MINI, "--seq-len", T, "--batch-tokens", 640, "--train-tokens", 2000, "--epochs", 24,
@@ -212,7 +113,7 @@ TWO = [*MINI, "--seq-len", T, "--batch-tokens", 640, "--train-tokens", 2000, "--
 def two(data, tmp_path_factory):
     """The folder of a run of two members."""
     logs = tmp_path_factory.mktemp("runs")
-    run_in(logs, *TWO, "--data", data / "learnable", "--run", "two")
+    run_in(logs, *TWO, "--data", data, "--run", "two")
     return logs / "two"
 
 
@@ -235,23 +136,17 @@ def alone(mixture, i):
     return replace(mixture, members=[i], weights=[1.0])
 
 
-def log_p(mixture, ids, weights=None):
-    """log p(ids[1:]) in float64: each member alone on one text, mixed here, by {member: weight}."""
-    weights = weights or dict(zip(mixture.members, mixture.weights))
-    tokens = torch.tensor([ids[-T - 1:-1]])
+def nats(mixture, context, continuation, weights):
+    """log p of the tokens of a continuation in float64: each member alone on one text, mixed here,
+    by {member: weight}."""
+    ids = [*context, *continuation][-T - 1:]
     p = 0
     for i, weight in weights.items():
-        found = alone(mixture, i).log_probs(tokens)[0]
+        found = alone(mixture, i).log_probs(torch.tensor([ids[:-1]]))[0]
         p = p + weight * found.double().exp()
-    return p.log()
-
-
-def nats(mixture, context, continuation, weights=None):
-    """(log p of the continuation, whether it is the likeliest), of tokens."""
     targets = torch.tensor(continuation[-T:])
-    found = log_p(mixture, context + continuation, weights)[-len(targets):]
-    score = found.gather(1, targets[:, None]).sum()
-    return float(score), torch.equal(found.argmax(1), targets)
+    found = p.log()[-len(targets):]
+    return float(found.gather(1, targets[:, None]).sum())
 
 
 def ask(model, kind, *arguments):
@@ -261,19 +156,15 @@ def ask(model, kind, *arguments):
 
 
 @pytest.fixture(scope="module")
-def texts(data):
-    folder = data / "learnable"
-    return read_documents(folder, "val", encoding_of(folder))
+def texts(data, encoding):
+    return read_documents(data, "val", encoding)
 
 
 def scored(mixture, item, weights):
     """(whether the likeliest choice is right, and the likeliest by character)"""
     encode = mixture.encoding.encode_ordinary
     context = mixture.encode(item["context"])
-    scores = []
-    for choice in item["choices"]:
-        score, _ = nats(mixture, context, encode(choice), weights)
-        scores.append(score)
+    scores = [nats(mixture, context, encode(choice), weights) for choice in item["choices"]]
     by_character = [s / len(c) for s, c in zip(scores, item["choices"])]
     label = item["label"]
     return np.argmax(scores) == label, np.argmax(by_character) == label
@@ -283,10 +174,10 @@ def test_evaluate_tasks(data, two, harness, tmp_path, capsys, monkeypatch):
     """From another folder than that of the items; every line again from the members."""
     if not harness:
         pytest.skip("lm_eval is not installed")
-    make(capsys, "--data", data / "learnable", "--out", tmp_path / "t")
+    make(capsys, "--data", data, "--out", tmp_path / "t", "--items", 12)
     monkeypatch.chdir(tmp_path)
-    out = works(capsys, "evaluate", two, "--tasks", ",".join(NAMES), "--task-folder", "t",
-                "--limit", 12)
+    argv = ["evaluate", two, "--task-folder", "t", "--tasks"]
+    out = works(capsys, *argv, ",".join(CHOICES))
     pattern = r"^task:(\S+) (\S+):([\d.]+) stderr:([\d.]+) (.*)$"
     shown = {}
     for task, metric, value, error, name in re.findall(pattern, out, re.M):
@@ -299,107 +190,27 @@ def test_evaluate_tasks(data, two, harness, tmp_path, capsys, monkeypatch):
         "uniform, all 2": {0: 0.5, 1: 0.5},
         f"learned, {len(weights)}": weights}
     for name, of in mixtures.items():
-        for task in NAMES:
-            items = items_of(tmp_path / "t", task)[:12]
+        for task in CHOICES:
+            items = items_of(tmp_path / "t", task)
             hits = np.array([scored(learned, item, of) for item in items], dtype=float)
             metrics = ["acc", "acc_norm"] if task == CONTINUATION else ["acc"]
             for metric, hit in zip(metrics, hits.T):
                 expected = (hit.mean(), hit.std(ddof=1) / 12 ** 0.5)
                 assert shown[name, task, metric] == approx(expected, abs=5.1e-5)
-
-
-def test_loglikelihood(mixture, model, texts):
-    """More requests than a batch holds, of many lengths in any order, and one at a time."""
-    rng = np.random.default_rng(0)
-    requests = []
-    for text in texts[:24]:
-        words = text.split(" ")
-        begin, length = rng.integers(1, [40, 20])
-        continuation = "".join(" " + word for word in words[begin:begin + length])
-        requests.append((" ".join(words[:begin]), continuation))
-    requests += [("", texts[0][:20]), (" ", texts[1][:20])]
-    first, continuation = requests[0]
-    requests.append((first + " ", continuation[1:]))  # its space goes to the continuation
-    together = ask(model, "loglikelihood", *requests)
-    longest = 0
-    for request, found in zip(requests, together, strict=True):
-        whole = mixture.encode("".join(request))
-        front = mixture.encode(request[0].rstrip())
-        assert whole[:len(front)] == front
-        score, greedy = nats(mixture, front, whole[len(front):])
-        assert found == (approx(score, abs=1e-4), greedy)
-        single, = ask(model, "loglikelihood", request)
-        assert single == (approx(score, abs=1e-4), greedy)
-        longest = max(longest, len(whole))
-    assert longest > T + 1
-    assert together[0][0] == approx(together[-1][0], abs=1e-4)
-
-
-def test_loglikelihood_rolling(mixture, model, texts):
-    """Each token once, in windows of T; the last one reaches back, so that its tokens see as much
-    as T allows."""
-    encoding = mixture.encoding
-    long = " ".join(texts[:3])
-    tokens = encoding.encode_ordinary(long)
-    asked = ["", long]
-    for n in (7, 3 * T):
-        text = encoding.decode(tokens[:n])
-        assert encoding.encode_ordinary(text) == tokens[:n]
-        asked.append(text)
-    found = ask(model, "loglikelihood_rolling", *((text,) for text in asked))
-    for text, total in zip(asked, found, strict=True):
-        ids = mixture.encode(text)
-        expected = 0.0
-        for start in range(1, len(ids), T):
-            end = min(start + T, len(ids))
-            context = ids[max(0, end - T - 1):start]
-            score, _ = nats(mixture, context, ids[start:end])
-            expected += score
-        assert total == approx(expected, abs=1e-3)
-
-
-# Text -------------------------------------------------------------------------------------------
-
-@pytest.fixture
-def written(model, texts):
-    """written(options, prompt) -> text of at most 24 tokens."""
-    prompt = " ".join(texts[0].split(" ")[:5])
-
-    def write(prompt=prompt, **options):
-        found, = ask(model, "generate_until", (prompt, {"max_gen_toks": 24, **options}))
-        return found
-    return write
-
-
-@pytest.mark.parametrize("words", [0, 45])
-def test_greedy_text(words, mixture, written, texts):
-    """Also after more than fits; up to the end of the document."""
-    prompt = " ".join(texts[1].split(" ")[:words])
-    assert written(prompt, until=[]) == "".join(mixture.generate(prompt, 24, temperature=0))
-
-
-def test_options_of_text(written):
-    """Names of the harness's other models; stops, also where they span tokens; samples, the same in
-    every call."""
-    whole = written(until=["", None])  # no stop string is empty
-    short = written(until=[], max_gen_toks=4)
-    assert whole.startswith(short) and 0 < len(short) < len(whole)
-    for name in ("max_new_tokens", "max_tokens"):
-        assert written(**{"max_gen_toks": None, name: 4}, until=None) == short
-    assert written(until=[whole[6:12], whole[5:12], "none of it"]) == whole[:5]
-    hot = dict(until=[], do_sample=True, temperature=2.0)
-    first = written(**hot)
-    assert first == written(**hot) != whole
-    assert written(**{**hot, "temperature": 0.0}) == written(**hot, top_p=1e-9) == whole
-    assert written(temperature=2.0) == first  # a temperature asks for samples
-
-
-# Mistakes ---------------------------------------------------------------------------------------
-
-def test_bad_tasks(data, two, tmp_path, monkeypatch, capsys, harness):
-    argv = ["evaluate", two, "--task-folder", tmp_path / "t", "--tasks"]
-    if harness:
-        make(capsys, "--data", data / "learnable", "--out", tmp_path / "t", "--items", 9)
-        fails(capsys, "q0_swop", *argv, "q0_swap,q0_swop")
+    fails(capsys, "q0_swop", *argv, "q0_swap,q0_swop")
     monkeypatch.setitem(sys.modules, "records.harness", None)
     fails(capsys, "pip install lm_eval", *argv, "hellaswag")
+
+
+def test_text(mixture, model, texts):
+    """Greedy, after more than fits; stops, also where they span tokens; samples, the same in every
+    call."""
+    prompt = " ".join(texts[1].split(" ")[:45])
+    hot = {"do_sample": True, "temperature": 2.0}
+    whole = "".join(mixture.generate(prompt, 24, temperature=0))
+    for options, wanted in (
+            ({"until": ["", None]}, whole),  # no stop string is empty
+            ({"until": [whole[6:12], whole[5:12], "none of it"]}, whole[:5]),
+            ({"until": [], **hot}, "".join(mixture.generate(prompt, 24, temperature=2)))):
+        found, = ask(model, "generate_until", (prompt, {"max_gen_toks": 24, **options}))
+        assert found == wanted
