@@ -15,7 +15,7 @@ T = 16
 
 
 class Letters:
-    """An encoding of bytes below 99."""
+    """An encoding of bytes."""
     eot_token = END
     n_vocab = VOCAB
 
@@ -24,6 +24,27 @@ class Letters:
 
     def decode_single_token_bytes(self, token):
         return bytes([token])
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (0.5, 1, [72.5, 18.1, 6.5, 2.9]),  # in proportion to the squares
+    (1, 0.75, [66.7, 33.3, 0, 0]),  # the first two have it exactly
+    (1, 0.76, [55.6, 27.8, 16.7, 0])])
+def test_frequencies_of_what_is_drawn(temperature, top_p, expected):
+    log_p = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    text = Text(Letters(), 0)
+    drawn = [text.draw(log_p, temperature, top_p) for _ in range(1000)]
+    percent = np.bincount(drawn, minlength=4) / 10
+    np.testing.assert_allclose(percent, expected, atol=6)  # deviations are 1.6 at most
+
+
+def test_pieces():
+    """A text ends with the document, whose end is not shown, as half a character is not."""
+    text = Text(Letters(), 0)
+    assert [text.piece(token) for token in (97, END, 98, None)] == ["a", "", "", ""]
+    assert text.ended
+    text = Text(Letters(), 0)
+    assert [text.piece(token) for token in (0xE2, None)] == ["", "\ufffd"]
 
 
 @pytest.fixture(scope="module")
@@ -93,36 +114,29 @@ def test_samples(mixed):
     """Each is what it is without caches, and without the others."""
     one = mixed()
     two = mixed(samples=2)
-    for prompt, tokens in (("", 20), ("HARE AND HOUND ARE OLD", 3)):
-        options = dict(tokens=tokens, top_p=0.9, seed=7)
-        texts = ["".join(text) for text in zip(*two.write(prompt, **options))]
-        assert texts == [plain_text(one, prompt, tokens, i) for i in range(2)]
-        assert texts[0] != texts[1]
-        assert "".join(one.generate(prompt, **options)) == texts[0]
+    prompt = "HARE AND HOUND ARE OLD"
+    options = dict(tokens=10, top_p=0.9, seed=7)
+    texts = ["".join(text) for text in zip(*two.write(prompt, **options))]
+    assert texts == [plain_text(one, prompt, 10, i) for i in range(2)]
+    assert texts[0] != texts[1]
+    assert "".join(one.generate(prompt, **options)) == texts[0]
 
-
-# Memory -----------------------------------------------------------------------------------------
 
 def nbytes(tensors):
     return sum(x.nbytes for x in tensors)
 
 
-def test_bytes_of_use(mixed):
-    """Of weights and caches, as `place` counts them, against tensors."""
-    part, other = generate.parts_of(mixed(), 1)
-    assert (len(part.columns), len(other.columns)) == (1, 2)
+def test_memory(mixed):
+    """Bytes of weights and caches against tensors. One device after the other is filled, a tenth
+    of each is left; None where the last is too small."""
+    part, _ = generate.parts_of(mixed(), 1)
     banks = [getattr(part.stack, name) for name in part.stack.table]
     weights = nbytes(getattr(bank, "matrices", bank) for bank in banks)
     kept = sum(one.keys.nbytes + one.values.nbytes for one in part.cache().passes)
     found = generate.member_files(mixed())[0].bytes_on(torch.device("cpu"), 1)
     assert found == pytest.approx(weights + kept, rel=0.02)  # a file has a header, and rows added
-
-
-def test_place():
-    """One device after the other, a tenth of each is left; None where the last is too small."""
     files = [SimpleNamespace(shape="a", bytes_on=lambda device, texts: 40 * texts)] * 4
     found = generate.place(files, [("x", 100), ("y", 30), ("z", 100)], 1)
     sizes = {key: len(group) for key, group in found.items()}
     assert sizes == {("x", "a"): 2, ("z", "a"): 2}
     assert generate.place(files, [("x", 100), ("z", 80)], 1) is None
-    assert generate.place(files, [("x", 100), ("z", 100)], 2) is None
