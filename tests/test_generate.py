@@ -73,11 +73,10 @@ def mixed(tmp_path_factory):
     return make
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_log_probs(stream, mixed, capsys, monkeypatch):
+def test_log_probs(mixed, monkeypatch):
     """At every position, also beyond the context: there the newer half and what follows count."""
     monkeypatch.setattr(generate, "READ_ROWS", 4)  # a long text is read in parts
-    mixture = mixed(stream=stream)
+    mixture = mixed()
     tokens = random_tokens(2, 27)  # the window moves twice
     tokens[:, :5] = tokens[:1, :5]
     reader = mixture.reader()
@@ -85,7 +84,6 @@ def test_log_probs(stream, mixed, capsys, monkeypatch):
     reader.repeat(2)
     for token in tokens[:, 5:].split(1, dim=1):
         found.append(reader.read(token))
-    assert ("read from the disk" in capsys.readouterr().err) == stream
     start = 0
     wanted = mixture.log_probs(tokens[:, :T])
     for end, log_p in enumerate(found, start=5):
@@ -110,15 +108,17 @@ def plain_text(mixture, prompt, tokens, number):
     return pieces + text.piece(None)
 
 
-def test_samples(mixed):
-    """Each is what it is without caches, and without the others."""
+def test_samples(mixed, capsys):
+    """Each is what it is without caches, and without the others; also where members are read from
+    the disk for every token."""
     one = mixed()
-    two = mixed(samples=2)
+    two = mixed(samples=2, stream=True)
     prompt = "HARE AND HOUND ARE OLD"
     options = dict(tokens=10, top_p=0.9, seed=7)
     texts = ["".join(text) for text in zip(*two.write(prompt, **options))]
     assert texts == [plain_text(one, prompt, 10, i) for i in range(2)]
     assert texts[0] != texts[1]
+    assert "read from the disk" in capsys.readouterr().err
     assert "".join(one.generate(prompt, **options)) == texts[0]
 
 

@@ -150,61 +150,10 @@ def test_sample_command(finished, capsys):
     assert works(capsys, *asked, "--seed", 1) == first
     cold = works(capsys, *asked, "--temperature", 0)
     assert works(capsys, *asked, "--top-p", 0, "--seed", 1) == cold
-    two = works(capsys, *asked, "--samples", 2, "--stream")
+    two = works(capsys, *asked, "--samples", 2)
     assert two.startswith(f"--- sample 0\n{plain}--- sample 1\nbale")
     for option, value in (("--temperature", "nan"), ("--tokens", "0")):
         fails(capsys, f"argument {option}: .*{value}", *asked, option, value)
-
-
-class Fixed:
-    """A reader: the next token has the distribution `p` whatever came before; `asked` came."""
-    seq_len = 64
-
-    def __init__(self, p):
-        self.asked = []
-        self.p = torch.zeros(VOCABULARY)
-        for token, x in p.items():
-            self.p[token] = x
-
-    def read(self, tokens):
-        self.asked.append(tokens[0].tolist())
-        return self.p.log()[None]
-
-    def repeat(self, n):
-        assert n == 1
-
-
-@pytest.fixture
-def fixed(finished, monkeypatch):
-    """fixed({token: probability}) -> a mixture that reads so."""
-    def make(p):
-        reader = Fixed(p)
-        monkeypatch.setattr(mixture.Mixture, "reader", lambda self: reader)
-        return load_mixture(finished, k=1)
-    return make
-
-
-@pytest.mark.parametrize("options, expected", [
-    (dict(temperature=0.5), [72.5, 18.1, 6.5, 2.9]),  # in proportion to the squares
-    (dict(top_p=0.75), [66.7, 33.3, 0, 0]),  # a and b have it exactly
-    (dict(top_p=0.76), [55.6, 27.8, 16.7, 0])])
-def test_frequencies_of_what_is_drawn(options, expected, fixed):
-    p = dict(zip(b"abcd", (0.5, 0.25, 0.15, 0.1)))
-    pieces = list(fixed(p).generate("", tokens=1000, **options))
-    percent = [pieces.count(c) / 10 for c in "abcd"]
-    assert_allclose(percent, expected, atol=6)  # deviations are 1.6 at most
-
-
-def test_generated_text(fixed):
-    """It ends with the document, which is not shown; half a character is never shown as it stands;
-    of the prompt the last seq_len tokens are read, then each token once."""
-    text = "".join(fixed({97: 0.9, END: 0.1}).generate("ba", 1000))
-    assert set(text) == {"a"} and len(text) < 200
-    assert "".join(fixed({0xE2: 1.0}).generate("", 1)) == "\ufffd"
-    mixed = fixed({97: 1.0})
-    prompt = "b" * 100
-    list(mixed.generate(prompt, 2))
-    assert mixed.reader().asked == [mixed.encode(prompt)[-64:], [97]]
 
 
 # Tools that read finished runs ------------------------------------------------------------------

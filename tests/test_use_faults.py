@@ -1,10 +1,9 @@
-"""Commands that use finished runs, under attack: odd terminals and numbers, hostile folders, lost
-weights, two commands at once. A mistake ends in one line, and destroys nothing."""
+"""Commands that use finished runs, under attack: hostile folders, lost weights, two commands at
+once. A mistake ends in one line, and destroys nothing."""
 import base64
 import os
 import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,37 +11,12 @@ import pytest
 import torch
 from forks import Fork, planted, weights_of
 from tiny import (
-    edit_json, fails, flip, make_data, predictions_of, random_documents, read_json, snapshot, user,
+    edit_json, fails, flip, make_data, predictions_of, random_documents, read_json, snapshot,
     with_file, works)
 
 import train_q0 as q
 from records import runs
 from records.mixture import load_mixture
-
-
-# Terminals and numbers --------------------------------------------------------------------------
-
-def test_a_terminal_without_utf8(finished, tmp_path):
-    """What its encoding lacks is shown as ?."""
-    def ascii_alone():
-        sys.stdout = open(1, "w", encoding="ascii", closefd=False)
-
-    argv = ("sample", finished, "--prompt", "río 夜", "--tokens", 30)
-    done = Fork(tmp_path / "logs", *argv, plant=ascii_alone).good()
-    assert done.out.startswith("r?o ?") and done.err == ""
-
-
-def test_a_reader_that_is_gone(repo, run):
-    """A command ends without a word."""
-    command = "{ python train_q0.py select first; echo $? >&2; } | true"
-    assert user(repo, "bash", "-c", command).stderr == "141\n"
-
-
-@pytest.mark.parametrize("option, value", [
-    ("--temperature", "-1"), ("--temperature", "nan"), ("--top-p", "2"), ("--seed", "-1"),
-    ("--seed", str(2 ** 64)), ("--tokens", "0"), ("--samples", "some")])
-def test_numbers_that_make_no_sense(option, value, finished, capsys):
-    fails(capsys, f"argument {option}: .*{value}", "sample", finished, option, value)
 
 
 # Hostile folders, with hashes that match --------------------------------------------------------
@@ -64,13 +38,6 @@ def link_to_zero(run):
     (run / "data/tokenizer.tiktoken").symlink_to("/dev/zero")
 
 
-def pipe(name):
-    def damage(run):
-        (run / name).unlink()
-        os.mkfifo(run / name)
-    return damage
-
-
 def other_vocabulary(run):
     edit_json(run / "data/manifest.json", tokenizer=None, vocab_size=7)
 
@@ -87,17 +54,11 @@ TOKENIZER = "tokenizer in .*data is missing or damaged: "
 
 @pytest.mark.parametrize("damage, message", [
     (other_member, "member .*members/1 is missing or damaged: .*sha256"),
-    (with_file("data/manifest.json", Path.unlink), TOKENIZER + "No such file"),
     (with_file("data/tokenizer.tiktoken", flip), TOKENIZER + ".*sha256 of tokenizer.tiktoken"),
-    (with_tokenizer(b"YQ== 0\n"), TOKENIZER + ".*ranks must be distinct, hold the 256"),
     (with_tokenizer(TWICE), TOKENIZER + ".*ranks must be distinct"),
-    (with_tokenizer(b"\n".join(BYTES), eot=256), "a vocabulary of 300, the data it came .*257"),
     (other_vocabulary, "vocabulary of 300, the data .* 7"),
-    (with_tokenizer(pattern="("), TOKENIZER),
-    (with_tokenizer(file="/dev/zero"), TOKENIZER + ".*not the name of a regular file"),
     (with_tokenizer(file=".."), TOKENIZER + ".*not the name of a regular file"),
-    (link_to_zero, "tokenizer.tiktoken is a device or a pipe"),
-    (pipe("data/manifest.json"), "manifest.json is a device or a pipe")])
+    (link_to_zero, "tokenizer.tiktoken is a device or a pipe")])
 def test_hostile_files(damage, message, copied, corpus, capsys):
     damage(copied)
     fails(capsys, message, "evaluate", copied, "--data", corpus / "val.bin")
@@ -111,26 +72,13 @@ def test_what_a_mixture_cannot_read(finished, copied, capsys):
           "a" * 100)
     edit_json(copied / "data/manifest.json", tokenizer=None)
     fails(capsys, "has no tokenizer", "sample", copied)
-
-
-def with_config(run, member, **changes):
-    """Rewrite a member's settings, with its hash in the result."""
-    path = run / f"members/{member}/config.json"
-    edit_json(path, config={**read_json(path)["config"], **changes})
-    result = read_json(run / "result.json")
-    result["curve"][member]["config"] = q.sha256_of(path)
-    edit_json(run / "result.json", curve=result["curve"])
-
-
-def test_members_of_other_kinds_do_not_mix(copied):
-    with_config(copied, 2, softcap=9.0)
+    path = copied / "members/2/config.json"
+    config = read_json(path)["config"]
+    edit_json(path, config={**config, "softcap": 9.0})
+    (copied / "result.json").unlink()  # with the hash of that file
     mixed = replace(load_mixture(copied), members=[2, 3], weights=[0.5, 0.5])
     with pytest.raises(q.UserError, match=r"do not mix: .*\(300, 9.0, 64\), \(300, 15.0, 64\)"):
         mixed.models
-
-
-def changed(**changes):
-    return lambda run: edit_json(run / "result.json", **changes)
 
 
 def ten_million_members(run):
@@ -140,48 +88,18 @@ def ten_million_members(run):
 
 
 @pytest.mark.parametrize("damage, message", [
-    (changed(final_val_loss="low"), "result.json is missing or damaged: .*could not convert"),
-    (changed(final_val_loss=float("nan")), "damaged: .*final_val_loss is nan"),
-    (changed(data={}), "result.json is missing or damaged: .*name"),
-    (changed(pool_of=3), "result.json is missing or damaged"),
-    (changed(curve=[0, 0, 0, 0]), "result.json is missing or damaged"),
-    (ten_million_members, "damaged: .* bytes are too many for the 4 members"),
-    (pipe("result.json"), "result.json is a device or a pipe")])
+    (with_file("result.json", lambda path: edit_json(path, final_val_loss=float("nan"))),
+     "damaged: .*final_val_loss is nan"),
+    (with_file("result.json", lambda path: edit_json(path, data={})),
+     "result.json is missing or damaged: .*name"),
+    (ten_million_members, "damaged: .* bytes are too many for the 4 members")])
 def test_hostile_results(damage, message, finished, copied, logs, capsys):
     damage(copied)
     fails(capsys, message, "pool", finished, copied, "--name", "x")
     assert not list(logs.iterdir())
 
 
-def test_sizes_beyond_all_memory(copied, corpus, trained, monkeypatch, capsys):
-    """A micro-batch is at most the text; a mask of short windows is of the text, not seq_len."""
-    argv = ("evaluate", copied, "--data", corpus / "heldout.bin")
-    out = works(capsys, *argv)
-    with_config(copied, 0, micro_batch=10 ** 12, batch_tokens=64 * 10 ** 12,
-                edge_batch_tokens=64 * 10 ** 12)
-    assert works(capsys, *argv).split("interval")[0] == out.split("interval")[0]
-    run = trained("toy", "--layers", 2, "--windows", "S", "--short-window", 8, "--cycles", 1)
-    with_config(run, 0, seq_len=2 ** 15, batch_tokens=2 ** 19, edge_batch_tokens=2 ** 19)
-    sizes = []
-    visible = q.visible
-
-    def spied(T, window, device):
-        sizes.append(T)
-        return visible(T, window, device)
-
-    monkeypatch.setattr(q, "visible", spied)
-    works(capsys, "sample", run, "--prompt", "bale", "--tokens", 3)
-    assert 0 < max(sizes) < 20
-
-
 # What is missing --------------------------------------------------------------------------------
-
-def test_settings_without_cycles(copied, logs, capsys):
-    """They are derived, as of a new run."""
-    config = read_json(copied / "run.json")["config"]
-    edit_json(copied / "run.json", config={**config, "cycles": None, "trajectories": None})
-    works(capsys, "average", copied, "--last", 1)
-
 
 def test_another_tokenizer(finished, base, flags, capsys):
     foreign = make_data(base / "foreign", random_documents(1400, seed=3))  # of as many entries
@@ -190,29 +108,25 @@ def test_another_tokenizer(finished, base, flags, capsys):
     sizes = ["--seq-len", "64", "--micro-batch", "8"]
     teacher = ["--population", "single", "--teacher", finished]
     fails(capsys, said, *flags, *sizes, *teacher, "--data", foreign)
-    edit_json(foreign / "manifest.json", tokenizer=None)  # it may be anything
-    works(capsys, "evaluate", finished, "--data", foreign / "heldout.bin")
 
 
-def test_members_without_weights(copied, corpus, trained, capsys):
+def test_members_without_weights(copied, corpus, capsys):
     """The prior is fitted to the others; every command says so and goes on."""
     for i in (0, 2):
         (copied / f"members/{i}/model.safetensors").unlink()
-    capsys.readouterr()
     mixed = load_mixture(copied)
     error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "copied has no weights of members 0, 2 (--keep-" in error
+    assert error.count("\n") == 1
+    assert "copied has no weights of members 0, 2 (--keep-" in error
     weights, _ = q.fit_prior(predictions_of(copied)["heldout"][[1, 3]])
     found = dict(zip(mixed.members, mixed.weights))
     for i, weight in zip((1, 3), weights):
         assert found.get(i, 0) == pytest.approx(weight, abs=1e-5)
-    assert load_mixture(copied, k=1).members[0] in (1, 3)
     out = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
     names = [line[:27].strip() for line in out.splitlines()[2:4]]
     assert names == ["member 1", "member 3"] and "uniform, all 2" in out
     shown = re.search(r"\(member:weight\) (.*)", out)[1].split()
     assert {pair.split(":")[0] for pair in shown} <= {"1", "3"}
-    trained("x", "--seq-len", 64, "--micro-batch", 8, "--population", "single", "--teacher", copied)
 
 
 def test_trajectories_side_by_side(copied, capsys):
@@ -261,12 +175,8 @@ def test_what_a_kill_left_goes_and_nothing_else(finished, tmp_path):
     assert runs.MAKING.fullmatch(left.name)
     kept = shutil.copytree(finished, logs / "first_pool.tmp")
     run = shutil.copytree(finished, logs / left.name.replace(left.name[-15:-7], "abcdefgh"))
-    link = logs / left.name.replace(left.name[-15:-7], "linklink")
-    elsewhere = tmp_path / "elsewhere"
-    (elsewhere / "new").mkdir(parents=True)
-    link.symlink_to(elsewhere)
     before = snapshot(kept)
     Fork(logs, "pool", finished).good()
-    assert not left.exists() and link.is_symlink() and (elsewhere / "new").exists()
-    assert snapshot(kept) == before and len(snapshot(run)) == len(before)
+    assert not left.exists()
+    assert snapshot(kept) == snapshot(run) == before
     assert (logs / "first_pool/result.json").exists()
