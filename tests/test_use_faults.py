@@ -1,9 +1,11 @@
 """Commands that use finished runs, under attack: hostile folders, lost weights, two commands at
 once. A mistake ends in one line, and destroys nothing."""
 import base64
+import io
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,22 @@ from tiny import (
 import train_q0 as q
 from records import runs
 from records.mixture import load_mixture
+
+
+class Gone(io.StringIO):
+    """A pipe that nobody reads any more."""
+    def write(self, text):
+        raise BrokenPipeError
+
+
+def test_outputs(finished, monkeypatch):
+    """What an encoding lacks is shown as ?; where the reader is gone a command ends in silence."""
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert q.main(["sample", str(finished), "--prompt", "río 夜", "--tokens", "1"]) == 0
+    assert raw.getvalue().startswith(b"r?o ?")
+    monkeypatch.setattr(sys, "stdout", Gone())
+    assert q.main(["select", str(finished)]) == 141
 
 
 # Hostile folders, with hashes that match --------------------------------------------------------
