@@ -10,7 +10,6 @@ from huggingface_hub import constants
 from huggingface_hub.utils import disable_progress_bars
 from tiny import MINI, edit_json, fails, flip, read_json, run_in, snapshot, with_file, works
 
-import records.hub
 import train_q0 as q
 from records import plot
 from records.hub import files_of
@@ -28,38 +27,26 @@ def weights(member):
     return {f"members/{member}/config.json", f"members/{member}/model.safetensors"}
 
 
-def rearrange(run, order):
-    """Give members other numbers, and all of them equally good predictions, which a prior mixes."""
-    old = run.with_name("old")
-    run.rename(old)
-    shutil.copytree(old, run)
-    curve = read_json(old / "result.json")["curve"]
-    best = read_predictions(old / "predictions/3.safetensors")
-    for i, source in enumerate(order):
-        shutil.rmtree(run / f"members/{i}")
-        shutil.copytree(old / f"members/{source}", run / f"members/{i}")
-        rolled = {split: np.roll(p, 3 * source) for split, p in best.items()}
-        q.save_file(rolled, run / f"predictions/{i}.safetensors")
-        curve[i] |= q.hashes_of(run, i)
-    edit_json(run / "result.json", curve=curve)
-    shutil.rmtree(old)
-
-
 @pytest.fixture(scope="module")
 def trained(corpus, tmp_path_factory):
-    """logs/ with two runs of the same four members."""
+    """logs/ with two runs; the members of one have equally good predictions, which a prior mixes."""
     logs = tmp_path_factory.mktemp("hub") / "logs"
-    run_in(logs, *MINI, "--cycles", 4, "--data", corpus, "--run", "one")
-    shutil.copytree(logs / "one", logs / "two")
-    rearrange(logs / "one", (0, 1, 2, 3))
-    rearrange(logs / "two", (3, 1, 0, 2))
+    for name, seed in (("one", 0), ("two", 1)):
+        run_in(logs, *MINI, "--cycles", 4, "--seed", seed, "--data", corpus, "--run", name)
+    one = logs / "one"
+    curve = read_json(one / "result.json")["curve"]
+    best = read_predictions(one / "predictions/3.safetensors")
+    for i in range(4):
+        rolled = {split: np.roll(p, 3 * i) for split, p in best.items()}
+        q.save_file(rolled, one / f"predictions/{i}.safetensors")
+        curve[i] |= q.hashes_of(one, i)
+    edit_json(one / "result.json", curve=curve)
     return logs
 
 
 @pytest.fixture
 def client(trained, tmp_path, monkeypatch):
-    """Settings of the hub's client, as a user's environment would make them; it read that when it
-    was imported."""
+    """The hub's client, as the environment of a user would set it up."""
     disable_progress_bars()
     monkeypatch.setattr(q, "LOGS", shutil.copytree(trained, tmp_path / "logs"))
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
@@ -124,9 +111,7 @@ def test_push(empty_hub, capsys):
     assert files == {name: (run / name).read_bytes() for name in files}
     row = read_json(run / "result.json")["table"]["rows"][3]
     assert f"| 4 | {row['uniform']:.5f} | {row['learned']:.5f} | {row['pruned']:.5f} |" in card
-    for text in ("local files", "Licence of that text: not stated", "(curve.png)",
-                 'load_mixture("hf:alice/one", k=4)'):
-        assert text in card
+    assert 'load_mixture("hf:alice/one", k=4)' in card
     works(capsys, "push", "one", "alice/one", "--private")
     assert list(model.commits) == [sha]
     works(capsys, "select", "hf:alice/one")
@@ -142,10 +127,6 @@ def test_push_over_another_run(hub, capsys):
     assert works(capsys, "select", "hf:alice/one") == works(capsys, "select", "two")
 
 
-def lose_weights(run):
-    (run / "members/0/model.safetensors").unlink()
-
-
 def link_log(run):
     (run / "secret").write_text("a password")
     (run / "log.txt").unlink()
@@ -154,12 +135,10 @@ def link_log(run):
 
 @pytest.mark.parametrize("damage, message", [
     (with_file("result.json", Path.unlink), "is not finished: go on with it"),
-    (lose_weights, "has no weights of members 0 .--keep-members"),
+    (with_file("members/0/model.safetensors", Path.unlink), "has no weights of members 0 "),
     (link_log, "log.txt is missing or a link"),
     (with_file("members/2/model.safetensors", flip), "members/2 is .*damaged: .*sha256 of model"),
-    (with_file("members/2/config.json", flip, -3), "members/2 is .*damaged"),
-    (with_file("predictions/1.safetensors", flip), "1.safetensors is .*damaged"),
-    (with_file("data/tokenizer.tiktoken", flip, 0), "tokenizer in .*damaged")])
+    (with_file("members/2/config.json", flip, -3), "members/2 is .*damaged")])
 def test_runs_that_are_not_pushed(damage, message, empty_hub, capsys):
     damage(q.LOGS / "one")
     fails(capsys, message, "push", "one", "alice/one")
@@ -170,14 +149,10 @@ def test_pushes_that_are_refused(hub, capsys, monkeypatch):
     hub.models["alice/other"] = hub_server.model_of({"config.json": b"{}", "README.md": b""})
     for repo, message in (
             ("alice", "alice is not USER/NAME"),
-            ("alice/a..b", "hf:alice/a..b: .*Cannot have -- or"),
             ("bob/one", "hf:bob/one: the hub answered 403 .no right to write.: log in with a"),
             ("alice/other", "alice/other is no run, it has config.json: give another name")):
         fails(capsys, message, "push", "one", repo)
     fails(capsys, "is there and public", "push", "one", "alice/one", "--private")
-    fails(capsys, "is on the hub already", "push", "hf:alice/one", "alice/again")
-    monkeypatch.delenv("HF_TOKEN")
-    fails(capsys, "hf:alice/new: the hub answered 401", "push", "one", "alice/new")
     assert all(len(model.commits) == 1 for model in hub.models.values())
 
 
@@ -199,17 +174,15 @@ def test_only_what_is_needed_is_downloaded(hub, corpus, capsys, monkeypatch):
     assert not fetched(hub)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert works(capsys, "sample", "hf:alice/one", *sample) == known
-    assert works(capsys, "sample", pinned(hub), *sample) == known
     assert not hub.log
     fails(capsys, r"members/\d/\S+: HF_HUB_OFFLINE keeps it from the network", "evaluate",
           pinned(hub), "--data", corpus / "val.bin")  # every member
 
 
 def test_a_population_stays_at_its_commit(hub, capsys):
-    mixed = load_mixture("hf:alice/one", k=1)
     first = pinned(hub)
-    notice = capsys.readouterr().err
-    assert notice == f"notice: hf:alice/one is {first}\n"
+    mixed = load_mixture("hf:alice/one", k=1)
+    assert capsys.readouterr().err == f"notice: hf:alice/one is {first}\n"
     hub.models["alice/one"].commit(files_at(hub, "alice/two"))
     assert len(mixed.models) == 1
     assert works(capsys, "select", "hf:alice/one") == works(capsys, "select", "two")
@@ -229,7 +202,6 @@ def test_runs_of_runs(hub, capsys):
     assert list(result["pool_of"]) == names
     assert [entry["run"] for entry in result["curve"]] == 4 * names[:1] + 4 * names[1:]
     assert snapshot(pool / "members/4") == snapshot(q.LOGS / "two/members/0")
-    works(capsys, "sample", pool, "--tokens", 1)
     works(capsys, "push", pool, "alice/both")
     works(capsys, "sample", "hf:alice/both", "--tokens", 1)
     assert read_json(q.LOGS / "alice_two_mean/result.json")["average_of"] == names[1]
@@ -237,70 +209,36 @@ def test_runs_of_runs(hub, capsys):
 
 # Mistakes ---------------------------------------------------------------------------------------
 
-def without(*names):
-    """A model that lacks files of a run."""
-    def damage(model, files):
-        model.commit({name: content for name, content in files.items() if name not in names})
-    return damage
-
-
-def with_flipped(name):
-    def damage(model, files):
-        content = bytearray(files[name])
-        content[-101] ^= 1
-        model.commit({**files, name: bytes(content)})
-    return damage
-
-
-def with_result(text):
-    return lambda model, files: model.commit({**files, "result.json": text})
-
-
 PUSHED = "it is not there: this is no population that `push` uploaded, or half of one"
 
 
-@pytest.mark.parametrize("damage, message", [
-    (lambda model, files: model.commit({"config.json": b"{}"}), "run.json: " + PUSHED),
-    (without("predictions/1.safetensors"), "predictions/1.safetensors: " + PUSHED),
-    (without("data/tokenizer.tiktoken"), "data/tokenizer.tiktoken: " + PUSHED),
-    (without("members/3/model.safetensors"), "members/3/model.safetensors: " + PUSHED),
-    (with_flipped("predictions/1.safetensors"), "1.safetensors is .*damaged: .*sha256"),
-    (with_flipped("members/3/model.safetensors"), "members/3 is .*damaged: .*sha256"),
-    (with_result(b"[" * 10_000), "the result of hf:alice/x@.* is missing or damaged: Recursion"),
-    (with_result(b'{"curve": [7]}'), "the result of hf:alice/x@.* is .*damaged: TypeError"),
-    (lambda model, files: setattr(model, "gated", True), "run.json: it is gated: ask for access")])
-def test_models_that_are_no_population(damage, message, hub, capsys):
-    """Another kind, half of one, one that was changed."""
-    model = hub_server.model_of(files_at(hub, "alice/one"))
-    damage(model, files_at(hub, "alice/one"))
-    hub.models["alice/x"] = model
+@pytest.mark.parametrize("name, content, message", [
+    ("predictions/1.safetensors", None, "predictions/1.safetensors: " + PUSHED),
+    ("members/3/model.safetensors", None, "members/3/model.safetensors: " + PUSHED),
+    ("members/3/model.safetensors", b"other", "members/3 is .*damaged: .*sha256"),
+    ("result.json", b"[" * 10_000, "the result of hf:alice/x@.* is missing or damaged: Recursion")])
+def test_models_that_are_no_population(name, content, message, hub, capsys):
+    """Half of one, one that was changed."""
+    files = dict(files_at(hub, "alice/one"))
+    del files[name]
+    if content is not None:
+        files[name] = content
+    hub.models["alice/x"] = hub_server.model_of(files)
     fails(capsys, message, "sample", pinned(hub, "alice/x"), "--tokens", 1)
 
 
 def test_models_that_are_not_found(hub, capsys, monkeypatch):
     for name, message in (
-            ("hf:alice", "hf:alice is not the name of a run on the hub"),
             ("hf:alice/one@../../x", "is not the name of a run on the hub"),
             ("hf:alice/none", "hf:alice/none: no such model on the hub, or a private one"),
             ("hf:alice/one@v9", "hf:alice/one@v9: it has no such revision")):
         fails(capsys, message, "select", name)
-    with monkeypatch.context() as patch:
-        patch.setattr(records.hub, "RESULT_BYTES", 1)
-        fails(capsys, "the result of .*: so many bytes are no result", "select", pinned(hub))
-    hub.models["alice/one"].private = True
+    hub.models["alice/one"].gated = True
+    fails(capsys, "run.json: it is gated: ask for access", "select", "hf:alice/one")
     works(capsys, "select", "hf:alice/two")
-    monkeypatch.delenv("HF_TOKEN")
-    fails(capsys, "no such model on the hub, or a private one: .* log in", "select", "hf:alice/one")
     hub.busy = True
     fails(capsys, "the hub answered 503 .too many visitors.: try again", "select", "hf:alice/two")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # where nobody listens
     fails(capsys, "hf:alice/one: .*refused .no network", "select", "hf:alice/one")
-    fails(capsys, "hf:alice/new: .*refused .no network", "push", "one", "alice/new")
-    capsys.readouterr()
     load_mixture("hf:alice/two")
     assert "as the cache has it: no network" in capsys.readouterr().err
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    fails(capsys, "hf:alice/one: HF_HUB_OFFLINE keeps it from the network", "select",
-          "hf:alice/one")
-    fails(capsys, "hf:alice/new: HF_HUB_OFFLINE keeps it from the network", "push", "one",
-          "alice/new")
