@@ -9,18 +9,10 @@ from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.numpy import load_file
 from tiny import (
-    VOCABULARY,
-    edit_json,
-    fails,
-    flip,
-    predictions_of,
-    read_json,
-    run_in,
-    sequences_of,
-    works)
+    VOCABULARY, edit_json, fails, flip, predictions_of, read_json, run_in, sequences_of, works)
 
 import train_q0 as q
-from records import check, counting, gate, neighbours
+from records import counting, gate, neighbours
 from records.mixture import load_mixture
 from records.population import load_member
 
@@ -140,29 +132,24 @@ def test_cache_is_the_plain_one():
     check_interpolated(member, tokens, so_far, np.full(V, 1 / V), {0: 3, 1: 0.5, 2: 0.25})
 
 
-def members():
-    return counting.members_of(some_text(), vocab_size=V, eot=EOT)
-
-
-@pytest.mark.parametrize("member", members())
-def test_distribution_of_what_came_before(member):
-    """It sums to 1 and excludes nothing; what follows changes nothing, and depths neither."""
+def test_distributions_of_what_came_before():
+    """They sum to 1 and exclude nothing; what follows changes nothing, and depths neither."""
     tokens = some_text(50, seed=3).astype(np.int64)
-    P = member.probs(tokens)
-    assert P.dtype == np.float32 and P.min() > 0
-    assert_allclose(P.sum(axis=1), 1, atol=1e-6)
     other = tokens.copy()
     other[20:] = some_text(50, seed=4)[20:]
-    assert np.array_equal(member.probs(other)[:20], P[:20])
-    assert np.array_equal(member.probs(tokens[:20]), P[:20])
-    depth = member.depth(tokens)
-    assert np.array_equal(member.depth(other)[:20], depth[:20])
-    assert 0 < depth.max() < member.depths
-    assert_allclose(member.next_probs(tokens), P[-1], rtol=1e-5)
     sequences = np.stack([tokens, other])
-    batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
-    picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
-    assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
+    for member in counting.members_of(some_text(), vocab_size=V, eot=EOT):
+        P = member.probs(tokens)
+        assert P.dtype == np.float32 and P.min() > 0
+        assert_allclose(P.sum(axis=1), 1, atol=1e-6)
+        assert np.array_equal(member.probs(other)[:20], P[:20])
+        depth = member.depth(tokens)
+        assert np.array_equal(member.depth(other)[:20], depth[:20])
+        assert 0 < depth.max() < member.depths
+        assert_allclose(member.next_probs(tokens), P[-1], rtol=1e-5)
+        batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
+        picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
+        assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
 
 
 def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
@@ -182,7 +169,6 @@ def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
     P.index_add_(1, rows[:, 1:].flatten(), weights / weights.sum(dim=1, keepdim=True))
     u = neighbours.UNIFORM
     found = member.probs(row)
-    assert found.dtype == np.float32
     assert_allclose(found, (1 - u) * P + u / VOCABULARY, rtol=0.01)  # keys are float16
     assert_allclose(member.next_probs(row[:20]), found[19], rtol=1e-3)
 
@@ -279,11 +265,10 @@ def test_counted_run(counted, finished, corpus, capsys):
     assert f"by context, {len(mixed.members)} {loss:8.5f}" in out
     out = works(capsys, "select", counted, "--k", 7)
     assert f"by_context_val_loss:{loss:.5f}" in out
-    out = works(capsys, "sample", counted, "--k", 2, "--tokens", 5, "--seed", 1)
-    assert len(out) > 1
+    assert works(capsys, "sample", counted, "--k", 2, "--tokens", 5)
 
 
-def test_counted_with_neighbours(finished, copied, corpus, logs, capsys):
+def test_counted_with_neighbours(finished, logs, corpus, capsys):
     """One member more, in front of those that count."""
     works(capsys, "count", finished, "--neighbours", "--name", "near")
     result = read_json(logs / "near/result.json")
@@ -293,44 +278,28 @@ def test_counted_with_neighbours(finished, copied, corpus, logs, capsys):
     p = member.true_token_probs(sequences_of(corpus, "val", 64)[:2])
     assert_allclose(p, predictions_of(logs / "near")["val"][4][:128], rtol=1e-3)
     assert works(capsys, "sample", "near", "--tokens", 3)
-    with pytest.raises(SystemExit, match="near was counted with --neighbours"):  # no row is
-        check.main([str(copied), "--pack", str(logs / "near")])
-    shutil.rmtree(copied / "members/3")
-    fails(capsys, "members/3 is missing", "count", copied, "--neighbours")
 
 
-@pytest.fixture
-def broken(counted, tmp_path):
-    return shutil.copytree(counted, tmp_path / "broken")
-
-
-def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, logs, capsys):
-    fails(capsys, "has members that count already: count .*first, which", "count", counted)
-    fails(capsys, "count already: average .*first, which", "average", counted)
-    fails(capsys, "count already: pool .*first, which", "pool", counted, finished)
+def test_mistakes(counted, finished, copied, flags, corpus, tmp_path, logs, capsys):
+    for command in ("count", "average", "pool"):
+        said = f"has members that count already: {command} .*first, which"
+        fails(capsys, said, command, counted)
     fails(capsys, "members that count, which cannot teach", *flags, "--teacher", counted)
     out = tmp_path / "exported"
     fails(capsys, "members that count, which that model has", "export", counted, "--out", out)
-    for name in ("members/4/model.safetensors", "gate.safetensors"):
-        flip(broken / name, -1)
-        fails(capsys, f"{name.split('/model')[0]} is .*damaged: .*sha256", "sample", broken)
-        flip(broken / name, -1)
+    broken = shutil.copytree(counted, tmp_path / "broken")
+    flip(broken / "gate.safetensors", -1)
+    fails(capsys, "gate.safetensors is .*damaged: .*sha256", "sample", broken)
+    flip(broken / "gate.safetensors", -1)
     about = read_json(broken / "result.json")["gate"]
-    for change, said in (({"buckets": 13}, "other buckets"), ({"buckets": 3}, "below 3"),
-                         ({"strength": -1}, "is not positive")):
-        edit_json(broken / "result.json", gate={**about, **change})
-        fails(capsys, f"gate.* damaged: .*{said}", "sample", broken)
+    edit_json(broken / "result.json", gate={**about, "buckets": 13})
+    fails(capsys, "gate.* damaged: .*other buckets", "sample", broken)
     (broken / "result.json").unlink()
-    val = corpus / "val.bin"
     edit_json(broken / "members/6/config.json", vocab_size=2 ** 40)
-    fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", val)
-    edit_json(broken / "members/6/config.json", vocab_size=VOCABULARY, kind="oracle")
-    fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", val)
+    fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", corpus / "val.bin")
     data = shutil.copytree(corpus, tmp_path / "other")
-    about = read_json(copied / "result.json")
-    edit_json(copied / "result.json", config={**about["config"], "data": str(data)})
+    config = read_json(copied / "result.json")["config"]
+    edit_json(copied / "result.json", config={**config, "data": str(data)})
     flip(data / "dev.bin")
     fails(capsys, "dev.bin is missing or damaged", "count", copied)
-    shutil.rmtree(data)
-    fails(capsys, "manifest.json is missing", "count", copied)
     assert not list(logs.glob("*"))

@@ -13,12 +13,11 @@ from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.torch import load_file
 from tiny import (
-    MINI, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, run_in,
-    sequences_of, with_file, works)
+    MINI, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, run_in, sequences_of,
+    with_file, works)
 
 import train_q0 as q
 from records import population
-from records.flops import flops_per_token
 from records.mixture import load_mixture
 from records.population import load_member
 
@@ -81,14 +80,12 @@ def test_average_is_the_mean_of_weights(finished, corpus, logs, capsys):
     assert loss == approx(loss_of(cached["val"]), abs=1e-6)
     newest = loss_of(predictions_of(finished)["val"][3])
     assert f"traj:0 last:{best} val_loss:{loss:.5f} newest_val_loss:{newest:.5f}" in out
-    works(capsys, "average", finished, "--name", "three", "--last", 3)
-    assert_mean(logs / "three", 0, finished, range(1, 4))
     out = works(capsys, "evaluate", "mean", "--data", corpus / "val.bin")
     assert f"learned, 1  {loss:.5f}" in out
     fails(capsys, "mean holds averages already: average ", "average", "mean", "--name", "again")
 
 
-def test_average_of_trajectories(trained_once, trained, logs, capsys):
+def test_average_of_trajectories(trained_once, logs, capsys):
     """A mean for each, of the members whose weights are still there; the prior mixes them."""
     source = trained_once / "several"
     out = works(capsys, "average", source, "--name", "means")
@@ -100,8 +97,6 @@ def test_average_of_trajectories(trained_once, trained, logs, capsys):
         assert entry["traj"] == j
         end = 3 * j + 3
         assert_mean(logs / "means", j, source, range(end - entry["last"], end))
-    student = trained("student", "--population", "single", "--teacher", "means")
-    assert result_of(student)["members"] == 1
 
 
 def edited(name, part, **changes):
@@ -114,22 +109,14 @@ def edited(name, part, **changes):
 
 @pytest.mark.parametrize("argv, damage, message", [
     (["--last", "5"], None, "the weights of 4 members of a trajectory: --last 5 is out of range"),
-    (["--name", "a/b"], None, "--name a/b must be a plain name"),
     (["--name", "taken"], None, "taken exists: give another --name"),
-    ([], edited("run.json", "data", val=[]), "does not hold the data of .*copied any more: their"),
-    ([], with_file("members", shutil.rmtree), "copied has the weights of 0 members of a traj")])
+    ([], edited("run.json", "data", val=[]), "does not hold the data of .*copied any more: their")])
 def test_bad_average(argv, damage, message, copied, logs, capsys):
     (logs / "taken").mkdir(parents=True)
     if damage:
         damage(copied)
     fails(capsys, message, "average", copied, *argv)
     assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
-
-
-@pytest.mark.parametrize("command", ["average", "pool"])
-def test_no_torchrun(command, finished, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(capsys, f"{command} needs no torchrun", command, finished)
 
 
 # pool -------------------------------------------------------------------------------------------
@@ -163,16 +150,13 @@ def test_a_pool_is_a_run(chain, three, corpus, logs, capsys):
     works(capsys, "pool", "chain", "--name", "one")
     works(capsys, "pool", "one", "q0", "--name", "chain_pool")
     pooled = logs / "chain_pool"
-    assert result_of(pooled)["members"] == 5
     loss = result_of(pooled)["final_val_loss"]
     out = works(capsys, "evaluate", pooled, "--data", corpus / "val.bin")
     assert re.search(rf" learned, \d  {loss:.5f} ", out)
     fails(capsys, "pool: average the runs it was made of: .*chain, ", "average", "chain_pool")
-    assert "chain_pool is complete" in works(capsys, "--resume", "chain_pool")
     works(capsys, "count", "chain_pool")
     counted = result_of(logs / "chain_pool_counted")
     assert (counted["members"], counted["loss_before"]) == (8, loss)
-    assert len(load_mixture("chain_pool_counted").counting) == 3
     pattern = r"chain brings the members of \S+chain a second time"
     fails(capsys, pattern, "pool", "chain_pool", "chain")
     (three / "members/2/model.safetensors").unlink()  # a pool holds its members by itself
@@ -184,8 +168,7 @@ def test_a_pool_is_a_run(chain, three, corpus, logs, capsys):
     (with_file("result.json", Path.unlink), [], "q0 is not complete: go on with it"),
     (with_file("members/0/config.json", functools.partial(edit_json, format=1)), [],
      "q0/members/0 .* of format 1, this script reads 3"),
-    (None, ["--name", "q0"], "q0 exists: give another --name"),
-    (None, ["nobody"], "no run nobody under")])
+    (None, ["nobody"], "no run nobody under .*: the command `runs` lists what there is$")])
 def test_bad_pool(damage, argv, message, chain, three, logs, capsys):
     if damage:
         damage(three)
@@ -193,8 +176,8 @@ def test_bad_pool(damage, argv, message, chain, three, logs, capsys):
     assert sorted(f.name for f in logs.iterdir()) == ["chain", "q0"]
 
 
-def test_members_of_several_shapes(trained, corpus, logs, capsys, monkeypatch):
-    """Other layers, widths and windows: they mix, and teach together."""
+def test_members_of_several_shapes(trained, corpus, logs, capsys):
+    """Other layers, widths and windows mix."""
     trained("short", "--cycles", 2, "--layers", 3, "--windows", "SL", "--short-window", 8)
     trained("wide", "--cycles", 1, "--width", 64, "--no-value-embeds", "--windows", "S",
             "--short-window", 5)
@@ -206,18 +189,6 @@ def test_members_of_several_shapes(trained, corpus, logs, capsys, monkeypatch):
     expected = 0.3 * cached[0] + 0.7 * cached[2]
     found = p.gather(2, tokens[:, 1:, None]).flatten()
     assert_allclose(found, expected[:len(found)], rtol=1e-4)
-    assert works(capsys, "sample", "x", "--tokens", 3)
-    everyone = ([0, 1, 2], [0.3, 0.3, 0.4])  # the prior may choose one shape alone
-    monkeypatch.setattr(population, "best_members", lambda heldout, k=None: everyone)
-    student = result_of(trained("student", "--population", "single", "--teacher", "x"))
-
-    def flops(path):
-        return flops_per_token(q.Config(**read_json(path)["config"]), VOCABULARY)
-
-    trained_, _ = flops(logs / "student/run.json")
-    taught = sum(flops(path)[1] for path in (logs / "x/members").glob("*/config.json"))
-    alone = student["flops"] - student["teacher_flops"]
-    assert student["teacher_flops"] / alone == approx(taught / trained_)  # for every token
 
 
 # --teacher --------------------------------------------------------------------------------------
@@ -285,9 +256,7 @@ def test_stopped_student_goes_on(three, trained, flags, logs, monkeypatch, capsy
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--teacher", "nobody"], "no run nobody under"),
     (["--softcap", "20"], r"is \(300, 15.0, 32\), this run's \(300, 20.0, 32\)"),
-    (["--seq-len", "64", "--micro-batch", "8"], r"this run's \(300, 15.0, 64\)"),
     (["--teacher-k", "0"], "--teacher-k 0 is out of range")])
 def test_bad_teachers(argv, message, chain, flags, logs, capsys):
     fails(capsys, message, *flags, *SINGLE, "chain", *argv)
