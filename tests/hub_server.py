@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_of_alice"  # of user "alice", the only one
+TOKEN = "hf_of_alice"  # of the only user
 
 
 @dataclass
 class Model:
     """A repository: the files {name: bytes} of each commit, oldest first."""
     private: bool = False
-    gated: bool = False
     commits: dict = field(default_factory=dict)
 
     @property
@@ -72,8 +71,8 @@ class Answers(BaseHTTPRequestHandler):
         if parts[0] == "lfs":
             self.server.large[parts[1]] = self.body
             return self.answer(200)
-        if self.command == "POST" and not self.may_write(path):
-            return self.refuse(401 if self.user is None else 403, message="no right to write")
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}" and self.command == "POST":
+            return self.refuse(401, message="no right to write")
         if parts == ["api", "repos", "create"]:
             return self.create()
         if parts[-1] == "batch":
@@ -81,8 +80,8 @@ class Answers(BaseHTTPRequestHandler):
         api = parts[:2] == ["api", "models"]
         name = "/".join(parts[2:4] if api else parts[:2])
         model = self.server.models.get(name)
-        if model is None or (model.private and self.user is None):
-            return self.refuse(404 if self.user else 401, "RepoNotFound", "Repository not found")
+        if model is None:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
         rest = parts[4:] if api else parts[2:]
         if not rest:
             rest = ["revision", "main"]
@@ -99,14 +98,6 @@ class Answers(BaseHTTPRequestHandler):
     do_POST = do
     do_PUT = do
 
-    @property
-    def user(self):
-        return "alice" if self.headers.get("Authorization") == f"Bearer {TOKEN}" else None
-
-    def may_write(self, path):
-        asked = json.loads(self.body) if path.endswith("create") else {}
-        return self.user and asked.get("organization", self.user) == self.user
-
     @staticmethod
     def found(model, revision):
         if revision == "main" and model.commits:
@@ -120,8 +111,6 @@ class Answers(BaseHTTPRequestHandler):
         self.answer(200, {"id": name, "sha": sha, "private": model.private, "siblings": files})
 
     def resolve(self, name, model, sha, file):
-        if model.gated:
-            return self.refuse(403, "GatedRepo", "Access to it is restricted")
         if file not in model.commits[sha]:
             return self.refuse(404, "EntryNotFound", "Entry not found")
         faults = self.server.faults.get(file)
