@@ -145,7 +145,6 @@ def test_distributions_of_what_came_before():
         assert np.array_equal(member.probs(other)[:20], P[:20])
         depth = member.depth(tokens)
         assert np.array_equal(member.depth(other)[:20], depth[:20])
-        assert 0 < depth.max() < member.depths
         assert_allclose(member.next_probs(tokens), P[-1], rtol=1e-5)
         batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
         picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
@@ -170,7 +169,6 @@ def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
     u = neighbours.UNIFORM
     found = member.probs(row)
     assert_allclose(found, (1 - u) * P + u / VOCABULARY, rtol=0.01)  # keys are float16
-    assert_allclose(member.next_probs(row[:20]), found[19], rtol=1e-3)
 
 
 # The gate ---------------------------------------------------------------------------------------
@@ -240,8 +238,9 @@ def counted(finished, base):
     return base / "counted/first_counted"
 
 
-def test_counted_run(counted, finished, corpus, capsys):
-    """Seven members, of which four are the run's, and weights by context that log_probs gives."""
+def test_counted_run(counted, finished, corpus, logs, capsys):
+    """Seven members, of which four are the run's, and weights by context that log_probs gives;
+    neighbours come in front of those that count."""
     cached = predictions_of(counted)
     assert np.array_equal(cached["val"][:4], predictions_of(finished)["val"])
     result = read_json(counted / "result.json")
@@ -252,7 +251,6 @@ def test_counted_run(counted, finished, corpus, capsys):
     rows = sequences[:8]
     tokens = torch.from_numpy(rows)
     p = mixed.log_probs(tokens[:, :-1]).exp()
-    assert_allclose(p.sum(-1), 1, atol=1e-5)
     buckets = load_file(counted / "gate.safetensors")["val"]
     assert np.array_equal(mixed.buckets(sequences[:, :-1]).flatten(), buckets)
     expected = mixed.gate.mix(cached["val"][mixed.members], buckets)
@@ -266,40 +264,20 @@ def test_counted_run(counted, finished, corpus, capsys):
     out = works(capsys, "select", counted, "--k", 7)
     assert f"by_context_val_loss:{loss:.5f}" in out
     assert works(capsys, "sample", counted, "--k", 2, "--tokens", 5)
-
-
-def test_counted_with_neighbours(finished, logs, corpus, capsys):
-    """One member more, in front of those that count."""
     works(capsys, "count", finished, "--neighbours", "--name", "near")
-    result = read_json(logs / "near/result.json")
-    assert [entry.get("kind") for entry in result["curve"][4:]] == [
-        "neighbours", "kneser_ney", "undiscounted", "cache"]
-    member = load_mixture("near").member(4)
-    p = member.true_token_probs(sequences_of(corpus, "val", 64)[:2])
+    p = load_mixture("near").member(4).true_token_probs(sequences[:2])
     assert_allclose(p, predictions_of(logs / "near")["val"][4][:128], rtol=1e-3)
-    assert works(capsys, "sample", "near", "--tokens", 3)
 
 
-def test_mistakes(counted, finished, copied, flags, corpus, tmp_path, logs, capsys):
+def test_mistakes(counted, flags, corpus, tmp_path, logs, capsys):
     for command in ("count", "average", "pool"):
         said = f"has members that count already: {command} .*first, which"
         fails(capsys, said, command, counted)
     fails(capsys, "members that count, which cannot teach", *flags, "--teacher", counted)
-    out = tmp_path / "exported"
-    fails(capsys, "members that count, which that model has", "export", counted, "--out", out)
     broken = shutil.copytree(counted, tmp_path / "broken")
     flip(broken / "gate.safetensors", -1)
     fails(capsys, "gate.safetensors is .*damaged: .*sha256", "sample", broken)
-    flip(broken / "gate.safetensors", -1)
-    about = read_json(broken / "result.json")["gate"]
-    edit_json(broken / "result.json", gate={**about, "buckets": 13})
-    fails(capsys, "gate.* damaged: .*other buckets", "sample", broken)
     (broken / "result.json").unlink()
     edit_json(broken / "members/6/config.json", vocab_size=2 ** 40)
     fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", corpus / "val.bin")
-    data = shutil.copytree(corpus, tmp_path / "other")
-    config = read_json(copied / "result.json")["config"]
-    edit_json(copied / "result.json", config={**config, "data": str(data)})
-    flip(data / "dev.bin")
-    fails(capsys, "dev.bin is missing or damaged", "count", copied)
     assert not list(logs.glob("*"))

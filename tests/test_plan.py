@@ -4,14 +4,13 @@ import math
 import re
 import shlex
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from tiny import FEATURES, fails, initialised, resolved, works
 
 import train_q0 as q
-from records import cost, flops, plan, recipes
+from records import flops, plan, recipes
 
 SMALL = dict(
     layers=4, width=256, mlp_hidden=768, head_dim=64, micro_batch=2, seq_len=128, batch_tokens=1024,
@@ -111,26 +110,6 @@ def test_teacher_flops_are_counted_for_distilled_cycles_only():
     assert spent["teacher"] / spent["model"] == pytest.approx(2 / 4 * teacher / train)
 
 
-def test_modelled_time(monkeypatch, capsys):
-    """Of all cycles, updates and evaluations; on two GPUs half of it."""
-    def part(seconds):
-        return SimpleNamespace(seconds=lambda graphed: seconds)
-
-    step = cost.Step(micro_batch=part(0.25), taught=part(0.5), update=part(0.125))
-    monkeypatch.setattr(cost, "step", lambda cfg, vocab_size: step)
-    cfg = resolved(epochs=16, batch_tokens=16_384)  # 8 micro-batches a step, of 2,048 tokens
-    cycles = sum(q.plan_cycles(cfg, 163_840), [])  # 2 of 4 distilled, 40 steps each
-    alone = 80 * (8 * 0.25 + 0.125)
-    taught = 80 * (8 * 0.5 + 0.125)
-    wanted = alone + taught + 4 * 10 * 0.25
-    for gpus in (1, 2):
-        found = plan.modelled_seconds(cfg, VOCAB, gpus, cycles, eval_tokens=20_480)
-        assert found == pytest.approx(wanted / gpus)
-    assert "(1 x H100, modelled" in works(capsys, "plan", "--gpus", 1, "--modelled")
-
-
-# Recipes ----------------------------------------------------------------------------------------
-
 def test_recipes():
     """The page is the table of what was measured. Of equal populations q0 is named."""
     text = recipes.PAGE.read_text(encoding="utf-8")
@@ -141,15 +120,6 @@ def test_recipes():
         everyone = [recipes.loss_of(rows, epochs, k) for rows in recipes.measured().values()]
         assert loss.value <= min(x.value for x in everyone if x) + recipes.NOISE
         assert best == "q0" or of_q0.value > loss.value + recipes.NOISE
-
-
-def test_between_and_beyond_what_was_measured():
-    rows = {16: {1: [4.0, 5], 2: [3.8, 5]}, 64: {1: [3.8, 5], 4: [3.4, 5]}}
-    assert recipes.loss_of(rows, 32, 1) == recipes.Loss(pytest.approx(3.9), "interpolated")
-    assert recipes.loss_of(rows, 64, 2) == recipes.Loss(pytest.approx(3.6), "interpolated")
-    assert recipes.loss_of(rows, 16, 8) == recipes.Loss(3.8, "measured")  # it has two members
-    assert recipes.loss_of(rows, 256, None).source.startswith("as at 64 epochs")
-    assert recipes.loss_of(rows, 8, 1) is None
 
 
 def test_plan_recommends(capsys):

@@ -13,7 +13,7 @@ from tiny import (
     sequences_of, shard_bytes, works)
 
 import train_q0 as q
-from records import figures, mixture, plot, pool, prior, use
+from records import mixture, plot, pool, use
 from records.mixture import load_mixture
 from records.population import read_predictions
 
@@ -39,14 +39,11 @@ def test_mixture_reproduces_the_run(finished, corpus, encoding):
         assert np.array_equal(p, cached[i, :p.size])
     tokens = torch.from_numpy(sequences)
     p = mixed.log_probs(tokens[:, :-1]).exp()
-    assert_allclose(p.sum(-1), 1, atol=1e-5)
     found = p.gather(2, tokens[:, 1:, None]).flatten()
     expected = mixed.weights @ cached[mixed.members, :len(found)]
     assert_allclose(found, expected, rtol=1e-5)  # of float32, with logits up to 15
     text = "an été of <|endoftext|> words"
-    tokens = mixed.encode(text)
-    assert tokens == [END, *encoding.encode_ordinary(text)]
-    assert mixed.encoding.decode(tokens[1:]) == text
+    assert mixed.encode(text) == [END, *encoding.encode_ordinary(text)]
 
 
 # evaluate --data --------------------------------------------------------------------------------
@@ -89,7 +86,6 @@ def test_evaluate_against_the_cache(finished, corpus, encoding, capsys):
         bits = nats[is_text].sum() / math.log(2) / size
         row = rows[name]
         assert row["loss"] == approx(nats.mean(), abs=1.1e-5)
-        assert row["perplexity"] == approx(math.exp(nats.mean()), 1e-3)
         assert row["more"] == approx(nats.mean() - least, abs=1e-4)
         assert row["bits"] == approx(bits, abs=1e-4)
     last, = re.findall(r"^   4 .*$", out, re.M)
@@ -128,7 +124,6 @@ def test_evaluate_other_data(copied, corpus, capsys):
 
 @pytest.mark.parametrize("argv, message", [
     ([], "needs either --data SHARD or --tasks NAMES"),
-    (["--data", "missing.bin"], "shard missing.bin is missing or damaged"),
     (["--data", "short.bin"], "has 64 tokens, fewer than one sequence of 65"),
     (["--data", "foreign.bin"], "beyond the vocabulary of 300")])
 def test_bad_evaluate(argv, message, finished, tmp_path, monkeypatch, capsys):
@@ -158,19 +153,6 @@ def test_sample_command(finished, capsys):
 
 # Tools that read finished runs ------------------------------------------------------------------
 
-def test_prior(finished):
-    """records/prior.py: other ways to choose members and weights."""
-    rows = prior.rows_of(str(finished))
-    result = read_json(finished / "result.json")
-    of_2 = result["table"]["rows"][1]
-    assert rows["learned, all 4"] == approx(result["final_val_loss"], abs=1e-7)
-    assert rows["top 2, renormalised"] == approx(of_2["learned"], abs=1e-6)
-    assert rows["pruned to 2"] == approx(of_2["pruned"], abs=1e-6)
-    heldout = predictions_of(finished)["heldout"]
-    best, _ = prior.greedy(heldout, 2)
-    assert best == min(range(4), key=lambda i: loss_of(heldout[i]))
-
-
 def test_compare(finished, tmp_path, capsys):
     """Curves of logs, where one reaches another's loss, and the best members of a budget."""
     result = read_json(finished / "result.json")
@@ -178,22 +160,16 @@ def test_compare(finished, tmp_path, capsys):
     found = plot.curve(log)
     epochs, spent, losses = found.T
     assert epochs.tolist() == [6, 12, 18, 24]
-    # the first cycle has no teacher
-    of_model = result["flops"] - result["teacher_flops"]
-    assert spent[0] == approx(of_model / 4, 1e-3)
     assert spent[-1] == approx(result["flops"], 1e-3)
     assert_allclose(losses, [entry["learned"] for entry in result["curve"]], atol=1e-5)
     between = losses[1:3].mean()
     for loss, at in ((between, 15), (losses.min() - 1, np.nan)):
         assert_allclose(plot.reached([found], loss, plot.EPOCHS), [at])
-    picture = tmp_path / "x.png"
-    out = works(capsys, "compare", finished, f"b={log}", "--out", picture)
-    assert picture.stat().st_size > 5000
+    out = works(capsys, "compare", finished, f"b={log}", "--out", tmp_path / "x.png")
+    assert (tmp_path / "x.png").stat().st_size > 5000
     lines = [line.split() for line in out.splitlines()]
-    assert ["difference", "-", "+0.0000"] in lines
     pruned = f"{result['table']['rows'][1]['pruned']:.4f}"
     assert ["best", "2", pruned, pruned] in lines
-    fails(capsys, "no runs or files match nothing", "compare", "a=nothing")
 
 
 def test_compare_settings(trained, logs, monkeypatch, capsys):
@@ -231,20 +207,9 @@ def test_verdict():
     assert plot.compared(first, few).endswith("worse (n < 5)")
 
 
-def test_figures(monkeypatch, capsys):
-    """The pages' figures can be drawn again; the ratios they quote are of committed curves."""
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, name: drawn.append(name))
-    figures.main()
-    assert len(drawn) == 3
-    out = capsys.readouterr().out
-    for line in ("1.4M, 32 epochs: 1.15", "q0, seed 202, 208 epochs: 3.34"):
-        assert line in out
-
-
 def test_pooled_curves(finished, tmp_path):
-    """records/pool.py: epochs and FLOPs add up; one prior over all members so far, or over the
-    best. Its runs differ by seed alone."""
+    """records/pool.py: epochs and FLOPs add up; one prior over all members so far. Its runs differ
+    by seed alone."""
     other = shutil.copytree(finished, tmp_path / "other")
     (other / "result.json").unlink()  # with the hashes of predictions
     config = read_json(other / "run.json")["config"]
@@ -257,18 +222,12 @@ def test_pooled_curves(finished, tmp_path):
     found, = plot.curves_in(argv[1])
     epochs, flops, losses = found.T
     assert_allclose(epochs, range(6, 49, 6))
-    single = plot.curve(finished / "log.txt")
-    assert_allclose(found[:4], single, rtol=1e-4)  # five digits of FLOPs are kept
-    spent = single[:, plot.FLOPS]
-    assert_allclose(flops[4:], spent + spent[-1], rtol=1e-4)
+    assert_allclose(found[:4], plot.curve(finished / "log.txt"), rtol=1e-4)
+    assert_allclose(flops[4:], flops[:4] + flops[3], rtol=1e-4)  # five digits are kept
     both = [predictions_of(run) for run in (finished, other)]
     weights, _ = q.fit_prior(np.concatenate([p["heldout"] for p in both]))
     loss = loss_of(weights @ np.concatenate([p["val"] for p in both]))
     assert losses[-1] == approx(loss, abs=2e-6)
-    pool.main(["--k=1", "1", *argv[1:]])
-    one, _ = plot.curves_in(argv[1])
-    of_1 = read_json(finished / "result.json")["table"]["rows"][0]
-    assert one[-1, plot.LOSS] == approx(of_1["pruned"], abs=2e-6)
     edit_json(other / "run.json", config={**config, "dropout": 0.3})
     with pytest.raises(SystemExit, match="other has other settings or data than .*first"):
         pool.main(argv)

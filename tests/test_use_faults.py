@@ -1,11 +1,8 @@
 """Commands that use finished runs, under attack: hostile folders, lost weights, two commands at
 once. A mistake ends in one line, and destroys nothing."""
 import base64
-import io
 import os
-import re
 import shutil
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,22 +16,6 @@ from tiny import (
 import train_q0 as q
 from records import runs
 from records.mixture import load_mixture
-
-
-class Gone(io.StringIO):
-    """A pipe that nobody reads any more."""
-    def write(self, text):
-        raise BrokenPipeError
-
-
-def test_outputs(finished, monkeypatch):
-    """What an encoding lacks is shown as ?; where the reader is gone a command ends in silence."""
-    raw = io.BytesIO()
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
-    assert q.main(["sample", str(finished), "--prompt", "río 夜", "--tokens", "1"]) == 0
-    assert raw.getvalue().startswith(b"r?o ?")
-    monkeypatch.setattr(sys, "stdout", Gone())
-    assert q.main(["select", str(finished)]) == 141
 
 
 # Hostile folders, with hashes that match --------------------------------------------------------
@@ -56,10 +37,6 @@ def link_to_zero(run):
     (run / "data/tokenizer.tiktoken").symlink_to("/dev/zero")
 
 
-def other_vocabulary(run):
-    edit_json(run / "data/manifest.json", tokenizer=None, vocab_size=7)
-
-
 def other_member(run):
     shutil.rmtree(run / "members/1")
     shutil.copytree(run / "members/0", run / "members/1")
@@ -74,7 +51,6 @@ TOKENIZER = "tokenizer in .*data is missing or damaged: "
     (other_member, "member .*members/1 is missing or damaged: .*sha256"),
     (with_file("data/tokenizer.tiktoken", flip), TOKENIZER + ".*sha256 of tokenizer.tiktoken"),
     (with_tokenizer(TWICE), TOKENIZER + ".*ranks must be distinct"),
-    (other_vocabulary, "vocabulary of 300, the data .* 7"),
     (with_tokenizer(file=".."), TOKENIZER + ".*not the name of a regular file"),
     (link_to_zero, "tokenizer.tiktoken is a device or a pipe")])
 def test_hostile_files(damage, message, copied, corpus, capsys):
@@ -108,8 +84,6 @@ def ten_million_members(run):
 @pytest.mark.parametrize("damage, message", [
     (with_file("result.json", lambda path: edit_json(path, final_val_loss=float("nan"))),
      "damaged: .*final_val_loss is nan"),
-    (with_file("result.json", lambda path: edit_json(path, data={})),
-     "result.json is missing or damaged: .*name"),
     (ten_million_members, "damaged: .* bytes are too many for the 4 members")])
 def test_hostile_results(damage, message, finished, copied, logs, capsys):
     damage(copied)
@@ -133,9 +107,7 @@ def test_members_without_weights(copied, corpus, capsys):
     for i in (0, 2):
         (copied / f"members/{i}/model.safetensors").unlink()
     mixed = load_mixture(copied)
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    assert "copied has no weights of members 0, 2 (--keep-" in error
+    assert "copied has no weights of members 0, 2 (--keep-" in capsys.readouterr().err
     weights, _ = q.fit_prior(predictions_of(copied)["heldout"][[1, 3]])
     found = dict(zip(mixed.members, mixed.weights))
     for i, weight in zip((1, 3), weights):
@@ -143,8 +115,6 @@ def test_members_without_weights(copied, corpus, capsys):
     out = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
     names = [line[:27].strip() for line in out.splitlines()[2:4]]
     assert names == ["member 1", "member 3"] and "uniform, all 2" in out
-    shown = re.search(r"\(member:weight\) (.*)", out)[1].split()
-    assert {pair.split(":")[0] for pair in shown} <= {"1", "3"}
 
 
 def test_trajectories_side_by_side(copied, capsys):
