@@ -8,13 +8,11 @@ import torch
 from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.numpy import load_file
-from tiny import (
-    VOCABULARY, edit_json, fails, flip, predictions_of, read_json, run_in, sequences_of, works)
+from tiny import edit_json, fails, flip, predictions_of, read_json, run_in, sequences_of, works
 
 import train_q0 as q
-from records import counting, gate, neighbours
+from records import counting, gate
 from records.mixture import load_mixture
-from records.population import load_member
 
 V = 7
 EOT = 6
@@ -75,8 +73,7 @@ def plain_kneser_ney(text, order):
 
 def context_in_document(tokens, t, longest):
     """The last `longest` tokens up to t, from the beginning of the document on."""
-    ends = [i for i in range(t + 1) if tokens[i] == EOT]
-    begin = max(ends, default=0)
+    begin = max((i for i in range(t + 1) if tokens[i] == EOT), default=0)
     return tuple(tokens[max(begin, t + 1 - longest):t + 1])
 
 
@@ -92,44 +89,28 @@ def test_kneser_ney_is_the_plain_one(length):
 
 
 def followers(text, context):
-    """Counts [V] of what follows a context in its documents."""
+    """Counts [V] of what follows a context in a document."""
     found = np.zeros(V)
-    for end, token in enumerate(text):
-        begins = end - len(context)
-        if begins >= 0 and context_in_document(text, end - 1, len(context)) == context:
-            found[token] += 1
+    for end in range(len(context), len(text)):
+        if text[end - len(context):end] == context:
+            found[text[end]] += 1
     return found
 
 
-def check_interpolated(member, tokens, text_of, start, strengths):
-    """That p pulls what follows longer and longer contexts to that of the next shorter one."""
-    for t, p in enumerate(member.probs(tokens)):
-        expected = start
-        for k, strength in strengths.items():
-            context = context_in_document(tokens.tolist(), t, k)
-            if len(context) == k:
-                counts = followers(text_of(t), context)
-                expected = (counts + strength * expected) / (counts.sum() + strength)
-        assert_allclose(p, expected, rtol=1e-5)
-
-
-def test_undiscounted_is_the_plain_one():
-    text = [*some_text(60).tolist(), EOT]
-    member = counting.Undiscounted(some_text(60), V, EOT, order=3)
-    tokens = some_text(40, seed=1)[3:].astype(np.int64)
-    pulls = {1: counting.PULL, 2: counting.PULL}
-    check_interpolated(member, tokens, lambda t: text, member.unigram, pulls)
-
-
 def test_cache_is_the_plain_one():
-    """Of the document so far."""
+    """p pulls what follows longer and longer contexts, in the document so far, to that of the next
+    shorter one."""
     tokens = some_text(60, seed=2)[5:].astype(np.int64)
     member = counting.Cache((3, 0.5, 0.25), V, EOT)
-
-    def so_far(t):
-        return list(context_in_document(tokens.tolist(), t, len(tokens)))
-
-    check_interpolated(member, tokens, so_far, np.full(V, 1 / V), {0: 3, 1: 0.5, 2: 0.25})
+    for t, p in enumerate(member.probs(tokens)):
+        so_far = context_in_document(tokens.tolist(), t, len(tokens))
+        expected = np.full(V, 1 / V)
+        for k, strength in enumerate((3, 0.5, 0.25)):
+            if len(so_far) >= k:
+                context = so_far[len(so_far) - k:]
+                counts = followers(so_far, context)
+                expected = (counts + strength * expected) / (counts.sum() + strength)
+        assert_allclose(p, expected, rtol=1e-5)
 
 
 def test_distributions_of_what_came_before():
@@ -151,26 +132,6 @@ def test_distributions_of_what_came_before():
         assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
 
 
-def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
-    """Contexts weigh by the cosine of hidden states, and bring the token that came after them; what
-    follows changes nothing."""
-    monkeypatch.setattr(neighbours, "CHUNK", 100)
-    model = load_member(finished / "members/3")
-    tokens = sequences_of(corpus, "train", 64).flatten()[:500]
-    member = neighbours.neighbours_of(model, tokens.astype(np.uint16), VOCABULARY - 1)
-    rows = torch.from_numpy(q.cut(tokens, 64))
-    keys = model(rows[:, :-1])[0].flatten(0, 1).double()
-    row = sequences_of(corpus, "val", 64)[0, :-1]
-    hidden, = model(torch.from_numpy(row)[None])[0].double()
-    cosine = torch.cosine_similarity(hidden[:, None], keys, dim=-1)
-    weights = torch.exp(neighbours.SHARPNESS * cosine)
-    P = torch.zeros(len(row), VOCABULARY, dtype=torch.float64)
-    P.index_add_(1, rows[:, 1:].flatten(), weights / weights.sum(dim=1, keepdim=True))
-    u = neighbours.UNIFORM
-    found = member.probs(row)
-    assert_allclose(found, (1 - u) * P + u / VOCABULARY, rtol=0.01)  # keys are float16
-
-
 # The gate ---------------------------------------------------------------------------------------
 
 def some_predictions(N=600, M=4):
@@ -183,17 +144,17 @@ def some_predictions(N=600, M=4):
     return P, buckets
 
 
-@pytest.mark.parametrize("strength", (1e-3, 30, 1e5))
-def test_certificate(strength):
+def test_certificate():
     """No weights are better by more than the gap says, which is small."""
     P, _ = some_predictions()
     v = np.array([0.5, 0.3, 0.2 - 1e-5, 1e-5])
 
     def loss(w):
         likelihood = np.log(w @ P).sum()
-        pull = strength * (v @ np.log(w))
-        return -(likelihood + pull) / (P.shape[1] + strength)
-    w, gap = gate.fit_bucket(P, v, strength)
+        pull = 30 * (v @ np.log(w))
+        return -(likelihood + pull) / (P.shape[1] + 30)
+
+    w, gap = gate.fit_bucket(P, v, 30)
     assert w.sum() == approx(1) and (w > 0).all() and gap <= 1e-7
     rng = np.random.default_rng(1)
     near = rng.dirichlet(1e3 * w + 1e-3, 50)

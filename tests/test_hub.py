@@ -1,12 +1,14 @@
 """Runs on the hub: what push uploads, what hf:USER/NAME downloads, and each mistake in one line.
-The hub is a server on this machine (hub_server.py), spoken to by the real client."""
+The hub is a server on this machine (hub_server.py), from which the real client downloads; what
+that would upload goes there as it is."""
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import hub_server
 import numpy as np
 import pytest
-from huggingface_hub import constants
+from huggingface_hub import CommitOperationAdd, HfApi, constants
 from huggingface_hub.utils import disable_progress_bars
 from tiny import edit_json, fails, flip, read_json, snapshot, with_file, works
 
@@ -16,8 +18,6 @@ from records.hub import files_of
 from records.mixture import load_mixture
 from records.population import read_predictions
 
-# of the client, which uploads large files as httpx2 would rather not have it
-pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 SMALL_FILES = {
     "run.json", "result.json", "log.txt", "data/manifest.json", "data/tokenizer.tiktoken"}
 PREDICTIONS = {f"predictions/{i}.safetensors" for i in range(4)}
@@ -28,10 +28,8 @@ def weights(member):
 
 
 @pytest.fixture
-def client(finished, tmp_path, monkeypatch):
-    """logs/ with two runs, one with other predictions of a member, and the hub's client, as the
-    environment of a user would set it up."""
-    disable_progress_bars()
+def two_runs(finished, tmp_path, monkeypatch):
+    """logs/ with a run twice, once with other predictions of a member."""
     monkeypatch.setattr(q, "LOGS", tmp_path / "logs")
     for name in ("one", "two"):
         shutil.copytree(finished, q.LOGS / name)
@@ -42,20 +40,34 @@ def client(finished, tmp_path, monkeypatch):
     curve = read_json(two / "result.json")["curve"]
     curve[0] |= q.hashes_of(two, 0)
     edit_json(two / "result.json", curve=curve)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    # xet moves large files through another service, in a protocol of its own: here by LFS, which
-    # the client falls back to without hf_xet
-    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True, raising=False)
-    monkeypatch.setenv("HF_TOKEN", hub_server.TOKEN)
-    monkeypatch.setenv("NO_PROXY", "*")
 
 
 @pytest.fixture
-def empty_hub(client, monkeypatch):
+def empty_hub(two_runs, tmp_path, monkeypatch):
+    """And the hub's client, as the environment of a user would set it up."""
+    disable_progress_bars()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "*")
     with hub_server.running() as server:
         monkeypatch.setenv("HF_ENDPOINT", server.url)
+
+        def create_repo(api, repo, private, exist_ok):
+            server.models.setdefault(repo, hub_server.Model(private=bool(private)))
+
+        def create_commit(api, repo, operations, commit_message):
+            model = server.models[repo]
+            files = files_at(server, repo) if model.commits else {}
+            for operation in operations:
+                name = operation.path_in_repo
+                files.pop(name, None)
+                if isinstance(operation, CommitOperationAdd):
+                    with operation.as_file() as file:
+                        files[name] = file.read()
+            return SimpleNamespace(oid=model.commit(files))
+
+        monkeypatch.setattr(HfApi, "create_repo", create_repo)
+        monkeypatch.setattr(HfApi, "create_commit", create_commit)
         yield server
 
 
@@ -64,8 +76,8 @@ def hub(empty_hub):
     """With both runs, as a push leaves them, and a file that nobody asked for."""
     for name in ("one", "two"):
         files = {file: path.read_bytes() for file, path in files_of(q.LOGS / name).items()}
-        files["pytorch_model.bin"] = b"a pickle"
-        empty_hub.models[f"alice/{name}"] = hub_server.model_of(files)
+        model = empty_hub.models[f"alice/{name}"] = hub_server.Model()
+        model.commit({**files, "pytorch_model.bin": b"a pickle"})
     return empty_hub
 
 
@@ -80,7 +92,8 @@ def fetched(hub):
 
 def files_at(hub, name):
     """Of the newest commit."""
-    return hub.models[name].commits[hub.models[name].newest]
+    model = hub.models[name]
+    return dict(model.commits[model.newest])
 
 
 def pinned(hub, name="alice/one"):
@@ -94,10 +107,9 @@ def test_push(empty_hub, capsys):
     had is gone; what is no run's file stays."""
     out = works(capsys, "push", "one", "alice/one", "--private")
     model = empty_hub.models["alice/one"]
-    assert model.private
-    sha, = model.commits
-    assert f"hf:alice/one@{sha}" in out
-    files = dict(model.commits[sha])
+    assert model.private and len(model.commits) == 1
+    assert pinned(empty_hub) in out
+    files = files_at(empty_hub, "alice/one")
     card = files.pop("README.md").decode()
     members = set.union(*map(weights, range(4)))
     assert set(files) == SMALL_FILES | PREDICTIONS | members | {"curve.png"}
@@ -125,18 +137,15 @@ def link_log(run):
 def test_runs_that_are_not_pushed(damage, message, empty_hub, capsys):
     damage(q.LOGS / "one")
     fails(capsys, message, "push", "one", "alice/one")
-    assert not empty_hub.log
+    assert not empty_hub.models
 
 
-def test_pushes_that_are_refused(hub, capsys, monkeypatch):
-    hub.models["alice/other"] = hub_server.model_of({"config.json": b"{}", "README.md": b""})
-    said = "alice/other is no run, it has config.json: give another name"
-    fails(capsys, said, "push", "one", "alice/other")
-    fails(capsys, "is there and public", "push", "one", "alice/one", "--private")
-    monkeypatch.delenv("HF_TOKEN")
-    said = "the hub answered 401 .no right to write.: log in with a"
-    fails(capsys, said, "push", "one", "alice/new")
-    assert all(len(model.commits) == 1 for model in hub.models.values())
+def test_pushes_that_are_refused(hub, capsys):
+    hub.models["alice/one"].commit({"config.json": b"{}"})
+    said = "alice/one is no run, it has config.json: give another name"
+    fails(capsys, said, "push", "one", "alice/one")
+    fails(capsys, "is there and public", "push", "one", "alice/two", "--private")
+    assert len(hub.models["alice/two"].commits) == 1
 
 
 # hf:USER/NAME -----------------------------------------------------------------------------------
@@ -145,13 +154,12 @@ def test_only_what_is_needed_is_downloaded(hub, corpus, capsys, monkeypatch):
     """Once; then it needs no network."""
     known = works(capsys, "select", "one", "--k", 2)
     chosen = load_mixture("one", k=2).members
-    assert len(chosen) == 2
     assert works(capsys, "select", "hf:alice/one", "--k", 2) == known
     assert fetched(hub) == SMALL_FILES | PREDICTIONS
     sample = ("--k", 2, "--prompt", "ba", "--tokens", 5)
     known = works(capsys, "sample", "one", *sample)
     assert works(capsys, "sample", "hf:alice/one", *sample) == known
-    assert fetched(hub) == weights(chosen[0]) | weights(chosen[1])
+    assert fetched(hub) == set.union(*map(weights, chosen))
     out = works(capsys, "evaluate", "hf:alice/one", "--k", 2, "--data", corpus / "val.bin")
     assert [f"member {i} " in out for i in range(4)] == [i in chosen for i in range(4)]
     assert not fetched(hub)
@@ -190,8 +198,6 @@ def test_runs_of_runs(hub, capsys):
     assert read_json(q.LOGS / "alice_two_mean/result.json")["average_of"] == names[1]
 
 
-# Mistakes ---------------------------------------------------------------------------------------
-
 PUSHED = "it is not there: this is no population that `push` uploaded, or half of one"
 
 
@@ -201,11 +207,12 @@ PUSHED = "it is not there: this is no population that `push` uploaded, or half o
     ("result.json", b"[" * 10_000, "the result of hf:alice/x@.* is missing or damaged: Recursion")])
 def test_models_that_are_no_population(name, content, message, hub, capsys):
     """Half of one, one that was changed."""
-    files = dict(files_at(hub, "alice/one"))
+    files = files_at(hub, "alice/one")
     del files[name]
     if content is not None:
         files[name] = content
-    hub.models["alice/x"] = hub_server.model_of(files)
+    hub.models["alice/x"] = hub_server.Model()
+    hub.models["alice/x"].commit(files)
     fails(capsys, message, "sample", pinned(hub, "alice/x"), "--tokens", 1)
 
 

@@ -130,7 +130,8 @@ def test_many_members_and_a_warm_start(newton_steps):
     assert len(newton_steps) <= 0.7 * from_cold
     assert is_certified(P, warm, gap)
     assert mixture(P, warm) == approx(mixture(P, cold), abs=2e-7)
-    oldest_alone = np.full(len(P), 1e-9)
+    P = trajectory(100)
+    oldest_alone = np.full(100, 1e-9)
     oldest_alone[0] = 1
     assert is_certified(P, *population.fit_from(P, oldest_alone))
 

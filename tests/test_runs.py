@@ -166,21 +166,6 @@ def test_bad_pool(damage, message, chain, four, logs, capsys):
     assert sorted(logs.iterdir()) == before
 
 
-def test_members_of_several_shapes(trained, corpus, logs, capsys):
-    """Other layers, widths and windows mix."""
-    trained("short", "--cycles", 2, "--layers", 3, "--windows", "SL", "--short-window", 8)
-    trained("wide", "--cycles", 1, "--width", 64, "--no-value-embeds", "--windows", "S",
-            "--short-window", 5)
-    works(capsys, "pool", "short", "wide", "--name", "x")
-    mixed = replace(load_mixture("x"), members=[0, 2], weights=[0.3, 0.7])
-    tokens = torch.from_numpy(sequences_of(corpus, "val", 32)[:16])
-    p = mixed.log_probs(tokens[:, :-1]).exp()
-    cached = predictions_of(logs / "x")["val"]
-    expected = 0.3 * cached[0] + 0.7 * cached[2]
-    found = p.gather(2, tokens[:, 1:, None]).flatten()
-    assert_allclose(found, expected[:len(found)], rtol=1e-4)
-
-
 # --teacher --------------------------------------------------------------------------------------
 
 SIZES = ["--seq-len", 64, "--micro-batch", 8]  # of `finished`, whose prior mixes several members
