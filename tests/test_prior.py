@@ -57,20 +57,6 @@ def em(P, passes):
     return w
 
 
-@pytest.fixture
-def newton_steps(monkeypatch):
-    """A list that grows by the size of the system of each Newton step."""
-    solve = q.torch.linalg.solve
-    sizes = []
-
-    def counted(matrix, vector):
-        sizes.append(len(vector))
-        return solve(matrix, vector)
-
-    monkeypatch.setattr(q.torch.linalg, "solve", counted)
-    return sizes
-
-
 # Losses ------------------------------------------------------------------------------------------
 
 def test_losses_in_one_pass():
@@ -111,29 +97,26 @@ def test_prior_against_scipy_and_em(M, spread):
         assert -1e-8 <= mixture(P, w) - lowest <= gap + 1e-8
 
 
-def test_many_members_and_a_warm_start(newton_steps):
+def test_many_members(monkeypatch):
     """The products cost M^2 a pass; most members have no weight, and most passes skip them. A start
-    near the optimum saves passes and keeps the certificate; from one far away the fit begins anew."""
+    that is far from the optimum costs no precision: the fit begins anew."""
+    solve = q.torch.linalg.solve
+    sizes = []
+
+    def counted(matrix, vector):
+        sizes.append(len(vector))
+        return solve(matrix, vector)
+
+    monkeypatch.setattr(q.torch.linalg, "solve", counted)
     P = trajectory(200)
     w, gap = q.fit_prior(P)
     assert is_certified(P, w, gap)
-    passes = len(newton_steps)
-    assert passes < 30
-    assert sum(size ** 2 for size in newton_steps) < 0.4 * passes * 200 ** 2
-    kept = w > np.quantile(w, 0.8)
-    P = P[kept]
-    newton_steps.clear()
-    cold, _ = q.fit_prior(P)
-    from_cold = len(newton_steps)
-    newton_steps.clear()
-    warm, gap = q.fit_prior(P, start=w[kept])
-    assert len(newton_steps) <= 0.7 * from_cold
-    assert is_certified(P, warm, gap)
-    assert mixture(P, warm) == approx(mixture(P, cold), abs=2e-7)
-    P = trajectory(100)
-    oldest_alone = np.full(100, 1e-9)
+    assert len(sizes) < 30
+    assert sum(size ** 2 for size in sizes) < 0.4 * len(sizes) * 200 ** 2
+    oldest_alone = np.full(200, 1e-9)
     oldest_alone[0] = 1
-    assert is_certified(P, *population.fit_from(P, oldest_alone))
+    for start in (w, oldest_alone):
+        assert is_certified(P, *population.fit_from(P, start))
 
 
 def test_what_is_no_probability_is_refused():

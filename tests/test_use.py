@@ -14,8 +14,8 @@ from forks import Fork, planted, weights_of
 from numpy.testing import assert_allclose
 from pytest import approx
 from tiny import (
-    END, VOCABULARY, edit_json, fails, flip, loss_of, make_data, predictions_of, random_documents,
-    read_json, read_shard, sequences_of, shard_bytes, snapshot, with_file, works)
+    END, VOCABULARY, edit_json, fails, loss_of, make_data, predictions_of, random_documents,
+    read_json, read_shard, sequences_of, shard_bytes, snapshot, works)
 
 import train_q0 as q
 from records import mixture, plot, runs, use
@@ -151,8 +151,7 @@ def test_sample_command(finished, capsys):
     assert works(capsys, *asked, "--top-p", 0, "--seed", 1) == cold
     two = works(capsys, *asked, "--samples", 2)
     assert two.startswith(f"--- sample 0\n{plain}--- sample 1\nbale")
-    for option, value in (("--temperature", "nan"), ("--tokens", "0")):
-        fails(capsys, f"argument {option}: .*{value}", *asked, option, value)
+    fails(capsys, "argument --temperature: .*nan", *asked, "--temperature", "nan")
 
 
 # Tools that read finished runs ------------------------------------------------------------------
@@ -193,8 +192,6 @@ def test_compare_settings(trained, logs, monkeypatch, capsys):
         ["runs", "2", "1"]]
     assert lines[7][:2] == ["best", "1"]
     assert lines[7][-1] == "-"  # it has no table yet
-    trained("dev", "--report", "dev")
-    fails(capsys, "losses on dev and on val text, .* do not compare", "compare", "old1", "dev")
 
 
 def test_verdict():
