@@ -1,11 +1,11 @@
 """A population in use: mixtures, select, evaluate, sample and compare; the same under attack, where
 a mistake ends in one line and destroys nothing."""
-import base64
 import math
 import os
 import re
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,17 +14,18 @@ from forks import Fork, planted, weights_of
 from numpy.testing import assert_allclose
 from pytest import approx
 from tiny import (
-    END, VOCABULARY, edit_json, fails, loss_of, make_data, predictions_of, random_documents,
-    read_json, read_shard, sequences_of, shard_bytes, snapshot, works)
+    END, VOCAB, VOCABULARY, build, edit_json, fails, loss_of, make_data, predictions_of,
+    random_documents, random_tokens, read_json, read_shard, sequences_of, shard_bytes, snapshot,
+    works)
 
 import train_q0 as q
-from records import mixture, plot, runs, use
-from records.mixture import load_mixture
+from records import generate, plot, runs, use
+from records.mixture import Mixture, Text, load_mixture, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def encoding(corpus):
-    return mixture.load_tokenizer(corpus)["encoding"]
+    return load_tokenizer(corpus)["encoding"]
 
 
 def test_mixture_reproduces_the_run(finished, corpus, encoding):
@@ -154,6 +155,123 @@ def test_sample_command(finished, capsys):
     fails(capsys, "argument --temperature: .*nan", *asked, "--temperature", "nan")
 
 
+class Letters:
+    """An encoding of bytes."""
+    eot_token = VOCAB - 1
+    n_vocab = VOCAB
+
+    def encode_ordinary(self, text):
+        return [*text.encode()]
+
+    def decode_single_token_bytes(self, token):
+        return bytes([token])
+
+
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (0.5, 1, [72.5, 18.1, 6.5, 2.9]),  # in proportion to the squares
+    (1, 0.75, [66.7, 33.3, 0, 0]),  # the first two have it exactly
+    (1, 0.76, [55.6, 27.8, 16.7, 0])])
+def test_frequencies_of_what_is_drawn(temperature, top_p, expected):
+    log_p = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    text = Text(Letters(), 0)
+    drawn = [text.draw(log_p, temperature, top_p) for _ in range(1000)]
+    percent = np.bincount(drawn, minlength=4) / 10
+    assert_allclose(percent, expected, atol=6)  # deviations are 1.6 at most
+
+
+def test_pieces():
+    """A text ends with the document, whose end is not shown, as half a character is not."""
+    text = Text(Letters(), 0)
+    assert [text.piece(token) for token in (97, VOCAB - 1, 98, None)] == ["a", "", "", ""]
+    assert text.ended
+    text = Text(Letters(), 0)
+    assert [text.piece(token) for token in (0xE2, None)] == ["", "\ufffd"]
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """mixed(options) -> a mixture of members with all features, and one of another shape."""
+    folder = tmp_path_factory.mktemp("generate")
+    every = dict(layers=3, loop_first=1, loop_last=1, loop_passes=2, dropout=0.1)
+    fewer = dict(windows="L", unet=False, loop_passes=1, smear=False, induction=False,
+                 head_mixing=False, mtp_weight=0.0)
+    for i, changes in enumerate((every, every, every | fewer)):
+        model = build(i, **changes)
+        q.save_member(folder / f"members/{i}", model.cfg, VOCAB, dict(model.named_parameters()), {})
+
+    def make(**options):
+        return Mixture(
+            folder,
+            members=[2, 0, 1],
+            weights=[0.5, 0.3, 0.2],
+            heldout=np.ones((3, 1)),
+            kept=[0, 1, 2],
+            device=torch.device("cpu"),
+            gate=None,
+            manifest={},
+            encoding=Letters(),
+            **options)
+    return make
+
+
+def test_log_probs(mixed, monkeypatch):
+    """At every position, also beyond the context: there the newer half and what follows count."""
+    monkeypatch.setattr(generate, "READ_ROWS", 4)  # a long text is read in parts
+    mixture = mixed()
+    tokens = random_tokens(2, 27)  # the window moves twice
+    tokens[:, :5] = tokens[:1, :5]
+    reader = mixture.reader()
+    found = [reader.read(tokens[:1, :5]).expand(2, -1)]
+    reader.repeat(2)
+    for token in tokens[:, 5:].split(1, dim=1):
+        found.append(reader.read(token))
+    start = 0
+    wanted = mixture.log_probs(tokens[:, :16])
+    for end, log_p in enumerate(found, start=5):
+        if end - start > 16:
+            start += 8
+            wanted = mixture.log_probs(tokens[:, start:start + 16])
+        # float32, products of other shapes
+        torch.testing.assert_close(log_p, wanted[:, end - start - 1], atol=2e-5, rtol=0)
+
+
+def plain_text(mixture, prompt, tokens, number):
+    """Sample `number` without caches."""
+    text = Text(mixture.encoding, q.seed_of("sample", 7, number))
+    context = mixture.encode(prompt)[-16:]
+    pieces = ""
+    for _ in range(tokens):
+        log_p = mixture.log_probs(torch.tensor([context]))[0, -1]
+        context.append(text.draw(log_p, 1.0, 0.9))
+        pieces += text.piece(context[-1])
+        if len(context) > 16:
+            context = context[8:]
+    return pieces + text.piece(None)
+
+
+def test_samples(mixed, capsys):
+    """Each is what it is without caches, and without the others; also where members are read from
+    the disk for every token."""
+    one = mixed()
+    two = mixed(samples=2, stream=True)
+    prompt = "HARE AND HOUND ARE OLD"
+    options = dict(tokens=10, top_p=0.9, seed=7)
+    texts = ["".join(text) for text in zip(*two.write(prompt, **options))]
+    assert texts == [plain_text(one, prompt, 10, i) for i in range(2)]
+    assert texts[0] != texts[1]
+    assert "read from the disk" in capsys.readouterr().err
+    assert "".join(one.generate(prompt, **options)) == texts[0]
+
+
+def test_place():
+    """One device after the other, a tenth of each is left; None where the last is too small."""
+    files = [SimpleNamespace(shape="a", bytes_on=lambda device, texts: 40 * texts)] * 4
+    found = generate.place(files, [("x", 100), ("y", 30), ("z", 100)], 1)
+    sizes = {key: len(group) for key, group in found.items()}
+    assert sizes == {("x", "a"): 2, ("z", "a"): 2}
+    assert generate.place(files, [("x", 100), ("z", 80)], 1) is None
+
+
 # Tools that read finished runs ------------------------------------------------------------------
 
 def test_compare(finished, tmp_path, capsys):
@@ -198,27 +316,19 @@ def test_verdict():
     """A t-test worked out by hand: t(0.99, df 8) = 2.896, times 0.01581 * sqrt(2 / 5)."""
     first = [np.array([[2.0, 1e9, 4 + i / 100]]) for i in range(5)]
     assert plot.compared(first, first) == "5 | 4.0200 ± 0.0158 | - | - | -"
-    for difference, verdict in (
-            (0.028, "equal"),
-            (0.03, "worse"),
-            (-0.03, "better")):
+    for difference, verdict in ((0.028, "equal"), (0.03, "worse"), (-0.03, "better")):
         other = [curve + [0, 0, difference] for curve in first]
         assert plot.compared(first, other).endswith(f"{difference:+.4f} | 0.0290 | {verdict}")
-    few = [curve + 1 for curve in first[:3]]
-    assert plot.compared(first, few).endswith("worse (n < 5)")
+    assert plot.compared(first, [curve + 1 for curve in first[:3]]).endswith("worse (n < 5)")
 
 
 # Hostile folders, with hashes that match --------------------------------------------------------
 
-def with_tokenizer(raw=None, **entry):
-    """Damage: other ranks, or another entry of the manifest, with the hash made to match."""
+def with_tokenizer(**entry):
+    """Damage: another entry of the manifest."""
     def damage(run):
-        data = run / "data"
-        if raw is not None:
-            (data / "tokenizer.tiktoken").write_bytes(raw)
-        sha256 = q.sha256_of(data / "tokenizer.tiktoken")
-        known = read_json(data / "manifest.json")["tokenizer"]
-        edit_json(data / "manifest.json", tokenizer={**known, "sha256": sha256, **entry})
+        known = read_json(run / "data/manifest.json")["tokenizer"]
+        edit_json(run / "data/manifest.json", tokenizer={**known, **entry})
     return damage
 
 
@@ -232,15 +342,10 @@ def other_member(run):
     shutil.copytree(run / "members/0", run / "members/1")
 
 
-BYTES = [b"%s %d" % (base64.b64encode(bytes([i])), i) for i in range(256)]
-TWICE = b"\n".join([*BYTES, b"YWI= 5"])
-TOKENIZER = "tokenizer in .*data is missing or damaged: "
-
-
 @pytest.mark.parametrize("damage, message", [
     (other_member, "member .*members/1 is missing or damaged: .*sha256"),
-    (with_tokenizer(TWICE), TOKENIZER + ".*ranks must be distinct"),
-    (with_tokenizer(file=".."), TOKENIZER + ".*not the name of a regular file"),
+    (with_tokenizer(eot=255), "tokenizer in .*data is missing or damaged: .*ranks must be distinct"),
+    (with_tokenizer(file=".."), "tokenizer .* is missing or damaged: .*not the name of a regular"),
     (link_to_zero, "tokenizer.tiktoken is a device or a pipe")])
 def test_hostile_files(damage, message, copied, corpus, capsys):
     damage(copied)
@@ -264,22 +369,13 @@ def test_what_a_mixture_cannot_read(finished, copied, capsys):
         mixed.models
 
 
-def no_number(run):
-    edit_json(run / "result.json", final_val_loss=float("nan"))
-
-
-def ten_million_members(run):
-    result = (run / "result.json").read_text()
+def test_hostile_result(finished, copied, logs, capsys):
+    """So large that memory might not hold it."""
+    result = (copied / "result.json").read_text()
     entries = "{}," * 10 ** 6
-    (run / "result.json").write_text(result.replace('"curve": [', '"curve": [' + entries))
-
-
-@pytest.mark.parametrize("damage, message", [
-    (no_number, "damaged: .*final_val_loss is nan"),
-    (ten_million_members, "damaged: .* bytes are too many for the 4 members")])
-def test_hostile_results(damage, message, finished, copied, logs, capsys):
-    damage(copied)
-    fails(capsys, message, "pool", finished, copied, "--name", "x")
+    (copied / "result.json").write_text(result.replace('"curve": [', '"curve": [' + entries))
+    said = "damaged: .* bytes are too many for the 4 members"
+    fails(capsys, said, "pool", finished, copied, "--name", "x")
     assert not list(logs.iterdir())
 
 
@@ -320,19 +416,6 @@ def test_several_at_once(finished, tmp_path):
     assert made["first_mean"] == made["first_mean2"]
     assert made["first_pool"] == made["first_pool2"]
     assert made["first_pool"].keys() == weights_of(finished).keys()
-
-
-def test_a_name_that_is_taken_meanwhile(finished, logs, monkeypatch, capsys):
-    finish = runs.finish
-
-    def late(*args):
-        (logs / "x").mkdir()
-        (logs / "x/precious").touch()
-        finish(*args)
-
-    monkeypatch.setattr(runs, "finish", late)
-    fails(capsys, "x exists: give another --name", "pool", finished, "--name", "x")
-    assert [path.name for path in logs.rglob("*")] == ["x", "precious"]
 
 
 def test_what_a_kill_left_goes_and_nothing_else(finished, tmp_path):
