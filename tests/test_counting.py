@@ -180,8 +180,6 @@ def test_gate_between_prior_and_bucket():
     assert gate.choose_strength(P, buckets, 2, documents) == gate.STRENGTHS[0]
 
 
-# A counted run ----------------------------------------------------------------------------------
-
 @pytest.fixture(scope="module")
 def counted(finished, base):
     """A run and its members that count."""

@@ -20,18 +20,15 @@ from records.mixture import load_mixture
 from records.population import load_member
 
 
-def member_of(run, member):
-    return load_file(run / f"members/{member}/model.safetensors")
-
-
 def result_of(run):
     return read_json(run / "result.json")
 
 
 def assert_mean(run, j, source, members):
     """That member j of a run is the mean of members of another, rounded once to bf16."""
-    found = [member_of(source, i) for i in members]
-    for name, weight in member_of(run, j).items():
+    files = [source / f"members/{i}/model.safetensors" for i in members]
+    found = [load_file(file) for file in files]
+    for name, weight in load_file(run / f"members/{j}/model.safetensors").items():
         mean = torch.stack([w[name].double() for w in found]).mean(0)
         # a sum of float32 in another order: at most one unit of bf16 apart
         torch.testing.assert_close(weight.double(), mean, rtol=2 ** -7, atol=1e-12)
@@ -55,8 +52,6 @@ def chain(trained_once, logs):
 def four(trained_once, logs):
     return shutil.copytree(trained_once / "q0", logs / "q0")
 
-
-# average ----------------------------------------------------------------------------------------
 
 def test_average_is_the_mean_of_weights(finished, corpus, logs, capsys):
     """Held-out text chooses how many; predictions and losses are those of the mean. It is a run."""

@@ -4,7 +4,6 @@ import math
 import os
 import re
 import shutil
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -272,8 +271,6 @@ def test_place():
     assert generate.place(files, [("x", 100), ("z", 80)], 1) is None
 
 
-# Tools that read finished runs ------------------------------------------------------------------
-
 def test_compare(finished, tmp_path, capsys):
     """Curves of logs, where one reaches another's loss, and the best members of a budget."""
     result = read_json(finished / "result.json")
@@ -360,27 +357,11 @@ def test_what_a_mixture_cannot_read(finished, copied, capsys):
           "a" * 100)
     edit_json(copied / "data/manifest.json", tokenizer=None)
     fails(capsys, "has no tokenizer", "sample", copied)
-    path = copied / "members/2/config.json"
-    config = read_json(path)["config"]
-    edit_json(path, config={**config, "softcap": 9.0})
-    (copied / "result.json").unlink()  # with the hash of that file
-    mixed = replace(load_mixture(copied), members=[2, 3], weights=[0.5, 0.5])
-    with pytest.raises(q.UserError, match=r"do not mix: .*\(300, 9.0, 64\), \(300, 15.0, 64\)"):
-        mixed.models
-
-
-def test_hostile_result(finished, copied, logs, capsys):
-    """So large that memory might not hold it."""
-    result = (copied / "result.json").read_text()
-    entries = "{}," * 10 ** 6
-    (copied / "result.json").write_text(result.replace('"curve": [', '"curve": [' + entries))
-    said = "damaged: .* bytes are too many for the 4 members"
-    fails(capsys, said, "pool", finished, copied, "--name", "x")
-    assert not list(logs.iterdir())
 
 
 def test_another_tokenizer(finished, base, flags, capsys):
-    foreign = make_data(base / "foreign", random_documents(1400, seed=3))  # of as many entries
+    """Of as many entries."""
+    foreign = make_data(base / "foreign", random_documents(1400, seed=3))
     said = "has another tokenizer than the data of .*first"
     fails(capsys, said, "evaluate", finished, "--data", foreign / "val.bin")
     sizes = ["--seq-len", "64", "--micro-batch", "8"]
@@ -403,19 +384,14 @@ def test_members_without_weights(copied, corpus, capsys):
     assert names == ["member 1", "member 3"] and "uniform, all 2" in out
 
 
-# Two at once ------------------------------------------------------------------------------------
-
 def test_several_at_once(finished, tmp_path):
     """Each makes a whole run of a name of its own."""
     logs = tmp_path / "logs"
-    argv = [["pool"], ["pool"], ["average", "--last", "1"], ["average", "--last", "1"]]
-    for fork in [Fork(logs, *command, finished) for command in argv]:
+    for fork in [Fork(logs, "pool", finished) for _ in range(3)]:
         fork.good()
     made = {name: weights_of(logs / name) for name in os.listdir(logs)}
-    assert sorted(made) == ["first_mean", "first_mean2", "first_pool", "first_pool2"]
-    assert made["first_mean"] == made["first_mean2"]
-    assert made["first_pool"] == made["first_pool2"]
-    assert made["first_pool"].keys() == weights_of(finished).keys()
+    assert made.keys() == {"first_pool", "first_pool2", "first_pool3"}
+    assert all(found == weights_of(finished) for found in made.values())
 
 
 def test_what_a_kill_left_goes_and_nothing_else(finished, tmp_path):
