@@ -1,5 +1,5 @@
-"""What a run under way shows: a status line, curves in trackers, a profile; `runs`. The mistakes and
-machines of a first hour."""
+"""What a run under way shows: a status line, curves in trackers, a profile; `runs`. The machines of
+a first hour."""
 import errno
 import json
 import os

@@ -341,7 +341,7 @@ def other_member(run):
 
 @pytest.mark.parametrize("damage, message", [
     (other_member, "member .*members/1 is missing or damaged: .*sha256"),
-    (with_tokenizer(eot=255), "tokenizer in .*data is missing or damaged: .*ranks must be distinct"),
+    (with_tokenizer(eot=255), "tokenizer .* is missing or damaged: .*ranks must be distinct"),
     (with_tokenizer(file=".."), "tokenizer .* is missing or damaged: .*not the name of a regular"),
     (link_to_zero, "tokenizer.tiktoken is a device or a pipe")])
 def test_hostile_files(damage, message, copied, corpus, capsys):
