@@ -97,8 +97,6 @@ def test_bad_average(copied, logs, capsys):
     assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
 
 
-# pool -------------------------------------------------------------------------------------------
-
 def test_pooled_runs_are_one_population(chain, four, logs, capsys):
     """Members, hashes and predictions of a chain and of q0; one prior over all."""
     out = works(capsys, "pool", "chain", four, "--name", "both")
@@ -117,6 +115,8 @@ def test_pooled_runs_are_one_population(chain, four, logs, capsys):
     weights, _ = q.fit_prior(found["heldout"])
     loss = population.mixture_loss(found["val"], weights)
     assert result["final_val_loss"] == approx(loss, abs=1e-6)
+    uniform = loss_of(found["val"].mean(axis=0))
+    assert result["curve"][-1]["uniform"] == approx(uniform, abs=1e-6)
     alone = result_of(chain)["final_val_loss"]
     assert f"run:chain members:2 learned_val_loss:{alone:.5f} pooled_val_loss:{alone:.5f}" in out
 
@@ -148,8 +148,6 @@ def test_bad_pool(chain, four, logs, capsys):
     fails(capsys, "no run nobody under .*: the command `runs` lists", "pool", "chain", "nobody")
     assert sorted(f.name for f in logs.iterdir()) == ["chain", "q0"]  # nothing half-written
 
-
-# --teacher --------------------------------------------------------------------------------------
 
 SIZES = ["--seq-len", 64, "--micro-batch", 8]  # of `finished`, whose prior mixes several members
 SINGLE = ["--population", "single", "--teacher"]
