@@ -1,6 +1,5 @@
-"""A small hub on this machine: the endpoints that huggingface-hub uses to make a model, commit
-files to it and fetch them (also of a data set), over HTTP."""
-import base64
+"""A small hub on this machine: the endpoints that huggingface-hub uses to look at a model and fetch
+its files (also of a data set), over HTTP."""
 import contextlib
 import hashlib
 import json
@@ -9,14 +8,11 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
 
-TOKEN = "hf_of_alice"  # of user "alice", the only one
-
 
 @dataclass
 class Model:
     """A repository: the files {name: bytes} of each commit, oldest first."""
     private: bool = False
-    gated: bool = False
     commits: dict = field(default_factory=dict)
 
     @property
@@ -25,25 +21,10 @@ class Model:
 
     def commit(self, files):
         """Returns the name of the commit."""
-        said = repr((len(self.commits), sorted(files), self.private))
-        content = b"".join(files[name] for name in sorted(files))
-        sha = hashlib.sha1(said.encode() + content).hexdigest()
+        said = repr((len(self.commits), sorted(files.items())))
+        sha = hashlib.sha1(said.encode()).hexdigest()
         self.commits[sha] = dict(files)
         return sha
-
-
-def object_name(mode, content):
-    """What a file of this content is called: as git does, or its sha256 where it is a large one."""
-    if mode == "lfs":
-        return hashlib.sha256(content).hexdigest()
-    return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-
-
-def model_of(files):
-    """A public model of one commit."""
-    model = Model()
-    model.commit(files)
-    return model
 
 
 class Answers(BaseHTTPRequestHandler):
@@ -54,8 +35,6 @@ class Answers(BaseHTTPRequestHandler):
 
     def answer(self, status, body=b"", **headers):
         self.send_response(status)
-        if not isinstance(body, bytes):
-            body = json.dumps(body).encode()
         headers.setdefault("Content_Length", len(body))
         for name, value in headers.items():
             self.send_header(name.replace("_", "-"), str(value))
@@ -67,53 +46,29 @@ class Answers(BaseHTTPRequestHandler):
         self.answer(status, X_Error_Code=code, X_Error_Message=message)
 
     def do(self):
-        length = int(self.headers.get("Content-Length") or 0)
-        self.body = self.rfile.read(length)
         path = unquote(urlsplit(self.path).path).removeprefix("/datasets")
         self.asked = self.headers.get("Range")
         self.server.log.append((self.command, path, self.asked))
         if self.server.busy:
             return self.refuse(503, message="too many visitors")
         parts = path.strip("/").split("/")
-        if parts == ["api", "validate-yaml"]:
-            return self.answer(200, {"errors": [], "warnings": []})
-        if parts[0] == "lfs":
-            self.server.large[parts[1]] = self.body
-            return self.answer(200)
-        if self.command == "POST" and not self.may_write(path):
-            return self.refuse(401 if self.user is None else 403, message="no right to write")
-        if parts == ["api", "repos", "create"]:
-            return self.create()
-        if parts[-1] == "batch":
-            return self.batch()
         api = parts[:2] == ["api", "models"]
-        name = "/".join(parts[2:4] if api else parts[:2])
-        model = self.server.models.get(name)
-        if model is None or (model.private and self.user is None):
-            return self.refuse(404 if self.user else 401, "RepoNotFound", "Repository not found")
-        rest = parts[4:] if api else parts[2:]
-        if not rest:
-            rest = ["revision", "main"]
-        action, revision, *file = rest
+        if api:
+            parts = parts[2:]
+        model = self.server.models.get("/".join(parts[:2]))
+        if model is None:
+            return self.refuse(404, "RepoNotFound", "Repository not found")
+        _, revision, *file = parts[2:] or ["revision", "main"]
         sha = self.found(model, revision)
         if sha is None and model.commits:
             return self.refuse(404, "RevisionNotFound", f"Invalid rev id: {revision}")
-        actions = {"revision": self.about, "preupload": self.preupload, "commit": self.commit,
-                   "resolve": self.resolve}
-        actions[action](name, model, sha, "/".join(file))
+        if api:
+            self.about(model, sha)
+        else:
+            self.resolve(model, sha, "/".join(file))
 
     do_GET = do
     do_HEAD = do
-    do_POST = do
-    do_PUT = do
-
-    @property
-    def user(self):
-        return "alice" if self.headers.get("Authorization") == f"Bearer {TOKEN}" else None
-
-    def may_write(self, path):
-        asked = json.loads(self.body) if path.endswith("create") else {}
-        return self.user and asked.get("organization", self.user) == self.user
 
     @staticmethod
     def found(model, revision):
@@ -121,15 +76,12 @@ class Answers(BaseHTTPRequestHandler):
             return model.newest
         return revision if revision in model.commits else None
 
-    # What it says of models and their files
-
-    def about(self, name, model, sha, _):
+    def about(self, model, sha):
         files = [{"rfilename": file} for file in model.commits.get(sha, {})]
-        self.answer(200, {"id": name, "sha": sha, "private": model.private, "siblings": files})
+        about = {"id": "", "sha": sha, "private": model.private, "siblings": files}
+        self.answer(200, json.dumps(about).encode())
 
-    def resolve(self, name, model, sha, file):
-        if model.gated:
-            return self.refuse(403, "GatedRepo", "Access to it is restricted")
+    def resolve(self, model, sha, file):
         if file not in model.commits[sha]:
             return self.refuse(404, "EntryNotFound", "Entry not found")
         faults = self.server.faults.get(file)
@@ -149,51 +101,6 @@ class Answers(BaseHTTPRequestHandler):
                     X_Linked_Size=size, X_Repo_Commit=sha, Content_Length=size - begin,
                     Content_Range=f"bytes {begin}-{size - 1}/{size}")
 
-    # What it takes
-
-    def create(self):
-        asked = json.loads(self.body)
-        name = f"{asked['organization']}/{asked['name']}"
-        status = 409 if name in self.server.models else 200
-        if status == 200:
-            private = asked.get("private") or asked.get("visibility") == "private"
-            self.server.models[name] = Model(private=bool(private))
-        self.answer(status, {"url": f"{self.server.url}/{name}"})
-
-    def preupload(self, name, model, sha, _):
-        there = model.commits.get(sha, {})
-        files = []
-        for file in json.loads(self.body)["files"]:
-            path = file["path"]
-            mode = "lfs" if path.endswith(".safetensors") else "regular"
-            oid = object_name(mode, there[path]) if path in there else None
-            files.append({"path": path, "uploadMode": mode, "shouldIgnore": False, "oid": oid})
-        self.answer(200, {"files": files})
-
-    def batch(self):
-        objects = []
-        for found in json.loads(self.body)["objects"]:
-            if found["oid"] not in self.server.large:
-                href = f"{self.server.url}/lfs/{found['oid']}"
-                found = {**found, "actions": {"upload": {"href": href}}}
-            objects.append(found)
-        self.answer(200, {"transfer": "basic", "objects": objects})
-
-    def commit(self, name, model, sha, _):
-        files = dict(model.commits.get(sha, {}))
-        for line in self.body.splitlines():
-            entry = json.loads(line)
-            value = entry["value"]
-            if entry["key"] == "file":
-                files[value["path"]] = base64.b64decode(value["content"])
-            elif entry["key"] == "lfsFile":
-                files[value["path"]] = self.server.large[value["oid"]]
-            elif entry["key"] == "deletedFile":
-                del files[value["path"]]
-        sha = model.commit(files)
-        self.answer(200, {"commitUrl": f"{self.server.url}/{name}/commit/{sha}", "commitOid": sha,
-                          "hookOutput": ""})
-
 
 @contextlib.contextmanager
 def running():
@@ -201,7 +108,6 @@ def running():
     server = ThreadingHTTPServer(("127.0.0.1", 0), Answers)
     server.url = f"http://127.0.0.1:{server.server_port}"
     server.models = {}
-    server.large = {}  # {sha256: bytes}: contents of large files
     server.log = []
     server.busy = False
     server.faults = {}  # {file: what goes wrong, answer by answer}: "busy", "flip", "cut"

@@ -8,21 +8,11 @@ import torch
 from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.numpy import load_file
-from tiny import (
-    VOCABULARY,
-    edit_json,
-    fails,
-    flip,
-    predictions_of,
-    read_json,
-    run_in,
-    sequences_of,
-    works)
+from tiny import edit_json, fails, flip, predictions_of, read_json, run_in, sequences_of, works
 
 import train_q0 as q
-from records import check, counting, gate, neighbours
+from records import counting, gate
 from records.mixture import load_mixture
-from records.population import load_member
 
 V = 7
 EOT = 6
@@ -83,8 +73,7 @@ def plain_kneser_ney(text, order):
 
 def context_in_document(tokens, t, longest):
     """The last `longest` tokens up to t, from the beginning of the document on."""
-    ends = [i for i in range(t + 1) if tokens[i] == EOT]
-    begin = max(ends, default=0)
+    begin = max((i for i in range(t + 1) if tokens[i] == EOT), default=0)
     return tuple(tokens[max(begin, t + 1 - longest):t + 1])
 
 
@@ -100,91 +89,46 @@ def test_kneser_ney_is_the_plain_one(length):
 
 
 def followers(text, context):
-    """Counts [V] of what follows a context in its documents."""
+    """Counts [V] of what follows a context in a document."""
     found = np.zeros(V)
-    for end, token in enumerate(text):
-        begins = end - len(context)
-        if begins >= 0 and context_in_document(text, end - 1, len(context)) == context:
-            found[token] += 1
+    for end in range(len(context), len(text)):
+        if text[end - len(context):end] == context:
+            found[text[end]] += 1
     return found
 
 
-def check_interpolated(member, tokens, text_of, start, strengths):
-    """That p pulls what follows longer and longer contexts to that of the next shorter one."""
+def test_cache_is_the_plain_one():
+    """p pulls what follows longer and longer contexts, in the document so far, to that of the next
+    shorter one."""
+    tokens = some_text(60, seed=2)[5:].astype(np.int64)
+    member = counting.Cache((3, 0.5, 0.25), V, EOT)
     for t, p in enumerate(member.probs(tokens)):
-        expected = start
-        for k, strength in strengths.items():
-            context = context_in_document(tokens.tolist(), t, k)
-            if len(context) == k:
-                counts = followers(text_of(t), context)
+        so_far = context_in_document(tokens.tolist(), t, len(tokens))
+        expected = np.full(V, 1 / V)
+        for k, strength in enumerate((3, 0.5, 0.25)):
+            if len(so_far) >= k:
+                context = so_far[len(so_far) - k:]
+                counts = followers(so_far, context)
                 expected = (counts + strength * expected) / (counts.sum() + strength)
         assert_allclose(p, expected, rtol=1e-5)
 
 
-def test_undiscounted_is_the_plain_one():
-    text = [*some_text(60).tolist(), EOT]
-    member = counting.Undiscounted(some_text(60), V, EOT, order=3)
-    tokens = some_text(40, seed=1)[3:].astype(np.int64)
-    pulls = {1: counting.PULL, 2: counting.PULL}
-    check_interpolated(member, tokens, lambda t: text, member.unigram, pulls)
-
-
-def test_cache_is_the_plain_one():
-    """Of the document so far."""
-    tokens = some_text(60, seed=2)[5:].astype(np.int64)
-    member = counting.Cache((3, 0.5, 0.25), V, EOT)
-
-    def so_far(t):
-        return list(context_in_document(tokens.tolist(), t, len(tokens)))
-
-    check_interpolated(member, tokens, so_far, np.full(V, 1 / V), {0: 3, 1: 0.5, 2: 0.25})
-
-
-def members():
-    return counting.members_of(some_text(), vocab_size=V, eot=EOT)
-
-
-@pytest.mark.parametrize("member", members())
-def test_distribution_of_what_came_before(member):
-    """It sums to 1 and excludes nothing; what follows changes nothing, and depths neither."""
+def test_distributions_of_what_came_before():
+    """They sum to 1 and exclude nothing; what follows changes nothing, and depths neither."""
     tokens = some_text(50, seed=3).astype(np.int64)
-    P = member.probs(tokens)
-    assert P.dtype == np.float32 and P.min() > 0
-    assert_allclose(P.sum(axis=1), 1, atol=1e-6)
     other = tokens.copy()
     other[20:] = some_text(50, seed=4)[20:]
-    assert np.array_equal(member.probs(other)[:20], P[:20])
-    assert np.array_equal(member.probs(tokens[:20]), P[:20])
-    depth = member.depth(tokens)
-    assert np.array_equal(member.depth(other)[:20], depth[:20])
-    assert 0 < depth.max() < member.depths
-    assert_allclose(member.next_probs(tokens), P[-1], rtol=1e-5)
     sequences = np.stack([tokens, other])
-    batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
-    picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
-    assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
-
-
-def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
-    """Contexts weigh by the cosine of hidden states, and bring the token that came after them; what
-    follows changes nothing."""
-    monkeypatch.setattr(neighbours, "CHUNK", 100)
-    model = load_member(finished / "members/3")
-    tokens = sequences_of(corpus, "train", 64).flatten()[:500]
-    member = neighbours.neighbours_of(model, tokens.astype(np.uint16), VOCABULARY - 1)
-    rows = torch.from_numpy(q.cut(tokens, 64))
-    keys = model(rows[:, :-1])[0].flatten(0, 1).double()
-    row = sequences_of(corpus, "val", 64)[0, :-1]
-    hidden, = model(torch.from_numpy(row)[None])[0].double()
-    cosine = torch.cosine_similarity(hidden[:, None], keys, dim=-1)
-    weights = torch.exp(neighbours.SHARPNESS * cosine)
-    P = torch.zeros(len(row), VOCABULARY, dtype=torch.float64)
-    P.index_add_(1, rows[:, 1:].flatten(), weights / weights.sum(dim=1, keepdim=True))
-    u = neighbours.UNIFORM
-    found = member.probs(row)
-    assert found.dtype == np.float32
-    assert_allclose(found, (1 - u) * P + u / VOCABULARY, rtol=0.01)  # keys are float16
-    assert_allclose(member.next_probs(row[:20]), found[19], rtol=1e-3)
+    for member in counting.members_of(some_text(), vocab_size=V, eot=EOT):
+        P = member.probs(tokens)
+        assert P.min() > 0
+        assert_allclose(P.sum(axis=1), 1, atol=1e-6)
+        assert np.array_equal(member.probs(other)[:20], P[:20])
+        depth = member.depth(tokens)
+        assert np.array_equal(member.depth(other)[:20], depth[:20])
+        batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
+        picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
+        assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
 
 
 # The gate ---------------------------------------------------------------------------------------
@@ -199,17 +143,17 @@ def some_predictions(N=600, M=4):
     return P, buckets
 
 
-@pytest.mark.parametrize("strength", (1e-3, 30, 1e5))
-def test_certificate(strength):
+def test_certificate():
     """No weights are better by more than the gap says, which is small."""
     P, _ = some_predictions()
     v = np.array([0.5, 0.3, 0.2 - 1e-5, 1e-5])
 
     def loss(w):
         likelihood = np.log(w @ P).sum()
-        pull = strength * (v @ np.log(w))
-        return -(likelihood + pull) / (P.shape[1] + strength)
-    w, gap = gate.fit_bucket(P, v, strength)
+        pull = 30 * (v @ np.log(w))
+        return -(likelihood + pull) / (P.shape[1] + 30)
+
+    w, gap = gate.fit_bucket(P, v, 30)
     assert w.sum() == approx(1) and (w > 0).all() and gap <= 1e-7
     rng = np.random.default_rng(1)
     near = rng.dirichlet(1e3 * w + 1e-3, 50)
@@ -220,7 +164,7 @@ def test_certificate(strength):
 
 def test_gate_between_prior_and_bucket():
     """One bucket of all tokens has the prior itself, a bucket without tokens too; without a pull
-    each has the prior of its own tokens, and the loss is lower."""
+    each has the prior of its own tokens."""
     P, buckets = some_predictions()
     v, _ = q.fit_prior(P)
     nowhere = np.zeros(P.shape[1], dtype=int)
@@ -230,22 +174,11 @@ def test_gate_between_prior_and_bucket():
     assert_allclose(found.weights[2], v, atol=1e-12)
     own, _ = q.fit_prior(np.ascontiguousarray(P[:, buckets == 1]))
     assert_allclose(found.weights[1], own, atol=1e-4)
-    mixed = found.mix(P, buckets)
     each = found.weights[buckets].T * P
-    assert_allclose(mixed, each.sum(axis=0))
-    assert np.log(mixed).mean() > np.log(v @ P).mean() + 0.01
-
-
-def test_strength_by_documents():
-    """Buckets that say something are pulled little, those that say nothing much."""
-    P, buckets = some_predictions()
+    assert_allclose(found.mix(P, buckets), each.sum(axis=0))
     documents = np.arange(P.shape[1]) // 20
     assert gate.choose_strength(P, buckets, 2, documents) == gate.STRENGTHS[0]
-    nothing = np.random.default_rng(2).integers(10, size=P.shape[1])
-    assert gate.choose_strength(P, nothing, 10, documents) >= 300
 
-
-# A counted run ----------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
 def counted(finished, base):
@@ -254,8 +187,9 @@ def counted(finished, base):
     return base / "counted/first_counted"
 
 
-def test_counted_run(counted, finished, corpus, capsys):
-    """Seven members, of which four are the run's, and weights by context that log_probs gives."""
+def test_counted_run(counted, finished, corpus, logs, capsys):
+    """Seven members, of which four are the run's, and weights by context that log_probs gives;
+    neighbours come in front of those that count."""
     cached = predictions_of(counted)
     assert np.array_equal(cached["val"][:4], predictions_of(finished)["val"])
     result = read_json(counted / "result.json")
@@ -266,7 +200,6 @@ def test_counted_run(counted, finished, corpus, capsys):
     rows = sequences[:8]
     tokens = torch.from_numpy(rows)
     p = mixed.log_probs(tokens[:, :-1]).exp()
-    assert_allclose(p.sum(-1), 1, atol=1e-5)
     buckets = load_file(counted / "gate.safetensors")["val"]
     assert np.array_equal(mixed.buckets(sequences[:, :-1]).flatten(), buckets)
     expected = mixed.gate.mix(cached["val"][mixed.members], buckets)
@@ -279,58 +212,21 @@ def test_counted_run(counted, finished, corpus, capsys):
     assert f"by context, {len(mixed.members)} {loss:8.5f}" in out
     out = works(capsys, "select", counted, "--k", 7)
     assert f"by_context_val_loss:{loss:.5f}" in out
-    out = works(capsys, "sample", counted, "--k", 2, "--tokens", 5, "--seed", 1)
-    assert len(out) > 1
-
-
-def test_counted_with_neighbours(finished, copied, corpus, logs, capsys):
-    """One member more, in front of those that count."""
+    assert works(capsys, "sample", counted, "--k", 2, "--tokens", 5)
     works(capsys, "count", finished, "--neighbours", "--name", "near")
-    result = read_json(logs / "near/result.json")
-    assert [entry.get("kind") for entry in result["curve"][4:]] == [
-        "neighbours", "kneser_ney", "undiscounted", "cache"]
-    member = load_mixture("near").member(4)
-    p = member.true_token_probs(sequences_of(corpus, "val", 64)[:2])
+    p = load_mixture("near").member(4).true_token_probs(sequences[:2])
     assert_allclose(p, predictions_of(logs / "near")["val"][4][:128], rtol=1e-3)
-    assert works(capsys, "sample", "near", "--tokens", 3)
-    with pytest.raises(SystemExit, match="near was counted with --neighbours"):  # no row is
-        check.main([str(copied), "--pack", str(logs / "near")])
-    shutil.rmtree(copied / "members/3")
-    fails(capsys, "members/3 is missing", "count", copied, "--neighbours")
 
 
-@pytest.fixture
-def broken(counted, tmp_path):
-    return shutil.copytree(counted, tmp_path / "broken")
-
-
-def test_mistakes(counted, broken, finished, copied, flags, corpus, tmp_path, logs, capsys):
-    fails(capsys, "has members that count already: count .*first, which", "count", counted)
-    fails(capsys, "count already: average .*first, which", "average", counted)
-    fails(capsys, "count already: pool .*first, which", "pool", counted, finished)
+def test_mistakes(counted, flags, corpus, tmp_path, logs, capsys):
+    for command in ("count", "average", "pool"):
+        said = f"has members that count already: {command} .*first, which"
+        fails(capsys, said, command, counted)
     fails(capsys, "members that count, which cannot teach", *flags, "--teacher", counted)
-    out = tmp_path / "exported"
-    fails(capsys, "members that count, which that model has", "export", counted, "--out", out)
-    for name in ("members/4/model.safetensors", "gate.safetensors"):
-        flip(broken / name, -1)
-        fails(capsys, f"{name.split('/model')[0]} is .*damaged: .*sha256", "sample", broken)
-        flip(broken / name, -1)
-    about = read_json(broken / "result.json")["gate"]
-    for change, said in (({"buckets": 13}, "other buckets"), ({"buckets": 3}, "below 3"),
-                         ({"strength": -1}, "is not positive")):
-        edit_json(broken / "result.json", gate={**about, **change})
-        fails(capsys, f"gate.* damaged: .*{said}", "sample", broken)
+    broken = shutil.copytree(counted, tmp_path / "broken")
+    flip(broken / "gate.safetensors", -1)
+    fails(capsys, "gate.safetensors is .*damaged: .*sha256", "sample", broken)
     (broken / "result.json").unlink()
-    val = corpus / "val.bin"
     edit_json(broken / "members/6/config.json", vocab_size=2 ** 40)
-    fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", val)
-    edit_json(broken / "members/6/config.json", vocab_size=VOCABULARY, kind="oracle")
-    fails(capsys, "knows no member of kind oracle", "evaluate", broken, "--data", val)
-    data = shutil.copytree(corpus, tmp_path / "other")
-    about = read_json(copied / "result.json")
-    edit_json(copied / "result.json", config={**about["config"], "data": str(data)})
-    flip(data / "dev.bin")
-    fails(capsys, "dev.bin is missing or damaged", "count", copied)
-    shutil.rmtree(data)
-    fails(capsys, "manifest.json is missing", "count", copied)
+    fails(capsys, "tokens are no 16-bit", "evaluate", broken, "--data", corpus / "val.bin")
     assert not list(logs.glob("*"))

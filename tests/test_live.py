@@ -1,29 +1,27 @@
-"""What a run under way shows: a status line, curves in trackers, curve.png, a profile; `runs`."""
-import fcntl
+"""What a run under way shows: a status line, curves in trackers, a profile; `runs`. The machines of
+a first hour."""
+import errno
 import json
 import os
 import pty
 import re
 import shutil
-import struct
+import signal
 import sys
 import termios
 import time
 from types import SimpleNamespace
 
 import pytest
+import tiny
+import torch
 from forks import (
-    CYCLE_ENDS, Fork, at_step, differences, disturbed, losses_of, result_of, start, steps_of)
-from tiny import edit_json, fails, read_json, works
+    CYCLE_ENDS, Fork, at_call, at_step, command, differences, disturbed, losses_of, reference,
+    result_of, resume, start, weights_of)
+from tiny import edit_json, read_json, works
 
 import train_q0 as q
 from records import live, plot
-
-
-# Status line ------------------------------------------------------------------------------------
-
-def resize(terminal, columns):
-    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
 
 
 def screen(text):
@@ -37,17 +35,15 @@ def screen(text):
     return lines
 
 
-@pytest.mark.parametrize("wide, narrow", [(100, 30), (0, 0), (2, 1)])
-def test_status_line(wide, narrow, tmp_path, monkeypatch):
+def test_status_line(tmp_path, monkeypatch):
     """The newest step stays in the last line, cut to the width; all else goes above it, and the log
     has every line."""
     terminal, other_end = pty.openpty()
     for name in ("stdout", "stderr"):
         stream = open(os.dup(other_end), "w", buffering=1, encoding="utf-8")
         monkeypatch.setattr(sys, name, stream)
-    resize(terminal, wide)
+    termios.tcsetwinsize(terminal, (24, 100))
     *_, status = live.begin(q.Config(data="x"), {}, SimpleNamespace(track=None, profile=False))
-    stream = sys.stdout
     status.start(None)
     log = q.Log(tmp_path / "log.txt", 0, [status])
     step = dict(traj=0, cycle=(1, 2), loss=3.25, eta="0:01:00")
@@ -56,36 +52,31 @@ def test_status_line(wide, narrow, tmp_path, monkeypatch):
         if i == 2:
             q.say("notice: it is late", "stderr")
             log.event(member=0, val_loss=3.5)
-            resize(terminal, narrow)
+            termios.tcsetwinsize(terminal, (24, 30))
     status.close()
-    assert sys.stdout is stream
     q.say("the end")
     text = ""
     while not text.endswith("the end\r\n"):
         text += os.read(terminal, 10_000).decode()
     assert screen(text) == ["notice: it is late", "member:0 val_loss:3.50000", "the end", ""]
-    if wide == 100:
-        frames = [frame.rstrip() for frame in re.findall("\r(step[^\r\n]*)", text)]
-        line = r"step:\d/4 loss:3.25000 eta:0:01:00 traj:0 cycle:1/2 tok/s:48000 +\d+%\|.*\|"
-        assert re.fullmatch(line, frames[0]) and len(frames[0]) == 99
-        assert frames[-1] == "step:4/4 loss:3.25000 eta:0:01:00"[:29]
+    frames = [frame.rstrip() for frame in re.findall("\r(step[^\r\n]*)", text)]
+    assert frames[0].startswith("step:1/4 loss:3.25000 eta:0:01:00 traj:0 cycle:1/2 tok/s:48000 ")
+    assert frames[-1] == "step:4/4 loss:3.25000 eta:0:01:00"[:29]
     texts = (tmp_path / "log.txt").read_text().splitlines()
     assert [text.split(":")[0] for text in texts] == ["step", "step", "member", "step", "step"]
     os.close(terminal)
     os.close(other_end)
 
 
-# Trackers ---------------------------------------------------------------------------------------
-
 class Wandb:
-    """Stands in for the wandb module: it keeps what it is given, and refuses steps that go back."""
+    """The wandb module: it keeps what it is given, and refuses steps that go back."""
     def __init__(self, file, breaks=False):
         self.file = file
         self.breaks = breaks
 
     def init(self, **options):
-        self.keep({name: str(value) for name, value in options.items() if name != "config"})
-        assert "loss_cap" not in options["config"] and options["config"]["width"] == 32
+        assert options["config"]["width"] == 32
+        self.keep({"id": options["id"]})
         self.step = max([0, *(entry.get("step", 0) + 1 for entry in self.kept())])
         return self
 
@@ -107,96 +98,42 @@ class Wandb:
         return [json.loads(line) for line in self.file.read_text().splitlines()]
 
 
-@pytest.mark.parametrize("kind", ["wandb", "trackio"])
-def test_a_resumed_run_goes_on_with_its_curve(kind, base, logs):
+def test_a_resumed_run_goes_on_with_its_curve(base, logs):
     """Killed between two states: what comes again is not sent again, and no number of the run is
     another one."""
     module = Wandb(logs.parent / "sent.jsonl")
 
     def plant():
-        sys.modules[kind] = module
+        sys.modules["wandb"] = module
 
     def dies():
         plant()
         at_step(13)()
 
-    start(base, logs, *CYCLE_ENDS, "--track", kind, plant=dies).dies()
+    start(base, logs, *CYCLE_ENDS, "--track", "wandb", plant=dies).dies()
     before = [entry["step"] for entry in module.kept() if "step" in entry]
-    Fork(logs, "--resume", "x", "--track", kind, plant=plant).good()
+    Fork(logs, "--resume", "x", "--track", "wandb", plant=plant).good()
     assert not disturbed(base, logs)
     sent = module.kept()
-    first, second = [entry for entry in sent if "resume" in entry]
-    assert first == second and first["resume"] == "allow"
-    assert first["name" if kind == "trackio" else "id"]
+    first, second = [entry for entry in sent if "id" in entry]
+    assert first == second
     train = [entry["train/loss"] for entry in sent if "train/loss" in entry]
     assert before and train == pytest.approx(losses_of(logs / "x"), abs=5.1e-6)
     curve = result_of(logs / "x")["curve"]
-    for name, key in (("member", "loss"), ("uniform", "uniform"), ("learned", "learned")):
-        losses = [entry[f"{name}/val_loss"] for entry in sent if f"{name}/val_loss" in entry]
-        assert losses == [entry[key] for entry in curve]
+    losses = [entry["learned/val_loss"] for entry in sent if "learned/val_loss" in entry]
+    assert losses == [entry["learned"] for entry in curve]
     assert sent[-1] == {"finish": True}
     assert sent[-2]["final/val_loss"] == curve[-1]["learned"]
 
 
-def test_trajectories_are_curves_of_their_own(trained, monkeypatch, tmp_path):
-    module = Wandb(tmp_path / "sent.jsonl")
-    monkeypatch.setitem(sys.modules, "wandb", module)
-    trained("two", "--trajectories", 2, "--cycles", 2, "--track", "wandb")
-    names = [entry["name"] for entry in module.kept() if "name" in entry]
-    assert names == ["two 0", "two 1"]
-    assert len({entry["id"] for entry in module.kept() if "id" in entry}) == 2
-
-
-def test_a_tracker_that_fails_is_off(base, logs):
-    def plant():
-        sys.modules["wandb"] = Wandb(logs.parent / "sent.jsonl", breaks=True)
-
-    fork = start(base, logs, "--track", "wandb", plant=plant).good()
-    told = "notice: --track wandb is off: ConnectionError: no route to the tracker\n"
-    assert fork.err.count("notice") == 1 and told in fork.err
-    assert not disturbed(base, logs)
-
-
-def test_a_tracker_that_is_not_there(flags, logs, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, "trackio", None)
-    fails(capsys, "--track trackio needs its library: pip install trackio ", *flags, "--track",
-          "trackio")
-    assert not logs.exists()
-
-
-def test_tensorboard(trained):
-    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
-    run = trained("x", "--track", "tensorboard", "--cycles", 2)
-    found = reader.EventAccumulator(str(run / "tensorboard/0")).Reload()
-    shown = {point.step: point.value for point in found.Scalars("train/loss")}
-    assert shown == pytest.approx(dict(steps_of(run)), abs=5.1e-6)
-    learned = [point.value for point in found.Scalars("learned/val_loss")]
-    assert learned == pytest.approx([e["learned"] for e in read_json(run / "result.json")["curve"]])
-
-
-# Curve and profile ------------------------------------------------------------------------------
-
-def test_curve_is_drawn_where_it_costs_little(finished, monkeypatch):
-    """The clock goes on by 120 seconds a reading: drawing after 240 s may not take 120."""
-    now = iter(range(0, 10_000, 120))
-    monkeypatch.setattr(live.time, "perf_counter", lambda: next(now))
-    drawn = []
-    monkeypatch.setattr(plot, "draw_curve", lambda path, *args: drawn.append(path))
-    curve = live.Curve()
-    cfg = SimpleNamespace(report="val")
-    curve.start(SimpleNamespace(run=SimpleNamespace(folder=finished), cfg=cfg))
-    for _ in range(5):
-        curve.event(member=3)
-        curve.event("ensemble", prior="uniform")
-        curve.event("ensemble", prior="learned")
-    assert drawn == [finished / "curve.png"]
-
-
-def test_profile(trained, capsys, base):
-    """Of two steps; the run goes on, to the same numbers."""
+def test_a_profile_and_a_tracker_that_fails(trained, logs, monkeypatch, capsys):
+    """Of two steps. The run goes on, to the same numbers."""
     plain = trained("plain")
-    run = trained("x", "--profile")
-    out = capsys.readouterr().out
+    monkeypatch.setitem(sys.modules, "wandb", Wandb(logs.parent / "sent.jsonl", breaks=True))
+    capsys.readouterr()
+    run = trained("x", "--profile", "--track", "wandb")
+    out, error = capsys.readouterr()
+    assert error == "notice: --track wandb is off: ConnectionError: no route to the tracker\n"
     table = re.findall(r"^ +[\d.]+ +[\d.]+% +\d+  \S.*$", out, re.M)
     assert len(table) == 15 and "profile of 2 steps: " in out
     names = {event["name"] for event in read_json(run / "trace.json")["traceEvents"]}
@@ -204,15 +141,11 @@ def test_profile(trained, capsys, base):
     assert not differences(plain, run, ["weights", "log"])
 
 
-# runs -------------------------------------------------------------------------------------------
-
-BROKEN = ("pipes", "empty", "pipe", "endless", "evil?[2J", "huge")
-
-
 def test_runs(finished, interrupted, logs, capsys):
     """Their states, told by locks; folders that are no runs, or hostile, stop nothing."""
     shutil.copytree(finished, logs / "done")
-    for name in ("running", "elsewhere", "silent", "pipes"):
+    edit_json(logs / "done/run.json", time="2020-01-01T00:00:00")
+    for name in ("running", "elsewhere", "silent"):
         shutil.copytree(interrupted, logs / name)
     held = q.Lock(logs / "running/state/0.lock")
     assert held.acquire()
@@ -220,17 +153,9 @@ def test_runs(finished, interrupted, logs, capsys):
         lock = logs / f"{name}/state/0.lock"
         lock.write_text("another machine")
         os.utime(lock, (time.time() - age,) * 2)
-    os.mkfifo(logs / "pipes/log_trajectory1.txt")
-    for name in ("empty", "pipe", "endless", "evil\x1b[2J", "huge"):
+    for name in ("pipe", "evil\x1b[2J"):
         (logs / name).mkdir()
     os.mkfifo(logs / "pipe/run.json")
-    (logs / "endless/run.json").symlink_to("/dev/zero")
-    for name, changes in (("evil\x1b[2J", dict(population="\x1b[2J")), ("huge", dict(epochs=1e99))):
-        about = read_json(interrupted / "run.json")
-        (logs / name / "run.json").write_text(
-            json.dumps({**about, "config": {**about["config"], **changes}}))
-    (logs / "notes.txt").touch()
-    edit_json(logs / "done/run.json", time="2020-01-01T00:00:00")
     out = works(capsys, "runs")
     held.release()
     header, first, *_ = lines = out.splitlines()
@@ -241,6 +166,101 @@ def test_runs(finished, interrupted, logs, capsys):
     states = {line.split()[0]: line.split()[-2] for line in lines[1:]}
     assert states == {
         "done": "complete", "x": "stopped", "running": "running", "elsewhere": "running",
-        "silent": "stopped", **dict.fromkeys(BROKEN, "broken")}
+        "silent": "stopped", "pipe": "broken", "evil?[2J": "broken"}
     learned = [e for e in plot.entries_of(interrupted)][-1]["learned"]
     assert re.search(rf"^x +\S+ \S+ +q0 +6 +2/3 +stopped +{learned:.5f}$", out, re.M)
+
+
+def test_a_rank_of_no_launch_without_locks_or_a_compiler(base, logs):
+    """It is the whole of a run, as any other; what lacks is said once."""
+    def fails(*args):
+        raise torch._dynamo.exc.TorchDynamoException("no C++ compiler")
+
+    def refuses(*args):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    def plant():
+        q.fcntl.flock = refuses
+        q.Trainer.compile_blocks = lambda self: None
+        at_call(q.Trainer, "warm_up", 1, act=fails)
+
+    fork = Fork(logs, *command(base), "--compile", plant=plant, RANK=3).good()
+    assert "notice: nothing is compiled: TorchDynamoException: no C++ compiler" in fork.err
+    assert "compiled:False" in (logs / "x/log.txt").read_text()
+    assert ".lock cannot be locked" in fork.err and "start no second launch" in fork.err
+    assert weights_of(logs / "x") == weights_of(reference(base))
+
+
+def test_the_script_alone(base, logs):
+    """Without records/ it trains and goes on; a later launch that has them writes the result."""
+    def plant():
+        sys.modules["records"] = None
+
+    def dies():
+        plant()
+        at_step(9)()
+
+    start(base, logs, plant=dies).dies()
+    fork = resume(logs, plant=plant).good()
+    assert fork.went_on_from == {0: 5}
+    assert "notice: without records/ a launch only trains: " in fork.err
+    assert not (logs / "x/result.json").exists()
+    assert "written to" in resume(logs).good().out
+    assert not disturbed(base, logs, kinds=("weights", "result"))
+
+
+def test_neither_slow_nor_suspended_is_hanging(base, logs):
+    """15 steps of 0.1 s, and Ctrl-Z for longer than a step may take."""
+    step = q.Optimizer.step
+
+    def slow(*args):
+        time.sleep(0.1)
+        step(*args)
+
+    def plant():
+        q.Optimizer.step = slow
+        at_step(4, lambda: os.kill(os.getpid(), signal.SIGTSTP))()
+
+    fork = Fork(logs, *command(base, "--hang-minutes", 0.02), plant=plant)
+    while not os.waitid(os.P_PID, fork.pid, os.WSTOPPED | os.WNOHANG):
+        time.sleep(0.01)
+    time.sleep(1.5)
+    os.kill(fork.pid, signal.SIGCONT)
+    fork.good()
+
+
+def test_a_terminal_that_is_gone_loses_nothing(base, logs):
+    """Its hangup saves and stops though nobody can be told. What the run lost of its data comes
+    again; in state/ it deletes its own files alone."""
+    def plant():
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
+        reader, writer = os.pipe()
+        os.close(reader)
+        os.dup2(writer, 1)
+        os.dup2(writer, 2)
+        at_step(4, lambda: os.kill(os.getpid(), signal.SIGHUP))()
+
+    assert start(base, logs, plant=plant).wait() == 128 + signal.SIGHUP
+    manifest = logs / "x/data/manifest.json"
+    text = manifest.read_bytes()
+    manifest.unlink()
+    others = [logs / "x/state" / name for name in ("0-notes.txt", "0-1.json")]
+    for file in others:
+        file.touch()
+    assert resume(logs).good().went_on_from == {0: 4}
+    assert manifest.read_bytes() == text
+    assert all(file.exists() for file in others)
+
+
+def test_every_step_drops_other_units(tmp_path):
+    """The seed of a micro-batch is of its trajectory, step and place."""
+    cfg = tiny.small(dropout=0.5, batch_tokens=256)
+    trainer, plan = tiny.trainer(tmp_path / "run", cfg)
+    trainer.start_trajectory(plan[0])
+    trainer.start_cycle(plan[0][0])
+    seeds = []
+    trainer.micro_batch[False] = lambda: seeds.append(torch.initial_seed())
+    for step in range(2):
+        trainer.forward_backward(plan[0][0])
+        trainer.at.step += 1
+    assert len(set(seeds)) == len(seeds) == 2 * (256 // 16 // cfg.micro_batch)

@@ -1,8 +1,6 @@
 """Runs made of runs: average, pool, and a whole run as teacher (`--teacher`)."""
-import functools
 import re
 import shutil
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,18 +11,13 @@ from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.torch import load_file
 from tiny import (
-    MINI, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, run_in,
-    sequences_of, with_file, works)
+    MINI, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, run_in, sequences_of,
+    snapshot, works)
 
 import train_q0 as q
 from records import population
-from records.flops import flops_per_token
 from records.mixture import load_mixture
 from records.population import load_member
-
-
-def member_of(run, member):
-    return load_file(run / f"members/{member}/model.safetensors")
 
 
 def result_of(run):
@@ -33,8 +26,9 @@ def result_of(run):
 
 def assert_mean(run, j, source, members):
     """That member j of a run is the mean of members of another, rounded once to bf16."""
-    found = [member_of(source, i) for i in members]
-    for name, weight in member_of(run, j).items():
+    files = [source / f"members/{i}/model.safetensors" for i in members]
+    found = [load_file(file) for file in files]
+    for name, weight in load_file(run / f"members/{j}/model.safetensors").items():
         mean = torch.stack([w[name].double() for w in found]).mean(0)
         # a sum of float32 in another order: at most one unit of bf16 apart
         torch.testing.assert_close(weight.double(), mean, rtol=2 ** -7, atol=1e-12)
@@ -42,12 +36,10 @@ def assert_mean(run, j, source, members):
 
 @pytest.fixture(scope="module")
 def trained_once(corpus, tmp_path_factory):
-    """A folder with a chain of two members, and a q0 of two trajectories that kept its last two."""
+    """A folder with a chain of two members, and a q0 of two trajectories of two members."""
     logs = tmp_path_factory.mktemp("logs")
-    several = "--cycles 3 --trajectories 2 --keep-members 2 --report dev"
-    for name, flags in (("chain", "--cycles 2 --population chain"), ("several", several),
-                        ("q0", "--cycles 3 --seed 1")):
-        run_in(logs, *MINI, "--data", corpus, "--run", name, *flags.split())
+    for name, flags in (("chain", "--population chain"), ("q0", "--trajectories 2 --seed 1")):
+        run_in(logs, *MINI, "--cycles", 2, "--data", corpus, "--run", name, *flags.split())
     return logs
 
 
@@ -57,11 +49,9 @@ def chain(trained_once, logs):
 
 
 @pytest.fixture
-def three(trained_once, logs):
+def four(trained_once, logs):
     return shutil.copytree(trained_once / "q0", logs / "q0")
 
-
-# average ----------------------------------------------------------------------------------------
 
 def test_average_is_the_mean_of_weights(finished, corpus, logs, capsys):
     """Held-out text chooses how many; predictions and losses are those of the mean. It is a run."""
@@ -81,146 +71,83 @@ def test_average_is_the_mean_of_weights(finished, corpus, logs, capsys):
     assert loss == approx(loss_of(cached["val"]), abs=1e-6)
     newest = loss_of(predictions_of(finished)["val"][3])
     assert f"traj:0 last:{best} val_loss:{loss:.5f} newest_val_loss:{newest:.5f}" in out
-    works(capsys, "average", finished, "--name", "three", "--last", 3)
-    assert_mean(logs / "three", 0, finished, range(1, 4))
-    out = works(capsys, "evaluate", "mean", "--data", corpus / "val.bin")
-    assert f"learned, 1  {loss:.5f}" in out
     fails(capsys, "mean holds averages already: average ", "average", "mean", "--name", "again")
 
 
-def test_average_of_trajectories(trained_once, trained, logs, capsys):
-    """A mean for each, of the members whose weights are still there; the prior mixes them."""
-    source = trained_once / "several"
-    out = works(capsys, "average", source, "--name", "means")
-    tried = re.findall(r"(traj:\d last:\d) h", out)
-    assert tried == ["traj:0 last:1", "traj:0 last:2", "traj:1 last:1", "traj:1 last:2"]
+def test_average_of_trajectories(four, logs, capsys):
+    """A mean for each; the prior mixes them. Without the newest weights, of those before."""
+    (four / "members/1/model.safetensors").unlink()
+    (four / "members/3/model.safetensors").unlink()
+    works(capsys, "average", four, "--name", "means", "--last", 1)
     result = result_of(logs / "means")
-    assert re.search(rf"^   2 .* {result['final_dev_loss']:.5f} ", out, re.M)
-    for j, entry in enumerate(result["curve"]):
-        assert entry["traj"] == j
-        end = 3 * j + 3
-        assert_mean(logs / "means", j, source, range(end - entry["last"], end))
-    student = trained("student", "--population", "single", "--teacher", "means")
-    assert result_of(student)["members"] == 1
+    assert [entry["traj"] for entry in result["curve"]] == [0, 1]
+    for j in range(2):
+        assert_mean(logs / "means", j, four, [2 * j])
 
 
-def edited(name, part, **changes):
-    """Damage: change a part of a JSON file."""
-    def damage(run):
-        found = read_json(run / name)[part]
-        edit_json(run / name, **{part: {**found, **changes}})
-    return damage
-
-
-@pytest.mark.parametrize("argv, damage, message", [
-    (["--last", "5"], None, "the weights of 4 members of a trajectory: --last 5 is out of range"),
-    (["--name", "a/b"], None, "--name a/b must be a plain name"),
-    (["--name", "taken"], None, "taken exists: give another --name"),
-    ([], edited("run.json", "data", val=[]), "does not hold the data of .*copied any more: their"),
-    ([], with_file("members", shutil.rmtree), "copied has the weights of 0 members of a traj")])
-def test_bad_average(argv, damage, message, copied, logs, capsys):
+def test_bad_average(copied, logs, capsys):
     (logs / "taken").mkdir(parents=True)
-    if damage:
-        damage(copied)
-    fails(capsys, message, "average", copied, *argv)
+    for argv, said in (
+            (["--last", "5"], "the weights of 4 members of a trajectory: --last 5 is out of range"),
+            (["--name", "taken"], "taken exists: give another --name")):
+        fails(capsys, said, "average", copied, *argv)
+    data = read_json(copied / "run.json")["data"]
+    edit_json(copied / "run.json", data={**data, "val": []})
+    fails(capsys, "does not hold the data of .*copied any more: their", "average", copied)
     assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
 
 
-@pytest.mark.parametrize("command", ["average", "pool"])
-def test_no_torchrun(command, finished, monkeypatch, capsys):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    fails(capsys, f"{command} needs no torchrun", command, finished)
-
-
-# pool -------------------------------------------------------------------------------------------
-
-def test_pooled_runs_are_one_population(chain, three, logs, capsys):
+def test_pooled_runs_are_one_population(chain, four, logs, capsys):
     """Members, hashes and predictions of a chain and of q0; one prior over all."""
-    out = works(capsys, "pool", "chain", three, "--name", "both")
+    out = works(capsys, "pool", "chain", four, "--name", "both")
     both = logs / "both"
     result = result_of(both)
-    assert list(result["pool_of"]) == [str(chain), str(three)]
+    assert list(result["pool_of"]) == [str(chain), str(four)]
     sources = [(entry["member"], entry["run"]) for entry in result["curve"]]
-    assert sources == list(enumerate([str(chain)] * 2 + [str(three)] * 3))
+    assert sources == list(enumerate([str(chain)] * 2 + [str(four)] * 4))
     found = predictions_of(both)
     for split, p in found.items():
-        parts = [predictions_of(run)[split] for run in (chain, three)]
+        parts = [predictions_of(run)[split] for run in (chain, four)]
         assert np.array_equal(p, np.concatenate(parts))
     for i, source in sources:
-        theirs = member_of(Path(source), i - 2 if i >= 2 else i)
-        for name, weight in member_of(both, i).items():
-            assert torch.equal(weight, theirs[name])
+        theirs = Path(source) / f"members/{i - 2 if i >= 2 else i}"
+        assert snapshot(both / f"members/{i}") == snapshot(theirs)
     weights, _ = q.fit_prior(found["heldout"])
     loss = population.mixture_loss(found["val"], weights)
     assert result["final_val_loss"] == approx(loss, abs=1e-6)
+    uniform = loss_of(found["val"].mean(axis=0))
+    assert result["curve"][-1]["uniform"] == approx(uniform, abs=1e-6)
     alone = result_of(chain)["final_val_loss"]
     assert f"run:chain members:2 learned_val_loss:{alone:.5f} pooled_val_loss:{alone:.5f}" in out
-    assert not list(logs.glob("*.tmp"))
 
 
-def test_a_pool_is_a_run(chain, three, corpus, logs, capsys):
-    """Every command takes it; a pool of pools has the members of all."""
+def test_a_pool_is_a_run(chain, four, corpus, logs, capsys):
+    """Every command takes it, another pool too."""
     works(capsys, "pool", "chain", "--name", "one")
     works(capsys, "pool", "one", "q0", "--name", "chain_pool")
     pooled = logs / "chain_pool"
-    assert result_of(pooled)["members"] == 5
     loss = result_of(pooled)["final_val_loss"]
     out = works(capsys, "evaluate", pooled, "--data", corpus / "val.bin")
     assert re.search(rf" learned, \d  {loss:.5f} ", out)
     fails(capsys, "pool: average the runs it was made of: .*chain, ", "average", "chain_pool")
-    assert "chain_pool is complete" in works(capsys, "--resume", "chain_pool")
     works(capsys, "count", "chain_pool")
     counted = result_of(logs / "chain_pool_counted")
-    assert (counted["members"], counted["loss_before"]) == (8, loss)
-    assert len(load_mixture("chain_pool_counted").counting) == 3
+    assert (counted["members"], counted["loss_before"]) == (9, loss)
     pattern = r"chain brings the members of \S+chain a second time"
     fails(capsys, pattern, "pool", "chain_pool", "chain")
-    (three / "members/2/model.safetensors").unlink()  # a pool holds its members by itself
+    (four / "members/2/model.safetensors").unlink()  # a pool holds its members by itself
     assert load_mixture("chain_pool").member(4)
 
 
-@pytest.mark.parametrize("damage, argv, message", [
-    (edited("result.json", "data", heldout=[]), [], "q0 differs from .*chain in .*data.*: runs"),
-    (with_file("result.json", Path.unlink), [], "q0 is not complete: go on with it"),
-    (with_file("members/0/config.json", functools.partial(edit_json, format=1)), [],
-     "q0/members/0 .* of format 1, this script reads 3"),
-    (None, ["--name", "q0"], "q0 exists: give another --name"),
-    (None, ["nobody"], "no run nobody under")])
-def test_bad_pool(damage, argv, message, chain, three, logs, capsys):
-    if damage:
-        damage(three)
-    fails(capsys, message, "pool", "chain", "q0", *argv)
-    assert sorted(f.name for f in logs.iterdir()) == ["chain", "q0"]
+def test_bad_pool(chain, four, logs, capsys):
+    data = result_of(four)["data"]
+    edit_json(four / "result.json", data={**data, "heldout": []})
+    fails(capsys, "q0 differs from .*chain in .*data.*: runs", "pool", "chain", "q0")
+    (four / "result.json").unlink()
+    fails(capsys, "q0 is not complete: go on with it", "pool", "chain", "q0")
+    fails(capsys, "no run nobody under .*: the command `runs` lists", "pool", "chain", "nobody")
+    assert sorted(f.name for f in logs.iterdir()) == ["chain", "q0"]  # nothing half-written
 
-
-def test_members_of_several_shapes(trained, corpus, logs, capsys, monkeypatch):
-    """Other layers, widths and windows: they mix, and teach together."""
-    trained("short", "--cycles", 2, "--layers", 3, "--windows", "SL", "--short-window", 8)
-    trained("wide", "--cycles", 1, "--width", 64, "--no-value-embeds", "--windows", "S",
-            "--short-window", 5)
-    works(capsys, "pool", "short", "wide", "--name", "x")
-    mixed = replace(load_mixture("x"), members=[0, 2], weights=[0.3, 0.7])
-    tokens = torch.from_numpy(sequences_of(corpus, "val", 32)[:16])
-    p = mixed.log_probs(tokens[:, :-1]).exp()
-    cached = predictions_of(logs / "x")["val"]
-    expected = 0.3 * cached[0] + 0.7 * cached[2]
-    found = p.gather(2, tokens[:, 1:, None]).flatten()
-    assert_allclose(found, expected[:len(found)], rtol=1e-4)
-    assert works(capsys, "sample", "x", "--tokens", 3)
-    everyone = ([0, 1, 2], [0.3, 0.3, 0.4])  # the prior may choose one shape alone
-    monkeypatch.setattr(population, "best_members", lambda heldout, k=None: everyone)
-    student = result_of(trained("student", "--population", "single", "--teacher", "x"))
-
-    def flops(path):
-        return flops_per_token(q.Config(**read_json(path)["config"]), VOCABULARY)
-
-    trained_, _ = flops(logs / "student/run.json")
-    taught = sum(flops(path)[1] for path in (logs / "x/members").glob("*/config.json"))
-    alone = student["flops"] - student["teacher_flops"]
-    assert student["teacher_flops"] / alone == approx(taught / trained_)  # for every token
-
-
-# --teacher --------------------------------------------------------------------------------------
 
 SIZES = ["--seq-len", 64, "--micro-batch", 8]  # of `finished`, whose prior mixes several members
 SINGLE = ["--population", "single", "--teacher"]
@@ -255,40 +182,31 @@ def test_population_teaches_one_model(finished, trained, monkeypatch):
     result = result_of(student)
     # more than one member of the student's size
     assert result["teacher_flops"] > (result["flops"] - result["teacher_flops"]) / 3
-    entry, = result["curve"]
-    assert entry["distilled"] == 1
-    best = result_of(trained("two", *SIZES, *SINGLE, finished, "--teacher-k", 1))
-    assert best["teacher_flops"] == approx(result["teacher_flops"] / len(mixed.members))
 
 
-def test_stopped_student_goes_on(three, trained, flags, logs, monkeypatch, capsys):
+def test_stopped_student_goes_on(four, trained, flags, logs, monkeypatch, capsys):
     """Under the same teacher alone."""
+    calls = []
+    training_loss = q.training_loss
+
     def heard(*args):
         calls.append(1)
         if len(calls) == 9:
             patch.setattr(q.Stopped, "signal", 15)
         return training_loss(*args)
 
-    calls = []
-    training_loss = q.training_loss
     with monkeypatch.context() as patch:
         patch.setattr(q, "training_loss", heard)
         assert q.main([*flags, *SINGLE, "q0"]) == 143
-    kept = shutil.copytree(three, logs / "kept")
-    shutil.rmtree(three)
+    kept = four.rename(logs / "kept")
     trained("q0", "--cycles", 2)
     fails(capsys, "x exists and differs in teacher", "--resume", "x")
-    shutil.rmtree(three)
-    kept.rename(three)
+    shutil.rmtree(four)
+    kept.rename(four)
     works(capsys, "--resume", "x")
     assert weights_of(logs / "x") == weights_of(trained("whole", *SINGLE, "q0"))
-
-
-@pytest.mark.parametrize("argv, message", [
-    (["--teacher", "nobody"], "no run nobody under"),
-    (["--softcap", "20"], r"is \(300, 15.0, 32\), this run's \(300, 20.0, 32\)"),
-    (["--seq-len", "64", "--micro-batch", "8"], r"this run's \(300, 15.0, 64\)"),
-    (["--teacher-k", "0"], "--teacher-k 0 is out of range")])
-def test_bad_teachers(argv, message, chain, flags, logs, capsys):
-    fails(capsys, message, *flags, *SINGLE, "chain", *argv)
-    assert not (logs / "x").exists()
+    for argv, said in (
+            (["--softcap", "20"], r"is \(300, 15.0, 32\), this run's \(300, 20.0, 32\)"),
+            (["--teacher-k", "0"], "--teacher-k 0 is out of range")):
+        fails(capsys, said, *flags, "--run", "new", *SINGLE, "q0", *argv)
+    assert not (logs / "new").exists()

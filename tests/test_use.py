@@ -1,32 +1,31 @@
-"""A population in use: mixtures, select, evaluate and sample; and tools that read finished runs."""
-import gc
-import json
+"""A population in use: mixtures, select, evaluate, sample and compare; the same under attack, where
+a mistake ends in one line and destroys nothing."""
 import math
+import os
 import re
 import shutil
-import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from forks import Fork, planted, weights_of
 from numpy.testing import assert_allclose
 from pytest import approx
 from tiny import (
-    END, VOCABULARY, edit_json, fails, loss_of, predictions_of, read_json, read_shard,
-    sequences_of, shard_bytes, works)
+    END, VOCAB, VOCABULARY, build, edit_json, fails, loss_of, make_data, predictions_of,
+    random_documents, random_tokens, read_json, read_shard, sequences_of, shard_bytes, snapshot,
+    works)
 
 import train_q0 as q
-from records import figures, mixture, plot, pool, population, prior
-from records.mixture import load_mixture
-from records.population import read_predictions
+from records import generate, plot, runs, use
+from records.mixture import Mixture, Text, load_mixture, load_tokenizer
 
 
 @pytest.fixture(scope="session")
 def encoding(corpus):
-    return mixture.load_tokenizer(corpus)["encoding"]
+    return load_tokenizer(corpus)["encoding"]
 
-
-# A mixture --------------------------------------------------------------------------------------
 
 def test_mixture_reproduces_the_run(finished, corpus, encoding):
     """Members give the cached predictions bit for bit, weights are the prior's, log_probs is the
@@ -44,19 +43,11 @@ def test_mixture_reproduces_the_run(finished, corpus, encoding):
         assert np.array_equal(p, cached[i, :p.size])
     tokens = torch.from_numpy(sequences)
     p = mixed.log_probs(tokens[:, :-1]).exp()
-    assert p.shape == (16, 64, VOCABULARY) and p.dtype == torch.float32
     found = p.gather(2, tokens[:, 1:, None]).flatten()
     expected = mixed.weights @ cached[mixed.members, :len(found)]
     assert_allclose(found, expected, rtol=1e-5)  # of float32, with logits up to 15
-    assert_allclose(p.sum(-1), 1, atol=1e-5)
     text = "an été of <|endoftext|> words"
-    tokens = mixed.encode(text)
-    assert tokens == [END, *encoding.encode_ordinary(text)]
-    assert mixed.encoding.decode(tokens[1:]) == text
-    assert mixed.manifest == read_json(corpus / "manifest.json")
-
-
-MANIFEST = "data/manifest.json"
+    assert mixed.encode(text) == [END, *encoding.encode_ordinary(text)]
 
 
 # evaluate --data --------------------------------------------------------------------------------
@@ -65,124 +56,81 @@ COLUMNS = ("loss", "low", "high", "perplexity", "bits", "more", "more_low", "mor
 
 
 def rows_of(out):
-    """{name: {column: number or None}} of the table of losses."""
+    """{name: {column: number}} of the table of losses."""
+    _, table = out.split("more than the last row\n")
+    table, *_ = table.split("   k ")
     found = {}
-    for line in out.split("   k ")[0].splitlines()[2:]:
-        words = re.sub("[()]", " ", line[27:]).split()
-        numbers = [float(w) if w != "n/a" else None for w in words]
-        name = line[:27].strip()
-        found[name] = dict(zip(COLUMNS, numbers, strict=True))
+    for line in table.splitlines():
+        words = re.sub("[()]", " ", line[27:])
+        words = words.replace("n/a", "nan")
+        numbers = map(float, words.split())
+        found[line[:27].strip()] = dict(zip(COLUMNS, numbers))
     return found
-
-
-def weights_compared(run):
-    """{name: weights of all members}: the mixtures that evaluate shows."""
-    heldout = predictions_of(run)["heldout"]
-    best = min(range(4), key=lambda i: loss_of(heldout[i]))
-    w = np.array(read_json(run / "result.json")["table"]["weights"])
-    used = w > 1e-6
-    k = used.sum()
-    alone = np.eye(4)
-    found = {f"member {i}": alone[i] for i in range(4)}
-    found[f"best on held-out: member {best}"] = alone[best]
-    found["uniform, all 4"] = np.full(4, 0.25)
-    if k < 4:
-        found[f"uniform, best {k}"] = used / k
-    w[~used] = 0
-    found[f"learned, {k}"] = w / w.sum()
-    return found
-
-
-def intervals(corpus, nats, rng):
-    """Quantiles of means over documents of the validation text, drawn anew."""
-    starts = np.cumsum(read_shard(corpus / "val.bin") == END)
-    n = len(starts) // 65
-    sequences = starts[:65 * n].reshape(n, 65)
-    documents = sequences[:, 1:].flatten()
-    groups = [nats[documents == d + 1] for d in range(documents.max())]
-    draws = rng.integers(len(groups), size=(400, len(groups)))
-    means = []
-    for draw in draws:
-        drawn = np.concatenate([groups[i] for i in draw])
-        means.append(drawn.mean())
-    return np.quantile(means, (0.025, 0.975))
 
 
 def test_evaluate_against_the_cache(finished, corpus, encoding, capsys):
-    """On the run's validation text: losses from its cache, bytes from the decoded text, intervals
-    from a bootstrap written anew; differences are paired."""
+    """On the run's validation text: losses from its cache, bytes from the decoded text."""
     out = works(capsys, "evaluate", finished, "--data", corpus / "val.bin")
     rows = rows_of(out)
-    mixtures = weights_compared(finished)
-    assert list(rows) == list(mixtures)
     targets = sequences_of(corpus, "val", 64)[:, 1:].flatten()
     is_text = targets != END
     size = sum(len(encoding.decode_single_token_bytes(t)) for t in targets[is_text])
     assert out.startswith(f"{len(targets)} tokens predicted, {size} bytes, ")
-    P = predictions_of(finished)["val"].astype(np.float64)
-    *_, learned = mixtures.values()
-    least = -np.log(learned @ P)
-    for name, weights in mixtures.items():
-        row = rows[name]
-        nats = -np.log(weights @ P)
-        assert row["loss"] == approx(nats.mean(), abs=1.1e-5)
-        assert row["perplexity"] == approx(math.exp(nats.mean()), 1e-3)
-        assert row["more"] == approx(nats.mean() - least.mean(), abs=1e-4)
-        bits = nats[is_text].sum() / math.log(2) / size
-        assert row["bits"] == approx(bits, abs=1e-4)
-        for values, shown in (
-                (nats, ("low", "high")), (nats - least, ("more_low", "more_high"))):
-            ends = intervals(corpus, values, np.random.default_rng(1))
-            # 400 draws against 1,000: an end of the interval errs by a tenth of its width
-            slack = 0.2 * np.ptp(ends) + 1e-4
-            assert [row[x] for x in shown] == approx(ends, abs=slack)
     result = read_json(finished / "result.json")
+    learned = np.array(result["table"]["weights"])
+    mixtures = {f"learned, {sum(learned > 1e-6)}": learned}
+    mixtures["uniform, all 4"] = np.full(4, 0.25)
+    for i in range(4):
+        mixtures[f"member {i}"] = np.eye(4)[i]
+    assert rows.keys() > mixtures.keys()
+    P = predictions_of(finished)["val"].astype(np.float64)
+    least = loss_of(learned @ P)
+    for name, weights in mixtures.items():
+        nats = -np.log(weights @ P)
+        bits = nats[is_text].sum() / math.log(2) / size
+        row = rows[name]
+        assert row["loss"] == approx(nats.mean(), abs=1.1e-5)
+        assert row["more"] == approx(nats.mean() - least, abs=1e-4)
+        assert row["bits"] == approx(bits, abs=1e-4)
     last, = re.findall(r"^   4 .*$", out, re.M)
-    uniform, learned = result["uniform_val_loss"], result["final_val_loss"]
-    assert last.startswith(f"   4   {uniform:.5f}   {learned:.5f} ")
+    uniform = result["uniform_val_loss"]
+    assert last.startswith(f"   4   {uniform:.5f}   {result['final_val_loss']:.5f} ")
 
 
-def test_one_member_in_memory(finished, corpus, capsys, monkeypatch):
-    """Each member is read once, and is gone when the next one comes."""
-    seen = []
-    load = population.load_member
-
-    def one_at_a_time(*args, **kwargs):
-        gc.collect()
-        # the one that told the shapes, and at most one more
-        assert sum(ref() is not None for ref in seen) <= 2
-        model = load(*args, **kwargs)
-        seen.append(weakref.ref(model))
-        return model
-
-    monkeypatch.setattr(population, "load_member", one_at_a_time)
-    shards = (corpus / "heldout.bin", corpus / "dev.bin")
-    out = works(capsys, "evaluate", finished, "--data", *shards)
-    assert len(seen) == 5
-    n = sum(len(read_shard(file)) for file in shards) // 65
-    assert out.startswith(f"{64 * n} tokens predicted")
+def test_intervals_are_of_documents(capsys):
+    """Each is drawn whole; differences between rows are paired."""
+    documents = np.repeat(np.arange(100), 20)
+    of_document = np.random.default_rng(0).normal(3, 1, size=100)
+    nats = of_document[documents]
+    use.print_losses({"a": nats + 0.5, "b": nats}, documents, documents >= 0, 0)
+    rows = rows_of(capsys.readouterr().out)
+    error = 1.96 * of_document.std() / 10
+    low, high = rows["b"]["low"], rows["b"]["high"]
+    # single tokens would give a quarter of it
+    assert high - nats.mean() == approx(error, rel=0.2)
+    assert nats.mean() - low == approx(error, rel=0.2)
+    assert rows["a"]["more_low"] == rows["a"]["more_high"] == 0.5
 
 
 def test_evaluate_other_data(copied, corpus, capsys):
     """Bytes need a tokenizer; data efficiency is of FineWeb's validation text."""
-    edit_json(copied / MANIFEST, name="fineweb")
+    manifest = copied / "data/manifest.json"
+    edit_json(manifest, name="fineweb")
     assert "\ndata_efficiency:" in works(capsys, "evaluate", copied, "--data", corpus / "val.bin")
-    edit_json(copied / MANIFEST, tokenizer=None)
-    out = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
-    assert ", 0 bytes," in out and "data_efficiency" not in out
-    assert rows_of(out)["uniform, all 4"]["bits"] is None
+    edit_json(manifest, tokenizer=None)
+    shards = (corpus / "heldout.bin", corpus / "dev.bin")
+    out = works(capsys, "evaluate", copied, "--data", *shards)
+    n = sum(len(read_shard(file)) for file in shards) // 65
+    assert out.startswith(f"{64 * n} tokens predicted, 0 bytes,")
+    assert "data_efficiency" not in out
+    assert math.isnan(rows_of(out)["uniform, all 4"]["bits"])
 
 
 @pytest.mark.parametrize("argv, message", [
     ([], "needs either --data SHARD or --tasks NAMES"),
-    (["--data", "x.bin", "--tasks", "piqa"], "not both: run it once for each"),
-    (["--data", "missing.bin"], "shard missing.bin is missing or damaged"),
-    (["--data", "."], r"is a folder: name a shard in it \(foreign.bin, short.bin\)"),
     (["--data", "short.bin"], "has 64 tokens, fewer than one sequence of 65"),
-    (["--data", "foreign.bin"], "beyond the vocabulary of 300"),
-    (["--device", "cuda"], "torch sees no GPU")])
+    (["--data", "foreign.bin"], "beyond the vocabulary of 300")])
 def test_bad_evaluate(argv, message, finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.chdir(tmp_path)
     (tmp_path / "short.bin").write_bytes(shard_bytes([END] * 64))
     (tmp_path / "foreign.bin").write_bytes(shard_bytes([VOCABULARY] * 650))
@@ -191,237 +139,270 @@ def test_bad_evaluate(argv, message, finished, tmp_path, monkeypatch, capsys):
 
 # sample -----------------------------------------------------------------------------------------
 
-def test_sample_command(finished, monkeypatch, capsys):
-    """The prompt, then what follows, each piece at once; the seed decides."""
+def test_sample_command(finished, capsys):
+    """The prompt, then what follows; the seed decides."""
     asked = ("sample", finished, "--prompt", "bale", "--tokens", 20)
+    plain = works(capsys, *asked)
     first = works(capsys, *asked, "--seed", 1)
     assert first.startswith("bale") and first.endswith("\n")
-    assert works(capsys, *asked, "--seed", 1) == first != works(capsys, *asked)
-    cold = works(capsys, *asked, "--temperature", 0, "--seed", 1)
-    assert cold == works(capsys, *asked, "--temperature", 0)
-    assert cold == works(capsys, *asked, "--top-p", 0)
-    two = works(capsys, *asked, "--samples", 2, "--stream")
-    assert two.startswith(f"--- sample 0\n{works(capsys, *asked)}--- sample 1\nbale")
-    printed = []
-    monkeypatch.setattr("builtins.print", lambda *args, **how: printed.append((args, how)))
-    q.main(["sample", str(finished), "--tokens", "2"])
-    assert [how for _, how in printed[:-1]] == [{"end": "", "flush": True}] * 4
+    assert first != plain
+    assert works(capsys, *asked, "--seed", 1) == first
+    cold = works(capsys, *asked, "--temperature", 0)
+    assert works(capsys, *asked, "--top-p", 0, "--seed", 1) == cold
+    two = works(capsys, *asked, "--samples", 2)
+    assert two.startswith(f"--- sample 0\n{plain}--- sample 1\nbale")
+    fails(capsys, "argument --temperature: .*nan", *asked, "--temperature", "nan")
 
 
-class Fixed:
-    """A reader: the next token has the distribution `p` whatever came before; `asked` came."""
-    seq_len = 64
+class Letters:
+    """An encoding of bytes."""
+    eot_token = VOCAB - 1
+    n_vocab = VOCAB
 
-    def __init__(self, p):
-        self.asked = []
-        self.p = torch.zeros(VOCABULARY)
-        for token, x in p.items():
-            self.p[token] = x
+    def encode_ordinary(self, text):
+        return [*text.encode()]
 
-    def read(self, tokens):
-        self.asked.append(tokens[0].tolist())
-        return self.p.log()[None]
-
-    def repeat(self, n):
-        assert n == 1
+    def decode_single_token_bytes(self, token):
+        return bytes([token])
 
 
-@pytest.fixture
-def fixed(finished, monkeypatch):
-    """fixed({token: probability}) -> a mixture that reads so."""
-    def make(p):
-        mixed = load_mixture(finished, k=1)
-        reader = Fixed(p)
-        monkeypatch.setattr(mixture.Mixture, "reader", lambda self: reader)
-        return mixed
-    return make
-
-
-@pytest.mark.parametrize("options, expected", [
-    ({}, [50, 25, 15, 10]),
-    (dict(temperature=0.5), [72.5, 18.1, 6.5, 2.9]),  # in proportion to the squares
-    (dict(top_p=0.75), [66.7, 33.3, 0, 0]),  # a and b have it exactly
-    (dict(top_p=0.76), [55.6, 27.8, 16.7, 0]),
-    (dict(temperature=0.0), [100, 0, 0, 0])])
-def test_frequencies_of_what_is_drawn(options, expected, fixed):
-    p = dict(zip(b"abcd", (0.5, 0.25, 0.15, 0.1)))
-    pieces = list(fixed(p).generate("", tokens=1000, **options))
-    percent = [pieces.count(c) / 10 for c in "abcd"]
+@pytest.mark.parametrize("temperature, top_p, expected", [
+    (0.5, 1, [72.5, 18.1, 6.5, 2.9]),  # in proportion to the squares
+    (1, 0.75, [66.7, 33.3, 0, 0]),  # the first two have it exactly
+    (1, 0.76, [55.6, 27.8, 16.7, 0])])
+def test_frequencies_of_what_is_drawn(temperature, top_p, expected):
+    log_p = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    text = Text(Letters(), 0)
+    drawn = [text.draw(log_p, temperature, top_p) for _ in range(1000)]
+    percent = np.bincount(drawn, minlength=4) / 10
     assert_allclose(percent, expected, atol=6)  # deviations are 1.6 at most
 
 
-def test_generated_text(fixed):
-    """It ends with the document, which is not shown; half a character is never shown as it stands;
-    of the prompt the last seq_len tokens are read, then each token once."""
-    text = "".join(fixed({97: 0.9, END: 0.1}).generate("ba", 1000))
-    assert set(text) == {"a"} and len(text) < 200
-    assert "".join(fixed({0xE2: 1.0}).generate("", 1)) == "\ufffd"
-    for prompt in ("ba", "b" * 100):
-        mixed = fixed({97: 1.0})
-        list(mixed.generate(prompt, 2))
-        assert mixed.reader().asked == [mixed.encode(prompt)[-64:], [97]]
+def test_pieces():
+    """A text ends with the document, whose end is not shown, as half a character is not."""
+    text = Text(Letters(), 0)
+    assert [text.piece(token) for token in (97, VOCAB - 1, 98, None)] == ["a", "", "", ""]
+    assert text.ended
+    text = Text(Letters(), 0)
+    assert [text.piece(token) for token in (0xE2, None)] == ["", "\ufffd"]
 
 
-# Tools that read finished runs ------------------------------------------------------------------
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory):
+    """mixed(options) -> a mixture of members with all features, and one of another shape."""
+    folder = tmp_path_factory.mktemp("generate")
+    every = dict(layers=3, loop_first=1, loop_last=1, loop_passes=2, dropout=0.1)
+    fewer = dict(windows="L", unet=False, loop_passes=1, smear=False, induction=False,
+                 head_mixing=False, mtp_weight=0.0)
+    for i, changes in enumerate((every, every, every | fewer)):
+        model = build(i, **changes)
+        q.save_member(folder / f"members/{i}", model.cfg, VOCAB, dict(model.named_parameters()), {})
 
-def test_prior(finished):
-    """records/prior.py: other ways to choose members and weights."""
-    result = read_json(finished / "result.json")
-    rows = prior.rows_of(str(finished))
-    table = {row["k"]: row for row in result["table"]["rows"]}
-    assert rows["learned, all 4"] == approx(result["final_val_loss"], abs=1e-7)
-    assert rows["newest member alone"] == approx(result["last_member_val_loss"], abs=1e-7)
-    assert rows["top 2, renormalised"] == approx(table[2]["learned"], abs=1e-6)
-    assert rows["pruned to 2"] == approx(table[2]["pruned"], abs=1e-6)
-    heldout = predictions_of(finished)["heldout"]
-    best, _ = prior.greedy(heldout, 2)
-    assert best == min(range(4), key=lambda i: loss_of(heldout[i]))
+    def make(**options):
+        return Mixture(
+            folder,
+            members=[2, 0, 1],
+            weights=[0.5, 0.3, 0.2],
+            heldout=np.ones((3, 1)),
+            kept=[0, 1, 2],
+            device=torch.device("cpu"),
+            gate=None,
+            manifest={},
+            encoding=Letters(),
+            **options)
+    return make
 
 
-def test_plot():
-    """Where one curve reaches another's loss."""
-    curve = np.array([
-        [2, 0, 5.0],
-        [4, 0, 4.0],
-        [8, 0, 3.0]])
-    for loss, reached in ((3.5, 6), (5.5, 2), (2.9, np.nan)):
-        assert_allclose(plot.reached([curve, curve], loss, plot.EPOCHS), [reached] * 2)
+def test_log_probs(mixed, monkeypatch):
+    """At every position, also beyond the context: there the newer half and what follows count."""
+    monkeypatch.setattr(generate, "READ_ROWS", 4)  # a long text is read in parts
+    mixture = mixed()
+    tokens = random_tokens(2, 27)  # the window moves twice
+    tokens[:, :5] = tokens[:1, :5]
+    reader = mixture.reader()
+    found = [reader.read(tokens[:1, :5]).expand(2, -1)]
+    reader.repeat(2)
+    for token in tokens[:, 5:].split(1, dim=1):
+        found.append(reader.read(token))
+    start = 0
+    wanted = mixture.log_probs(tokens[:, :16])
+    for end, log_p in enumerate(found, start=5):
+        if end - start > 16:
+            start += 8
+            wanted = mixture.log_probs(tokens[:, start:start + 16])
+        # float32, products of other shapes
+        torch.testing.assert_close(log_p, wanted[:, end - start - 1], atol=2e-5, rtol=0)
+
+
+def plain_text(mixture, prompt, tokens, number):
+    """Sample `number` without caches."""
+    text = Text(mixture.encoding, q.seed_of("sample", 7, number))
+    context = mixture.encode(prompt)[-16:]
+    pieces = ""
+    for _ in range(tokens):
+        log_p = mixture.log_probs(torch.tensor([context]))[0, -1]
+        context.append(text.draw(log_p, 1.0, 0.9))
+        pieces += text.piece(context[-1])
+        if len(context) > 16:
+            context = context[8:]
+    return pieces + text.piece(None)
+
+
+def test_samples(mixed, capsys):
+    """Each is what it is without caches, and without the others; also where members are read from
+    the disk for every token."""
+    one = mixed()
+    two = mixed(samples=2, stream=True)
+    prompt = "HARE AND HOUND ARE OLD"
+    options = dict(tokens=10, top_p=0.9, seed=7)
+    texts = ["".join(text) for text in zip(*two.write(prompt, **options))]
+    assert texts == [plain_text(one, prompt, 10, i) for i in range(2)]
+    assert texts[0] != texts[1]
+    assert "read from the disk" in capsys.readouterr().err
+    assert "".join(one.generate(prompt, **options)) == texts[0]
+
+
+def test_place():
+    """One device after the other, a tenth of each is left; None where the last is too small."""
+    files = [SimpleNamespace(shape="a", bytes_on=lambda device, texts: 40 * texts)] * 4
+    found = generate.place(files, [("x", 100), ("y", 30), ("z", 100)], 1)
+    sizes = {key: len(group) for key, group in found.items()}
+    assert sizes == {("x", "a"): 2, ("z", "a"): 2}
+    assert generate.place(files, [("x", 100), ("z", 80)], 1) is None
 
 
 def test_compare(finished, tmp_path, capsys):
-    """Curves of logs, and the best members of a budget."""
+    """Curves of logs, where one reaches another's loss, and the best members of a budget."""
     result = read_json(finished / "result.json")
     log = finished / "log.txt"
-    epochs, spent, losses = plot.curve(log).T
+    found = plot.curve(log)
+    epochs, spent, losses = found.T
     assert epochs.tolist() == [6, 12, 18, 24]
-    # the first cycle has no teacher
-    of_model = result["flops"] - result["teacher_flops"]
-    assert spent[0] == approx(of_model / 4, 1e-3)
     assert spent[-1] == approx(result["flops"], 1e-3)
     assert_allclose(losses, [entry["learned"] for entry in result["curve"]], atol=1e-5)
+    between = losses[1:3].mean()
+    for loss, at in ((between, 15), (losses.min() - 1, np.nan)):
+        assert_allclose(plot.reached([found], loss, plot.EPOCHS), [at])
     out = works(capsys, "compare", finished, f"b={log}", "--out", tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 5000
-    assert "b reaches first's" in out
     lines = [line.split() for line in out.splitlines()]
-    assert ["difference", "-", "+0.0000"] in lines
-    for row in result["table"]["rows"]:
-        assert ["best", str(row["k"]), *2 * [f"{row['pruned']:.4f}"]] in lines
-    worse = plot.curve(log) + [0, 0, 1]
-    (tmp_path / "worse.json").write_text(json.dumps([worse.tolist()]))
-    out = works(capsys, "compare", f"a={log}", f"b={tmp_path}/worse.json", "--out",
-                tmp_path / "x.png")
-    assert out.count("b does not reach a's") == 2  # epochs, FLOPs
+    pruned = f"{result['table']['rows'][1]['pruned']:.4f}"
+    assert ["best", "2", pruned, pruned] in lines
 
 
-@pytest.mark.parametrize("argv, message", [
-    (["a=nothing"], "no runs or files match nothing"),
-    (["RUN", "RUN"], "there is a row first already"),
-    (["RUN", "--out", "x.doc"], "x.doc is not drawn: .*doc"),
-    (["pool"], "made of other runs and has no log: compare those")])
-def test_bad_compare(argv, message, finished, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "pool").mkdir()
-    (tmp_path / "pool/result.json").touch()
-    fails(capsys, message, "compare", *[finished if a == "RUN" else a for a in argv])
-
-
-def test_compare_settings(trained, logs, capsys):
-    """Of a row of two seeds and one under way, on other settings; its picture is under logs/."""
+def test_compare_settings(trained, logs, monkeypatch, capsys):
+    """Of a row of two seeds and one under way, on other settings."""
+    monkeypatch.setattr(plot, "draw", lambda *args: None)
     for seed in (1, 2):
         trained(f"old{seed}", "--seed", seed)
-    new = trained("new", "--lr-head", 0.02, "--report", "dev")
-    same = trained("same", "--lr-head", 0.02)
-    log = same / "log.txt"
+    log = trained("new", "--lr-head", 0.02) / "log.txt"
     under_way, _, _ = log.read_text(encoding="utf-8").partition("\nfinal_")
     log.write_text(under_way + "\n", encoding="utf-8")
-    out = works(capsys, "compare", "old=old*", "same")
+    out = works(capsys, "compare", "old=old*", "new")
     lines = [line.split() for line in out.splitlines()]
     assert lines[:4] == [
-        ["old", "same"],
+        ["old", "new"],
         ["seed", "1", "2", "0"],
         ["lr_head", "0.01", "0.02"],
         ["runs", "2", "1"]]
     assert lines[7][:2] == ["best", "1"]
     assert lines[7][-1] == "-"  # it has no table yet
-    assert (logs / "compare.png").stat().st_size > 5000
-    fails(capsys, "losses on dev and on val text, .* do not compare", "compare", "same", new)
 
 
 def test_verdict():
     """A t-test worked out by hand: t(0.99, df 8) = 2.896, times 0.01581 * sqrt(2 / 5)."""
     first = [np.array([[2.0, 1e9, 4 + i / 100]]) for i in range(5)]
     assert plot.compared(first, first) == "5 | 4.0200 ± 0.0158 | - | - | -"
-    for difference, verdict in (
-            (0.028, "equal"),
-            (0.03, "worse"),
-            (-0.03, "better")):
+    for difference, verdict in ((0.028, "equal"), (0.03, "worse"), (-0.03, "better")):
         other = [curve + [0, 0, difference] for curve in first]
         assert plot.compared(first, other).endswith(f"{difference:+.4f} | 0.0290 | {verdict}")
-    few = [curve + 1 for curve in first[:3]]
-    assert plot.compared(first, few).endswith("worse (n < 5)")
+    assert plot.compared(first, [curve + 1 for curve in first[:3]]).endswith("worse (n < 5)")
 
 
-def test_figures(monkeypatch, capsys):
-    """The pages' figures can be drawn again; the ratios they quote are of committed curves."""
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, name: drawn.append(name))
-    figures.main()
-    assert sorted(drawn) == ["loss.png", "method.png", "ratio.png"]
-    out = capsys.readouterr().out
-    for line in ("1.4M, 32 epochs: 1.15", "1.4M, 128 epochs: 2.65",
-                 "q0, seed 202, 208 epochs: 3.34", "chain, seed 201, 208 epochs: 3.44"):
-        assert line in out
+# Hostile folders, with hashes that match --------------------------------------------------------
+
+def with_tokenizer(**entry):
+    """Damage: another entry of the manifest."""
+    def damage(run):
+        known = read_json(run / "data/manifest.json")["tokenizer"]
+        edit_json(run / "data/manifest.json", tokenizer={**known, **entry})
+    return damage
 
 
-# records/pool.py: large populations from cached predictions -------------------------------------
-
-@pytest.fixture
-def another(finished, tmp_path):
-    """A run like `finished` of another seed, with other predictions."""
-    folder = shutil.copytree(finished, tmp_path / "another")
-    (folder / "result.json").unlink()  # with the hashes of predictions
-    config = read_json(folder / "run.json")["config"]
-    edit_json(folder / "run.json", config={**config, "seed": 1})
-    for file in (folder / "predictions").iterdir():
-        found = read_predictions(file)
-        moved = {split: np.roll(p, 3) for split, p in found.items()}
-        q.save_file(moved, file)
-    return folder
+def link_to_zero(run):
+    (run / "data/tokenizer.tiktoken").unlink()
+    (run / "data/tokenizer.tiktoken").symlink_to("/dev/zero")
 
 
-def pooled(out, size, *runs, options=()):
-    """The curves that records/pool.py writes."""
-    pool.main([*options, str(size), str(out), *map(str, runs)])
-    return plot.curves_in(str(out))
+def other_member(run):
+    shutil.rmtree(run / "members/1")
+    shutil.copytree(run / "members/0", run / "members/1")
 
 
-def test_pooled_curves(finished, another, tmp_path):
-    """Epochs and FLOPs add up; one prior over all members so far, or over the best."""
-    curve, = pooled(tmp_path / "x.json", 2, finished, another)
-    epochs, flops, losses = curve.T
-    assert_allclose(epochs, range(6, 49, 6))
-    single = plot.curve(finished / "log.txt")
-    assert_allclose(curve[:4], single, rtol=1e-4)  # five digits of FLOPs are kept
-    spent = single[:, plot.FLOPS]
-    assert_allclose(flops[4:], spent + spent[-1], rtol=1e-4)
-    both = [predictions_of(run) for run in (finished, another)]
-    heldout = np.concatenate([p["heldout"] for p in both])
-    weights, _ = q.fit_prior(heldout)
-    loss = loss_of(weights @ np.concatenate([p["val"] for p in both]))
-    assert losses[-1] == approx(loss, abs=2e-6)
-    one, two = pooled(tmp_path / "x.json", 1, finished, another, options=["--k=1"])
-    assert len(one) == len(two) == 4
-    table = read_json(finished / "result.json")["table"]
-    pruned = table["rows"][0]["pruned"]
-    assert one[-1, plot.LOSS] == approx(pruned, abs=2e-6)
+@pytest.mark.parametrize("damage, message", [
+    (other_member, "member .*members/1 is missing or damaged: .*sha256"),
+    (with_tokenizer(eot=255), "tokenizer .* is missing or damaged: .*ranks must be distinct"),
+    (with_tokenizer(file=".."), "tokenizer .* is missing or damaged: .*not the name of a regular"),
+    (link_to_zero, "tokenizer.tiktoken is a device or a pipe")])
+def test_hostile_files(damage, message, copied, corpus, capsys):
+    damage(copied)
+    fails(capsys, message, "evaluate", copied, "--data", corpus / "val.bin")
 
 
-def test_runs_that_do_not_pool(finished, another, tmp_path):
-    config = read_json(another / "run.json")["config"]
-    edit_json(another / "run.json", config={**config, "dropout": 0.3})
-    out = tmp_path / "x.json"
-    for second, message in ((another, "another has other settings or data than .*first"),
-                            (finished, "1 different runs")):
-        with pytest.raises(SystemExit, match=message):
-            pooled(out, 2, finished, second)
-    assert not out.exists()
+def test_what_a_mixture_cannot_read(finished, copied, capsys):
+    with pytest.raises(q.UserError, match="65 tokens are more than the 64 that members of"):
+        load_mixture(finished).log_probs(torch.zeros(1, 65, dtype=torch.long))
+    with_tokenizer(pattern=r"(?:(?=a)a|a|aa)*b")(copied)  # at which tiktoken panics
+    fails(capsys, "cannot read that text: .*BacktrackLimitExceeded", "sample", copied, "--prompt",
+          "a" * 100)
+    edit_json(copied / "data/manifest.json", tokenizer=None)
+    fails(capsys, "has no tokenizer", "sample", copied)
+
+
+def test_another_tokenizer(finished, base, flags, capsys):
+    """Of as many entries."""
+    foreign = make_data(base / "foreign", random_documents(1400, seed=3))
+    said = "has another tokenizer than the data of .*first"
+    fails(capsys, said, "evaluate", finished, "--data", foreign / "val.bin")
+    sizes = ["--seq-len", "64", "--micro-batch", "8"]
+    teacher = ["--population", "single", "--teacher", finished]
+    fails(capsys, said, *flags, *sizes, *teacher, "--data", foreign)
+
+
+def test_members_without_weights(copied, corpus, capsys):
+    """The prior is fitted to the others; every command says so and goes on."""
+    for i in (0, 2):
+        (copied / f"members/{i}/model.safetensors").unlink()
+    mixed = load_mixture(copied)
+    assert "copied has no weights of members 0, 2 (--keep-" in capsys.readouterr().err
+    weights, _ = q.fit_prior(predictions_of(copied)["heldout"][[1, 3]])
+    found = dict(zip(mixed.members, mixed.weights))
+    for i, weight in zip((1, 3), weights):
+        assert found.get(i, 0) == pytest.approx(weight, abs=1e-5)
+    out = works(capsys, "evaluate", copied, "--data", corpus / "heldout.bin")
+    names = [line[:27].strip() for line in out.splitlines()[2:4]]
+    assert names == ["member 1", "member 3"] and "uniform, all 2" in out
+
+
+def test_several_at_once(finished, tmp_path):
+    """Each makes a whole run of a name of its own."""
+    logs = tmp_path / "logs"
+    for fork in [Fork(logs, "pool", finished) for _ in range(3)]:
+        fork.good()
+    made = {name: weights_of(logs / name) for name in os.listdir(logs)}
+    assert made.keys() == {"first_pool", "first_pool2", "first_pool3"}
+    assert all(found == weights_of(finished) for found in made.values())
+
+
+def test_what_a_kill_left_goes_and_nothing_else(finished, tmp_path):
+    logs = tmp_path / "logs"
+    Fork(logs, "pool", finished, plant=planted(runs, "finish", 1)).dies()
+    left, = logs.iterdir()
+    assert runs.MAKING.fullmatch(left.name)
+    kept = shutil.copytree(finished, logs / "first_pool.tmp")
+    run = shutil.copytree(finished, logs / left.name.replace(left.name[-15:-7], "abcdefgh"))
+    before = snapshot(kept)
+    Fork(logs, "pool", finished).good()
+    assert not left.exists()
+    assert snapshot(kept) == snapshot(run) == before
+    assert (logs / "first_pool/result.json").exists()
