@@ -8,11 +8,21 @@ import torch
 from numpy.testing import assert_allclose
 from pytest import approx
 from safetensors.numpy import load_file
-from tiny import edit_json, fails, flip, predictions_of, read_json, run_in, sequences_of, works
+from tiny import (
+    VOCABULARY,
+    edit_json,
+    fails,
+    flip,
+    predictions_of,
+    read_json,
+    run_in,
+    sequences_of,
+    works)
 
 import train_q0 as q
-from records import counting, gate
+from records import counting, gate, neighbours
 from records.mixture import load_mixture
+from records.population import load_member
 
 V = 7
 EOT = 6
@@ -129,6 +139,28 @@ def test_distributions_of_what_came_before():
         batch = member.token_probs(torch.from_numpy(sequences[:, :-1])).numpy()
         picked = np.take_along_axis(batch, sequences[:, 1:, None], axis=2)
         assert np.array_equal(member.true_token_probs(sequences), picked.flatten())
+
+
+def test_neighbours_are_the_plain_ones(finished, corpus, monkeypatch):
+    """Contexts weigh by the cosine of hidden states, and bring the token that came after them; what
+    follows changes nothing."""
+    monkeypatch.setattr(neighbours, "CHUNK", 100)
+    model = load_member(finished / "members/3")
+    tokens = sequences_of(corpus, "train", 64).flatten()[:500]
+    member = neighbours.neighbours_of(model, tokens.astype(np.uint16), VOCABULARY - 1)
+    rows = torch.from_numpy(q.cut(tokens, 64))
+    keys = model(rows[:, :-1])[0].flatten(0, 1).double()
+    row = sequences_of(corpus, "val", 64)[0, :-1]
+    hidden, = model(torch.from_numpy(row)[None])[0].double()
+    cosine = torch.cosine_similarity(hidden[:, None], keys, dim=-1)
+    weights = torch.exp(neighbours.SHARPNESS * cosine)
+    P = torch.zeros(len(row), VOCABULARY, dtype=torch.float64)
+    P.index_add_(1, rows[:, 1:].flatten(), weights / weights.sum(dim=1, keepdim=True))
+    u = neighbours.UNIFORM
+    found = member.probs(row)
+    assert found.dtype == np.float32
+    assert_allclose(found, (1 - u) * P + u / VOCABULARY, rtol=0.01)  # keys are float16
+    assert_allclose(member.next_probs(row[:20]), found[19], rtol=1e-3)
 
 
 # The gate ---------------------------------------------------------------------------------------
