@@ -248,7 +248,7 @@ TIMED = re.compile(rf" ?\b(?:{'|'.join(TIMES)}):\S+")
 # of the header: when and how the run was started, settings that change no number, where it ran,
 # and what was derived, which a resumed run is given
 HEADER = re.compile(
-    r'^ *"(?:time|command|processes|save_minutes|keep_members)": .*\n'
+    r'^ *"(?:time|command|processes|save_minutes|keep_members|hang_minutes)": .*\n'
     r"|^\w+: \S+ \(.*\)\n", re.M)
 
 
