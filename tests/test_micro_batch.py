@@ -1,9 +1,9 @@
 """A micro-batch as the trainer runs it: recomputed, compiled, replayed as a graph. test_cost.py has
 its precision, and how often each gradient is added."""
 import contextlib
+import re
 from collections import Counter
 from types import SimpleNamespace
-from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -23,39 +23,28 @@ def storage(tensor):
     return tensor.untyped_storage()._cdata
 
 
-# --recompute -------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def saved_bytes():
-    """{storage: bytes} of what forward passes inside save for their backward pass."""
-    found = {}
-
-    def pack(tensor):
-        found[storage(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    def unpack(tensor):
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
-        yield found
-
-
 def test_recompute_saves_memory_and_changes_nothing():
     """Dropout included. Without loops it recomputes every block, with loops the looped ones."""
+    sizes = {}
+
+    def pack(tensor):
+        sizes[storage(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
     for loops in (3, 1):
         passes = []
-        sizes = []
+        saved = []
         for recompute in (False, True):
             model = build(loop_passes=loops, dropout=0.3, recompute=recompute)
             torch.manual_seed(5)
-            with saved_bytes() as saved:
+            sizes.clear()
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 loss, _ = q.training_loss(model, [], model.cfg, random_tokens(4, 17))
+            saved.append(sum(sizes.values()))
             loss.backward()
             passes.append([loss, *[weight.grad for weight in model.parameters()]])
-            sizes.append(sum(saved.values()))
         assert all(torch.equal(found, wanted) for found, wanted in zip(*passes))
-        assert sizes[1] < 0.75 * sizes[0]
+        assert saved[1] < 0.75 * saved[0]
 
 
 # torch.compile: counted with a backend that runs what was traced, which is quick -----------------
@@ -78,18 +67,6 @@ def graphs(monkeypatch):
     torch._dynamo.reset()
 
 
-def test_graphs_do_not_grow_with_depth(graphs, tmp_path):
-    """One for each kind of block: a short window or not, a value embedding or not."""
-    for layers in (4, 8):
-        graphs.clear()
-        torch._dynamo.reset()
-        cfg = small(layers=layers, loop_first=2, loop_last=3, dropout=0.1)
-        trainer, _ = tiny.trainer(tmp_path / str(layers), cfg)
-        trainer.compile_blocks()
-        trainer.run_micro_batch(False)
-        assert graphs == {("block", True): 4, ("blend", True): 2}
-
-
 SHORT = dict(  # three cycles, of which the middle one has larger batches; the last two are taught
     epochs=3, trajectories=1, cycles=3, distill_after=1, distill_weight=0.45, dropout=0.1,
     layers=2, loop_first=1, loop_last=1, width=32, mlp_hidden=32, micro_batch=4, batch_tokens=128,
@@ -102,28 +79,20 @@ def same_weights(one, two, atol=0.0):
         torch.testing.assert_close(found, master, rtol=0, atol=atol)
 
 
-def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path, monkeypatch):
+def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
     """Teacher and none, two batch sizes, a last batch of the evaluation that is not full, noise;
-    and the weights are those of a run that compiles nothing. The warm-up leaves no timer: it would
-    end whoever only builds a Trainer, and forks would wait for its thread for ever."""
+    and the weights are those of a run that compiles nothing."""
     cfg = small(**SHORT)
     plain = tiny.train(tmp_path / "plain", cfg)
     assert not graphs
-    cfg = q.replace(cfg, compile=True)
-    timer = Mock()
-    with monkeypatch.context() as patch:
-        patch.setattr(q, "faulthandler", timer)
-        compiled, plan = tiny.trainer(tmp_path / "compiled", cfg)
-    called = [call[0] for call in timer.mock_calls]
-    assert called == ["dump_traceback_later", "cancel_dump_traceback_later"]
+    compiled, plan = tiny.trainer(tmp_path / "compiled", q.replace(cfg, compile=True))
     warm = dict(graphs)
-    assert warm
+    assert warm["block", True] == 3  # two layers and the multi-token block
     q.train(compiled, plan)
     assert graphs == warm
     same_weights(plain, compiled, atol=1e-4)
 
 
-# ------------------------------------------------------------------------------------------------
 # CUDA graphs: a fake on the CPU records every operation and runs them again, on the same tensors
 
 class FakeGraph(TorchDispatchMode):
@@ -171,10 +140,6 @@ def cuda_graphs(monkeypatch):
     return FakeGraph.made
 
 
-def losses(trainer):
-    return [entry["loss"] for entry in trainer.at.curve]
-
-
 def test_replayed_graphs_train_the_same(cuda_graphs, tmp_path):
     """To the last bit, with dropout. One graph with, one without a teacher, one of the update."""
     cfg = small(**SHORT, precision="bfloat16")
@@ -187,8 +152,10 @@ def test_replayed_graphs_train_the_same(cuda_graphs, tmp_path):
     replays = [graph.replays for graph in cuda_graphs]
     assert replays == [batches[False], batches[True], replayed.at.step]
     same_weights(plain, replayed)
-    assert losses(plain) == losses(replayed)
-    assert losses(plain)[-1] < losses(plain)[0]
+    losses = []
+    for trainer in (plain, replayed):
+        losses.append([entry["loss"] for entry in trainer.at.curve])
+    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]
 
 
 def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch, capsys):
@@ -196,13 +163,8 @@ def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch,
         raise RuntimeError("operation not permitted")
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
-    cfg = small(**SHORT)
-    plain = tiny.train(tmp_path / "plain", cfg)
-    assert capsys.readouterr().err == ""
-    tried = tiny.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    tiny.train(tmp_path / "graphs", small(**SHORT, graphs=True))
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 3
     for line in said:
-        assert line.startswith("notice: a step is not replayed as a CUDA graph")
-        assert "operation not permitted" in line
-    same_weights(plain, tried)
+        assert re.match("notice: a step is not replayed as a CUDA graph.*not permitted", line)
