@@ -103,10 +103,7 @@ class TestOnDevice:
         assert q.use_triton(DEVICE)
 
     # columns: less than a block and no multiple of a vector; several blocks, the last one ragged
-    @pytest.mark.parametrize("rows, V, padding", [
-        (7, 100, 28),
-        (7, 2501, 0),
-        (3, 4096, 64)])
+    @pytest.mark.parametrize("rows, V, padding", [(7, 100, 28), (7, 2501, 0), (3, 4096, 64)])
     @both_precisions
     def test_rows_loss(self, rows, V, padding, dtype):
         z = drawn(rows, V, seed=1, dtype=dtype, size=4)
@@ -126,9 +123,7 @@ class TestOnDevice:
         for sign in (1, -1):
             check_rows_loss(slope, sign * slope, target, 0.45, T, 0, softcap)
 
-    @pytest.mark.parametrize("targets", [
-        [5, -1, 0, 299, -1, 7, 7],
-        [-1] * 6 + [0]])
+    @pytest.mark.parametrize("targets", [[5, -1, 0, 299, -1, 7, 7], [-1] * 6 + [0]])
     @both_precisions
     def test_ignored_targets_and_saturated_logits(self, targets, dtype):
         z = drawn(7, 300, seed=1, dtype=dtype, size=40)  # most are beyond the soft-cap
@@ -173,28 +168,23 @@ def loss_off_by_a_percent(*given):
 
 @outside
 @pytest.mark.parametrize("loss, reason", [
-    (q.rows_loss_in_torch, None),
-    (loss_off_by_a_percent, "disagrees"),
-    (raises, "Python.h: No such file")])
+    (q.rows_loss_in_torch, ""),
+    (loss_off_by_a_percent, "goes without its Triton kernel.*disagrees"),
+    (raises, "goes without its Triton kernel.*Python.h: No such file")])
 def test_the_kernel_is_trusted_after_a_trial_run(loss, reason, monkeypatch, capsys):
     monkeypatch.setattr(q, "INTERPRETED", True)
     monkeypatch.setattr(q, "rows_loss_in_triton", loss)
     used = q.use_triton.__wrapped__("cpu")
     said = capsys.readouterr().err
-    assert used == (reason is None)
+    assert used == (reason == "")
     assert said.count("\n") == (0 if used else 1)
-    assert used or "goes without its Triton kernel" in said and reason in said
+    assert re.search(reason, said)
 
 
 @outside
-@pytest.mark.parametrize("softcap, T, fits", [
-    (30, 1.2, True),
-    (0, 1, False),
-    (16, 0.5, False)])
+@pytest.mark.parametrize("softcap, T, fits", [(30, 1.2, True), (16, 0.5, False)])
 def test_a_cap_without_a_kernel_is_told(softcap, T, fits, flags, monkeypatch, capsys):
-    kernel = q.loss_in_triton
     monkeypatch.setattr(q, "use_triton", lambda device_type: True)
-    assert kernel("cuda", softcap, T) == fits
     monkeypatch.setattr(q, "rows_loss_in_triton", q.rows_loss_in_torch)
     assert q.main([*flags, "--softcap", str(softcap), "--distill-temperature", str(T)]) == 0
     out, error = capsys.readouterr()
@@ -203,20 +193,8 @@ def test_a_cap_without_a_kernel_is_told(softcap, T, fits, flags, monkeypatch, ca
 
 
 @outside
-def test_a_gpu_without_triton_says_so_once(monkeypatch, capsys):
-    assert not q.use_triton("cpu")
-    monkeypatch.setattr(q, "triton", None)
-    q.use_triton.cache_clear()
-    assert not q.use_triton("cuda")
-    assert not q.use_triton("cuda")
-    said = capsys.readouterr().err
-    q.use_triton.cache_clear()
-    assert "triton is not installed (pip install triton)" in said
-    assert said.count("\n") == 1
-
-
-@outside
 def test_without_triton():
+    """A GPU is told once how to get it; without one nothing is said."""
     program = """
 import sys
 sys.modules["triton"] = None  # import triton raises ImportError
@@ -224,9 +202,11 @@ import torch, train_q0 as q
 hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
 q.ChunkedLoss.apply(hidden, head, 16, torch.arange(4), 15.0)[0].backward()
 assert hidden.grad.any()
+assert not q.use_triton("cuda") and not q.use_triton("cuda")
 """
     done = python("-c", program)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
+    assert "triton is not installed (pip install triton)" in done.stderr
 
 
 # Compiled ahead for an H100 ----------------------------------------------------------------------
@@ -249,15 +229,11 @@ def compiled(kernel, constants, types, options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.fixture
-def cold_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-
-
 @outside
 @pytest.mark.parametrize("taught, dtype", [(False, "*fp32"), (True, "*bf16")])
-def test_the_loss_compiles_for_sm_90a(taught, dtype, cold_cache):
+def test_the_loss_compiles_for_sm_90a(taught, dtype, monkeypatch, tmp_path):
     """Loads are of 16 bytes; three programs fit a multiprocessor's memory."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     constants = dict(TEACHER=taught, BLOCK=q.LOSS_BLOCK)
     types = dict(TYPES, z=dtype, teacher=dtype)
     made = compiled(q.loss_kernel, constants, types, dict(num_warps=8))

@@ -1,10 +1,6 @@
 """Optimizer: every rule against numpy float64 and torch.optim; working copies; memory."""
 import copy
 import math
-import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -146,14 +142,11 @@ def test_polar_express_gives_the_polar_factor(dtype, low, high, off_diagonal, ro
 
 
 def test_a_bound_of_zero_does_not_clip():
-    for bound in (0.0, 2.0):
-        optimizer = published(grad_clip=bound)
-        draw_gradients(optimizer, 0, size=100)
-        grads, norm = gradients(optimizer)
-        share = bound / norm if bound else 1.0
-        optimizer.step(1.0, 1.0)
-        wanted = 0.2 * share * grads["head"].flatten()
-        assert off(optimizer.banks["head"].first, wanted) < 1e-5
+    optimizer = published(grad_clip=0.0)
+    draw_gradients(optimizer, 0, size=100)
+    grads, _ = gradients(optimizer)
+    optimizer.step(1.0, 1.0)
+    assert off(optimizer.banks["head"].first, 0.2 * grads["head"].flatten()) < 1e-5
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -192,12 +185,9 @@ def two_steps(optimizer):
     return optimizer.masters
 
 
-COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
-
-
 @pytest.mark.parametrize("backend", [
     "eager",  # traced only, which is quick
-    pytest.param("inductor", marks=[pytest.mark.slow, COMPILER])])
+    pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compiled_functions_agree(backend, monkeypatch):
     """In a graph for each pair of betas, and for each orientation of a matrix."""
     few = dict(layers=4, loop_passes=1, mtp_weight=0)
@@ -217,17 +207,3 @@ def test_compiled_functions_agree(backend, monkeypatch):
     if backend == "eager":  # inductor may lay a result out anew, which is another graph
         assert counters["stats"]["unique_graphs"] <= 2 + 2 * 3  # AdamW; Muon's two functions
     torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@COMPILER
-def test_a_warm_cache_compiles_the_same(tmp_path):
-    """A second process, a resumed run say, reads what the first one compiled."""
-    case = f"{__file__}::test_compiled_functions_agree[inductor]"
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--slow", case],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            capture_output=True,
-            text=True)
-        assert done.returncode == 0, done.stdout
