@@ -110,7 +110,7 @@ class TestOnDevice:
         teacher = drawn(rows, V, seed=2, dtype=dtype, size=4)
         target = torch.arange(rows, device=DEVICE)
         target[0] = V - 1  # in the last block
-        for T, weight in ((1.0, 0.0), (1.2, 0.45), (0.7, 1.0)):
+        for T, weight in ((1.2, 0.45), (0.7, 1.0)):
             check_rows_loss(z, teacher, target, weight, T, padding)
         # without a teacher cross-entropy, whatever the weight
         check_rows_loss(z, None, target, 0.45, 1.2, padding)
@@ -149,7 +149,7 @@ def test_under_the_interpreter():
     done = python(
         "-m", "pytest", "-p", "no:cacheprovider",
         f"{__file__}::TestOnDevice", ROOT / "tests/test_loss.py", "-k",
-        "TestOnDevice or chunked or true_token", TRITON_INTERPRET="1")
+        "TestOnDevice or (chunked_loss and 3-5.0) or true_token", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert re.search(r"\d\d passed", done.stdout), done.stdout
     assert "skipped" not in done.stdout, done.stdout
