@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -39,8 +38,6 @@ def raising(error):
     return act
 
 
-# Disks -------------------------------------------------------------------------------------------
-
 def limit(size):
     """Stands in for a full disk: a write beyond it is an OSError. Tests may run as root, so
     permissions would stop nothing."""
@@ -62,8 +59,6 @@ def test_disk_full(case, base, logs):
         assert q.sha256_of(logs / f"x/state/{name}.safetensors") == tensors
     assert goes_on(base, logs).went_on_from or case == "result"
 
-
-# Damaged, older and swapped files ----------------------------------------------------------------
 
 def swap(*names):
     def damage(run):
@@ -131,24 +126,15 @@ def test_swapped_files(one, two, pattern, base, interrupted, logs, capsys):
     assert weights_of(interrupted) == weights_of(reference(base))
 
 
-def test_another_corpus_of_the_same_name(tmp_path, logs, capsys):
-    start(tmp_path, logs, plant=at_step(12)).dies()
-    shutil.rmtree(tmp_path / "shards")
-    shards(tmp_path / "shards", 7)
-    fails(capsys, "x exists and differs in train, heldout, dev, val:", "--resume", "x")
-
-
-# Numbers that are not finite ---------------------------------------------------------------------
-
-def poison(step, micro_batch=1):
-    """Plant a gradient that is not finite in a micro-batch of `step` (of two a step)."""
+def poison(step):
+    """Plant a gradient that is not finite in the second micro-batch of `step` (of two a step)."""
     real = q.training_loss
     calls = []
 
     def loss_of(*args):
         loss, ce = real(*args)
         calls.append(1)
-        if len(calls) == 2 * (step - 1) + micro_batch + 1:
+        if len(calls) == 2 * step:
             loss.register_hook(lambda gradient: gradient * float("nan"))
         return loss, ce
 
@@ -168,8 +154,6 @@ def test_not_finite(saves, told, step, base, logs):
     assert weights_of(logs / "x") == weights_of(reference(base))
 
 
-# Memory, bugs ------------------------------------------------------------------------------------
-
 CPU = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: 99 bytes."
 
 
@@ -184,7 +168,7 @@ def test_out_of_memory_and_bugs(base, logs, monkeypatch, capsys):
     assert re.search("^rank 0 failed:\nTraceback.*RuntimeError: planted", fork.err, re.S)
 
 
-# Hostile files: nothing is allocated that a header merely claims ---------------------------------
+# Hostile files: nothing is allocated that a header merely claims
 
 ROOM = 200 * 2 ** 20  # bytes that a reader may allocate beyond what the process has
 
@@ -193,16 +177,11 @@ def check(read):
     """Whether `read` refuses in one line (a UserError); else what it reads is right. Only in a
     fork: address space counts, so what is larger than ROOM is refused whether or not it would be
     touched, and a UserError that tells of that is a failure too."""
-    pages = int(Path("/proc/self/statm").read_text().split()[0])
-    _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
     try:
         read()
         return False
     except q.UserError as e:
         told = str(e)
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (hard, hard))
     assert told and "\n" not in told and len(told) < 1500, told
     assert not re.search("allocat|MemoryError", told), told
     return True
@@ -210,10 +189,6 @@ def check(read):
 
 SCALAR = re.compile(r'"(?:[^"\\]|\\.)*"|-?\d[\d.e+-]*|true|false|null')
 HOSTILE = ("true", "-1", "2147483648", "1" + 30 * "0", "NaN", '"../x"', "[[]]")
-
-
-def dump(value):
-    return json.dumps(value).encode()
 
 
 def edited(value):
@@ -225,16 +200,6 @@ def edited(value):
 
 # A target is (file, what reads it, files that may be read right, files that must be refused)
 
-def shard_target(tmp, base, run):
-    file = tmp / "x.bin"
-    bad = []
-    for count, body in ((2 ** 31 - 1, b""), (-1, b""), (2 ** 30, bytes(2 ** 20))):
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = q.SHARD_MAGIC, q.SHARD_VERSION, count
-        bad.append(header.tobytes() + body)
-    return file, lambda: q.read_shard(file, 300), [], bad
-
-
 def manifest_target(tmp, base, run):
     """Shards beside their folder, whole and of the right hash, are not read."""
     folder = shutil.copytree(shards(base / "shards"), tmp / "in/shards")
@@ -242,9 +207,8 @@ def manifest_target(tmp, base, run):
     shutil.copy(folder / "val.bin", tmp / "in")
     file = folder / "manifest.json"
     good = read_json(file)
-    bad = []
-    for name in ("../val.bin", "/etc/hosts", "sub/val.bin", "..", "", "val.bin\0", "./val.bin"):
-        bad.append(dump(good).replace(b'"val.bin"', dump(name)))
+    names = ("../val.bin", "/etc/hosts", "sub/val.bin", "..", "", "val.bin\0", "./val.bin")
+    bad = [json.dumps(good).replace('"val.bin"', json.dumps(name)).encode() for name in names]
 
     def read():
         corpus = q.load_corpus(folder, 32, 1300)
@@ -262,8 +226,10 @@ def member_target(tmp, base, run):
     folder = shutil.copytree(run / "members/1", tmp / "m")
     file = folder / "config.json"
     good = read_json(file)
-    bad = [dump({**good, "config": {**good["config"], key: x}}) for key, x in CLAIMS.items()]
-    bad.append(dump({**good, "vocab_size": 2 ** 31 - 1}))
+    bad = [json.dumps({**good, "vocab_size": 2 ** 31 - 1}).encode()]
+    for key, value in CLAIMS.items():
+        config = {**good["config"], key: value}
+        bad.append(json.dumps({**good, "config": config}).encode())
 
     def read():
         model = load_member(folder)
@@ -278,21 +244,20 @@ def predictions_target(tmp, base, run):
     file = folder / "0.safetensors"
     save_file({"val": np.full(50, 0.5, dtype=np.float32)}, file)
     raw = file.read_bytes()
-    size, = struct.unpack("<Q", raw[:8])
     bad = [raw[:-4] + np.float32(x).tobytes() for x in (0.0, -0.1, 1.1, float("nan"))]
-    bad += [struct.pack("<Q", n) + raw[8:] for n in (2 ** 63, 2 ** 32, size - 1, size + 1)]
+    bad += [n.to_bytes(8, "little") + raw[8:] for n in (2 ** 63, 2 ** 32)]
     return file, lambda: load_predictions(tmp / "r"), [], bad
 
 
-TARGETS = [shard_target, manifest_target, member_target, predictions_target]
-
-
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", [manifest_target, member_target, predictions_target])
 def test_hostile_files(target, base, killed, logs, tmp_path):
     """Refused in a line, or read correctly."""
     file, read, made, bad = target(tmp_path, base, killed)
 
     def act():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        _, hard = resource.getrlimit(resource.RLIMIT_AS)
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
         for raw in bad:
             file.write_bytes(raw)
             assert check(read), raw
