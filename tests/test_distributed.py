@@ -1,4 +1,5 @@
 """Several processes and several launches of one run: the numbers of one. CPU only."""
+import functools
 import json
 import os
 import re
@@ -125,9 +126,11 @@ def test_a_hanging_rank_ends_the_others(base, logs):
 def test_ranks_that_differ(own, folder, told, tmp_path):
     """In a flag, or in the text: one line that names the difference, and nothing written."""
     for seed, name in enumerate(("one", "two")):
-        shards(tmp_path / name, seed)
-    argv = [*RUN, "--run", "x", "--data", tmp_path / "one"]
-    first, second = ranks(2, tmp_path / "logs", *argv, own={1: [*own, "--data", tmp_path / folder]})
+        shards(tmp_path / name / "shards", seed)
+    plants = {0: functools.partial(os.chdir, tmp_path / "one"),
+              1: functools.partial(os.chdir, tmp_path / folder)}
+    argv = [*RUN, "--data", "shards", "--run", "x"]
+    first, second = ranks(2, tmp_path / "logs", *argv, own={1: own}, plants=plants)
     first.fails(f"rank 1 differs from rank 0 in {told}; start every process with")
     second.fails("rank 1 differs")
     assert not (tmp_path / "logs/x").exists()

@@ -155,8 +155,6 @@ def test_under_the_interpreter():
     assert "skipped" not in done.stdout, done.stdout
 
 
-# Whether the kernel is used ----------------------------------------------------------------------
-
 def raises(*given):
     raise RuntimeError("Python.h: No such file or directory")
 
@@ -208,8 +206,6 @@ assert not q.use_triton("cuda") and not q.use_triton("cuda")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
     assert "triton is not installed (pip install triton)" in done.stderr
 
-
-# Compiled ahead for an H100 ----------------------------------------------------------------------
 
 TYPES = dict(targets="*i64", scales="*fp32", out="*fp32", V="i32", width="i32")
 

@@ -34,15 +34,10 @@ def draw_gradients(optimizer, seed, size=1.0):
 
 def gradients(optimizer):
     """{name: a copy of the gradient}, and their norm."""
-    found = {}
-    square = 0
-    for name, bank in optimizer.banks.items():
-        found[name] = bank.grad.clone()
-        square += bank.grad.square().sum().item()
+    found = {name: bank.grad.clone() for name, bank in optimizer.banks.items()}
+    square = sum(grad.square().sum().item() for grad in found.values())
     return found, math.sqrt(square)
 
-
-# Rules -------------------------------------------------------------------------------------------
 
 def muon_reference(grad, state):
     """The direction of one Muon step of one matrix."""
@@ -149,19 +144,15 @@ def test_a_bound_of_zero_does_not_clip():
     assert off(optimizer.banks["head"].first, 0.2 * grads["head"].flatten()) < 1e-5
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_is_counted(bad):
+def test_a_gradient_that_is_not_finite_is_counted():
     optimizer = published()
-    for seed, value in enumerate((1.0, bad)):
+    for seed, value in enumerate((1.0, math.inf)):
         draw_gradients(optimizer, seed)
         optimizer.banks["down"].grad[2, 1, 2] = value
         optimizer.step(1.0, 1.0)
-        _, left = gradients(optimizer)
-        assert left == 0
+        assert gradients(optimizer)[1] == 0
         assert int(optimizer.broken) == seed
 
-
-# Working copies ----------------------------------------------------------------------------------
 
 def test_the_model_reads_masters_rounded_once_a_step():
     optimizer = published(precision="bfloat16")
@@ -175,8 +166,6 @@ def test_the_model_reads_masters_rounded_once_a_step():
         draw_gradients(optimizer, seed)
         optimizer.step(1.0, 1.0)
 
-
-# Chunks, memory, compiled functions --------------------------------------------------------------
 
 def two_steps(optimizer):
     for seed in range(2):
