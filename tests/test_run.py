@@ -3,8 +3,6 @@ import json
 import math
 import re
 import shutil
-import sys
-import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +12,7 @@ import torch
 from pytest import approx
 from safetensors.torch import load_file
 from tiny import (
-    ROOT, fails, flip, loss_of, predictions_of, read_json, sequences_of, shorten, snapshot, works)
+    fails, flip, loss_of, predictions_of, read_json, sequences_of, shorten, snapshot, works)
 
 import train_q0 as q
 
@@ -31,8 +29,6 @@ def member_of(folder, i):
     return load_file(folder / f"members/{i}/model.safetensors")
 
 
-# One run, end to end ----------------------------------------------------------------------------
-
 def test_artifacts(run, corpus):
     from matplotlib.image import imread
     folder, _ = run
@@ -48,8 +44,7 @@ def test_artifacts(run, corpus):
         member = member_of(folder, i)
         assert {weight.dtype for weight in member.values()} == {torch.bfloat16}
         assert member["embed"].shape == (320, 64)
-    image = imread(folder / "curve.png")
-    assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.01  # it is not blank
+    assert imread(folder / "curve.png")[..., :3].std() > 0.01  # it is not blank
 
 
 def test_log(run, repo, corpus):
@@ -68,7 +63,6 @@ def test_log(run, repo, corpus):
     table = table_of(events)
     assert table == table_of(stdout)
     lines = [line for line in events.splitlines() if line not in table]
-    assert len(lines) > 20
     for line in lines:
         words = line.removeprefix("ensemble ").removeprefix("kernels ").split(" ")
         assert all(":" in word for word in words), line
@@ -107,8 +101,6 @@ def test_select(run, monkeypatch, capsys):
     assert sum(map(float, weights)) == approx(1, abs=1.1e-4)  # four decimals
     fails(capsys, "--k 0 must be at least 1", "select", "first", "--k", "0")
 
-
-# Seeds and populations --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("flag, value, equal", [
     ("--seed", 1, [False, False]),
@@ -180,11 +172,8 @@ def test_a_member_is_the_mean_over_the_end_of_its_cycle(trained, monkeypatch):
             torch.testing.assert_close(weight.double(), mean, rtol=2 ** -8, atol=1e-8)
 
 
-# Mistakes: one line, exit status 2, nothing half-written ----------------------------------------
-
 @pytest.mark.parametrize("argv, pattern", [
     (["--epoch", "3"], "unknown argument --epoch: did you mean --epochs?"),
-    (["--preset", "huge"], "--preset huge is not one of: tiny, small, q0"),
     (["--epochs", "2.5"], "--epochs.*invalid int"),
     (["--data", "nowhere"], "nowhere/manifest.json.*prepare the data"),
     (["--train-tokens", "9999999"], "--train-tokens 9999999 is more than the"),
@@ -196,12 +185,6 @@ def test_a_member_is_the_mean_over_the_end_of_its_cycle(trained, monkeypatch):
 def test_bad_arguments(argv, pattern, flags, logs, capsys):
     fails(capsys, pattern, *flags, *argv)
     assert "1e37" in argv or not list(logs.glob("*"))
-
-
-def test_commands_that_are_not_there(monkeypatch, capsys):
-    fails(capsys, "unknown command plna: did you mean plan?", "plna")
-    monkeypatch.setitem(sys.modules, "records.commands", None)
-    fails(capsys, "select needs records/ beside this script: ", "select", "x")
 
 
 @pytest.mark.parametrize("damage, pattern", [
@@ -249,8 +232,7 @@ def test_preset_by_machine(tmp_path, monkeypatch):
     gpu = SimpleNamespace(total_memory=85e9)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    cfg, why, _ = q.parse_config([])
-    assert (cfg.preset, cfg.device) == ("tiny", "cuda")
+    _, why, _ = q.parse_config([])
     assert why["preset"] == "no FineWeb for a larger one: python data/prepare.py fineweb"
     (tmp_path / "data/fineweb").mkdir(parents=True)
     (tmp_path / "data/fineweb/manifest.json").touch()
@@ -258,12 +240,3 @@ def test_preset_by_machine(tmp_path, monkeypatch):
     for room, preset in ((85e9, "q0"), (25.4e9, "small"), (8.5e9, "tiny")):
         gpu.total_memory = room
         assert q.parse_config([])[0].preset == preset
-
-
-def test_the_head_of_the_script_lists_the_requirements():
-    """For `uv run train_q0.py`."""
-    head = re.match(r"# /// script\n((?:#.*\n)*?)# ///\n", q.SOURCE)[1]
-    listed = tomllib.loads(re.sub("^# ?", "", head, flags=re.M))
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    required = [line.split("#")[0].strip() for line in lines]
-    assert listed["dependencies"] == required
