@@ -51,8 +51,6 @@ def shards(folder, seed=0):
     return folder
 
 
-# Runs in forks
-
 @functools.cache
 def warm_up():
     """Import what torch imports only when it is first needed, so that no fork does."""
@@ -138,13 +136,11 @@ class Fork:
         return self
 
     def fails(self, pattern, limit=60):
-        """Wait for one line, and nothing else on standard error but notices; returns the line."""
+        """Wait for one line, and nothing else on standard error but notices."""
         assert self.wait(limit) == 2, (self.code, self.out, self.err)
         told = re.compile(r"notice: |rank \d+ waits for ")
-        lines = [line for line in self.err.splitlines() if not told.match(line)]
-        assert len(lines) == 1 and lines[0].startswith("train_q0.py: error: "), self.err
-        assert re.search(pattern, lines[0]), lines[0]
-        return lines[0]
+        line, = [line for line in self.err.splitlines() if not told.match(line)]
+        assert line.startswith("train_q0.py: error: ") and re.search(pattern, line), line
 
     def dies(self, number=signal.SIGKILL):
         """Wait for the signal that ends it; returns self."""
@@ -158,18 +154,13 @@ class Fork:
         return {int(j): int(step) for j, step in found}
 
 
-def free_port():
+def ranks(size, logs, *argv, own={}, plants={}, **env):
+    """Forks with the environment that torchrun sets; own {rank: flags}, plants {rank: plant}."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def ranks(size, logs, *argv, own={}, plants={}, call=None, **env):
-    """Forks with the environment that torchrun sets; own {rank: flags}, plants {rank: plant}."""
-    port = free_port()
-    address = dict(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [Fork(logs, *argv, *own.get(rank, ()), plant=plants.get(rank), call=call, RANK=rank,
-                 LOCAL_RANK=rank, **address, **env) for rank in range(size)]
+        env.update(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1])
+    return [Fork(logs, *argv, *own.get(rank, ()), plant=plants.get(rank), RANK=rank,
+                 LOCAL_RANK=rank, **env) for rank in range(size)]
 
 
 def all_good(forks):
@@ -204,23 +195,18 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_call(owner, name, n, act=die, where="", after=False):
-    """Act before (or after) the n-th call of owner.name whose last path argument, if any, matches
-    `where`."""
+def at_call(owner, name, n, act=die, where=""):
+    """Act before the n-th call of owner.name whose last path argument, if any, matches `where`."""
     real = getattr(owner, name)
     calls = []
 
     def planted(*args, **kwargs):
         paths = [str(a) for a in args if isinstance(a, (str, Path))]
-        counts = re.search(where, paths[-1] if paths else "") is not None
-        calls.extend([1] * counts)
-        now = counts and len(calls) == n
-        if now and not after:
-            act()
-        result = real(*args, **kwargs)
-        if now and after:
-            act()
-        return result
+        if re.search(where, paths[-1] if paths else ""):
+            calls.append(args)
+            if len(calls) == n:
+                act()
+        return real(*args, **kwargs)
     setattr(owner, name, planted)
 
 
@@ -240,8 +226,6 @@ def wait_for(path, limit=60):
         assert time.monotonic() < end, f"no {path}"
         time.sleep(0.005)
 
-
-# Runs compared
 
 TIMES = ("tok/s", "eta", "ready", "tflops", "train_seconds", "eval_seconds", "peak_memory_mb")
 TIMED = re.compile(rf" ?\b(?:{'|'.join(TIMES)}):\S+")

@@ -52,7 +52,7 @@ def test_the_reference_is_worth_comparing(base):
 MOMENTS = {  # what happens there: (saves, what is planted, the step that it goes on from)
     "before the first state": (CYCLE_ENDS, at_step(4), None),
     "tensors written, JSON not": (
-        EVERY_STEP, planted(os, "replace", 7, where=r"state/.*\.safetensors$", after=True), 6),
+        EVERY_STEP, planted(os, "replace", 7, where=r"state/.*\.json$"), 6),
     "JSON of a state": (EVERY_STEP, half_written("state/0-000000009.json"), 8),
     "a member": (CYCLE_ENDS, half_written("members/1/model.safetensors"), 10),
     "evaluation": (CYCLE_ENDS, planted(q, "true_token_probs", 6), 15)}

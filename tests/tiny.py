@@ -44,8 +44,6 @@ NEUTRAL = (  # banks that start as if they were not there
     "attn_gate", "value_gate", "mixing", "resid_scale", "x0_scale", "skip_scale", "smear")
 
 
-# Models
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -158,8 +156,6 @@ def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperatu
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
 
-# A corpus on the disk
-
 WORDS = ("ash birch cedar elm fir oak pine rowan willow yew walks sees under over the a green tall "
          "old río 夜 12 naïve don't").split()
 
@@ -222,8 +218,6 @@ def snapshot(folder):
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-# Commands
-
 def user(cwd, *argv, **env):
     """Run a command as a user would; `python` is the one that runs the tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -269,8 +263,6 @@ def fails(capsys, pattern, *argv):
     assert re.search(pattern, error), error
 
 
-# Damage
-
 def flip(path, at=-101):
     """Change one bit."""
     raw = bytearray(path.read_bytes())
@@ -287,8 +279,6 @@ def with_file(name, damage, *given):
     """Damage to a file of a folder."""
     return lambda folder: damage(folder / name, *given)
 
-
-# Runs
 
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
