@@ -109,12 +109,3 @@ def test_refusals(changes, message, monkeypatch):
     with pytest.raises(q.UserError, match=message) as refusal:
         resolved(**changes)
     assert "\n" not in str(refusal.value)
-
-
-def test_on_a_mac(monkeypatch):
-    """What can be said of --device mps without one: no compiler, float32, sdpa."""
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    cfg, *_ = q.parse_config(["--device", "mps"])
-    assert (cfg.preset, cfg.precision, cfg.compile, cfg.graphs) == ("tiny", "float32", False, False)
-    assert q.attention_names(cfg, "mps", cfg.seq_len) == ["sdpa"]
-    assert not q.use_triton("mps")

@@ -180,29 +180,16 @@ def test_the_kernel_is_trusted_after_a_trial_run(loss, reason, monkeypatch, caps
 
 
 @outside
-@pytest.mark.parametrize("softcap, T, fits", [(30, 1.2, True), (16, 0.5, False)])
-def test_a_cap_without_a_kernel_is_told(softcap, T, fits, flags, monkeypatch, capsys):
-    monkeypatch.setattr(q, "use_triton", lambda device_type: True)
-    monkeypatch.setattr(q, "rows_loss_in_triton", q.rows_loss_in_torch)
-    assert q.main([*flags, "--softcap", str(softcap), "--distill-temperature", str(T)]) == 0
-    out, error = capsys.readouterr()
-    assert f"triton:{fits}" in out
-    assert ("no Triton kernel for this --softcap" in error) != fits
-
-
-@outside
 def test_without_triton():
     """A GPU is told once how to get it; without one nothing is said."""
-    program = """
+    done = python("-c", """
 import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import torch, train_q0 as q
 hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
 q.ChunkedLoss.apply(hidden, head, 16, torch.arange(4), 15.0)[0].backward()
-assert hidden.grad.any()
 assert not q.use_triton("cuda") and not q.use_triton("cuda")
-"""
-    done = python("-c", program)
+""")
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
     assert "triton is not installed (pip install triton)" in done.stderr
 
