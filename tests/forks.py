@@ -51,11 +51,8 @@ def shards(folder, seed=0):
     return folder
 
 
-@functools.cache
-def warm_up():
-    """Import what torch imports only when it is first needed, so that no fork does."""
-    with torch.device("meta"):
-        q.GPT(q.resolve(q.Config())[0], 100)
+with torch.device("meta"):  # imports what torch imports only when it is first needed
+    q.GPT(q.resolve(q.Config())[0], 100)
 
 
 class Fork:
@@ -64,7 +61,6 @@ class Fork:
     count = 0
 
     def __init__(self, logs, *argv, plant=None, call=None, **env):
-        warm_up()
         logs.mkdir(parents=True, exist_ok=True)
         Fork.count += 1
         self.files = [logs.parent / f"{Fork.count:03}.{kind}" for kind in ("out", "err")]

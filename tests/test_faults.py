@@ -8,17 +8,15 @@ import resource
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from forks import (
     CYCLE_ENDS, EVERY_STEP, Fork, at_step, command, disturbed, planted, reference, resume, shards,
     start, states_of, weights_of)
-from safetensors.numpy import save_file
 from tiny import edit_json, fails, flip, read_json, with_file
 
 import train_q0 as q
-from records.population import load_member, load_predictions
+from records.population import load_member
 
 NEWEST = "state/0-000000011"  # of `interrupted`
 BEFORE = "state/0-000000010"
@@ -192,17 +190,7 @@ def hostile_member(tmp, base, run):
     return file, lambda: load_member(folder), bad
 
 
-def hostile_predictions(tmp, base, run):
-    file = tmp / "r/predictions/0.safetensors"
-    file.parent.mkdir(parents=True)
-    save_file({"val": np.full(50, 0.5, dtype=np.float32)}, file)
-    raw = file.read_bytes()
-    bad = [raw[:-4] + np.float32(x).tobytes() for x in (0.0, -0.1, 1.1, float("nan"))]
-    bad += [n.to_bytes(8, "little") + raw[8:] for n in (2 ** 63, 2 ** 32)]
-    return file, lambda: load_predictions(tmp / "r"), bad
-
-
-@pytest.mark.parametrize("target", [hostile_manifest, hostile_member, hostile_predictions])
+@pytest.mark.parametrize("target", [hostile_manifest, hostile_member])
 def test_hostile_files(target, base, killed, logs, tmp_path):
     """Refused in a line; nothing is allocated that a header merely claims. In a fork: address space
     counts, so what is larger than ROOM is refused whether or not it would be touched."""

@@ -1,13 +1,11 @@
 """Model: attention kernels, block, table of parameters, initial weights, FLOPs; against references
-in numpy float64. Last, a user's edit."""
+in numpy float64."""
 import copy
 import functools
-import importlib
 import math
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from scipy.special import expit, softmax
 from tiny import NEUTRAL, VOCAB, build, in_float64, random_tokens, resolved, seeded, small
@@ -220,18 +218,13 @@ def test_layers():
     assert f"{weights / 1e9:.2f}" == "1.87"
 
 
-def test_initial_weights_depend_on_key_and_name_alone():
+def test_initial_weights_depend_on_key_and_name():
     first = build(stir=False, key=3)
-    torch.manual_seed(2)
+    again = build(stir=False, key=3, layers=5)
     other = build(stir=False, key=4)
     for name, weight in first.named_parameters():
         assert torch.equal(weight, getattr(other, name)) == (name in NEUTRAL)
-    smaller = build(stir=False, key=3, **{**OFF, "induction": True, "layers": 2})
-    for name, weight in smaller.named_parameters():
-        shared = getattr(first, name)
-        if smaller.table[name].blocks:
-            shared = shared[:2]
-        assert torch.equal(weight, shared)
+    assert torch.equal(first.down[:5], again.down[:5])
     assert not torch.equal(first.down[0], first.down[1])
 
 
@@ -266,37 +259,3 @@ def test_flops():
     unseen = 6 * (17 / 2 - np.mean([min(t + 1, 8) for t in range(16)]))
     assert whole[0] - short[0] == pytest.approx(3 * 4 * 64 * unseen)
     assert whole[1] - short[1] == pytest.approx(4 * 64 * unseen)
-
-
-GAIN = {  # a user's edits of the script: pieces of its text, and what replaces them
-    '"embed": Row(':
-    '"gain": Row("gain", (D,), constant(1), lr=0.02, blocks=blocks),\n        "embed": Row(',
-    'return x + F.dropout(y, cfg.dropout, training)':
-    'return x + w["gain"].to(x.dtype) * F.dropout(y, cfg.dropout, training)'}
-
-
-def test_an_edit_of_the_block_trains(tmp_path, monkeypatch):
-    """Every weight starts as its row says and moves in one step; the loss falls."""
-    text = q.SOURCE
-    for old, new in GAIN.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    (tmp_path / "edited.py").write_text(text, encoding="utf-8")
-    monkeypatch.syspath_prepend(tmp_path)
-    module = importlib.import_module("edited")
-    trainer, plan = tiny.trainer(tmp_path / "run", small(batch_tokens=128), module)
-    trainer.start_trajectory(plan[0])
-    cycle = plan[0][0]
-    trainer.start_cycle(cycle)
-    masters = trainer.optimizer.masters
-    assert masters["gain"].shape == (7, 64) and (masters["gain"] == 1).all()
-    start = copy.deepcopy(masters)
-    losses = []
-    for _ in range(3):
-        trainer.forward_backward(cycle)
-        losses.append(float(trainer.loss))
-        trainer.optimizer.step(1.0, 1.0)
-        for name, master in masters.items():
-            assert not torch.equal(master, start[name]), name
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0] - 0.1

@@ -3,7 +3,6 @@
 A fork may plant something first, such as its own SIGKILL at the n-th call of a function.
 """
 import os
-import random
 import re
 import shutil
 import signal
@@ -14,7 +13,7 @@ import pytest
 import train_q0 as q
 from forks import (
     CYCLE_ENDS, EVERY_STEP, TWO, Fork, at_step, command, die, differences, disturbed, log_of,
-    losses_of, planted, reference, result_of, resume, start, states_of, steps_of, weights_of)
+    losses_of, planted, reference, result_of, resume, start, states_of, weights_of)
 from tiny import fails, flip, snapshot
 
 
@@ -34,20 +33,15 @@ def half_written(where):
 
 
 def test_the_reference_is_worth_comparing(base):
-    """It learns, it is taught, and one changed bit of each kind is seen."""
+    """It learns, it is taught, and a changed bit is seen."""
     run = reference(base)
     curve = result_of(run)["curve"]
     assert curve[-1]["learned"] < curve[0]["loss"] - 0.1
     assert [entry["distilled"] for entry in curve] == [0, 1, 1]
-    assert sorted(states_of(run)) == ["0-000000015", "0-000000015_done"]
-    for name, kind in (("predictions/2.safetensors", "weights"), ("log.txt", "log")):
-        copy = shutil.copytree(run, run.with_name("copy"), dirs_exist_ok=True)
-        at = (copy / name).read_bytes().rfind(b"_loss") + 10  # a digit, or a byte of the head
-        flip(copy / name, at)
-        assert differences(run, copy) == [kind], name
+    copy = shutil.copytree(run, run.with_name("copy"))
+    flip(copy / "predictions/2.safetensors")
+    assert differences(run, copy) == ["weights"]
 
-
-# Kill -9: at chosen moments, from inside, and at a random one, from outside
 
 MOMENTS = {  # what happens there: (saves, what is planted, the step that it goes on from)
     "before the first state": (CYCLE_ENDS, at_step(4), None),
@@ -82,18 +76,6 @@ def test_killed_with_two_trajectories(base, logs):
     assert not disturbed(base, logs, *TWO)
 
 
-def test_killed_at_random(base, logs):
-    """From outside; the run that goes on is killed too."""
-    argv = command(base, *EVERY_STEP)
-    for _ in range(2):  # --run goes on where there is a run
-        fork = Fork(logs, *argv)
-        time.sleep(random.Random(time.time_ns()).uniform(0.1, 1))  # a run takes a second
-        fork.kill()
-        assert fork.wait() in (-signal.SIGKILL, 0)
-    Fork(logs, *argv).good()
-    assert not disturbed(base, logs)
-
-
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
 def test_signal(number, base, logs):
     """It saves the step under way, though nothing else would have."""
@@ -117,12 +99,6 @@ def test_a_second_signal_stops_at_once(base, logs):
             time.sleep(0.01)
     start(base, logs, *CYCLE_ENDS, plant=at_step(7, twice)).dies(signal.SIGTERM)
     assert sorted(states_of(logs / "x")) == ["0-000000005"]
-
-
-def test_resume_by_path(base, killed, logs, tmp_path):
-    moved = shutil.copytree(killed, tmp_path / "moved")
-    Fork(logs, "--resume", moved).good()
-    assert differences(reference(base), moved) == []
 
 
 def test_changed_settings(base, interrupted, logs):
@@ -149,16 +125,6 @@ def test_edited_script(base, interrupted, logs, monkeypatch, capsys):
     monkeypatch.undo()
     assert "\nnotice: from here on the script is another one (--allow-" in log_of(interrupted)
     assert losses_of(interrupted) == losses_of(reference(base))
-
-
-def test_the_log_goes_on_where_the_state_left_it(base, interrupted, logs):
-    """What was logged after it comes again, and --log-every may change."""
-    with open(interrupted / "log.txt", "a") as file:
-        file.write("what was logged after the state\nhalf a li")
-    resume(logs, "--log-every", "2").good()
-    assert [step for step, _ in steps_of(interrupted)] == [*range(1, 13), 14, 15]
-    assert "half a li" not in log_of(interrupted)
-    assert weights_of(interrupted) == weights_of(reference(base))
 
 
 def test_keep_members(base, logs):

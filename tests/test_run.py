@@ -4,7 +4,6 @@ import math
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -203,22 +202,3 @@ def test_a_run_in_the_way(trained, flags, logs, capsys):
     fails(capsys, "x exists and differs in seed: give another --run", *flags, "--seed", 5)
     assert "x is complete" in works(capsys, *flags)
     assert snapshot(logs / "x") == before
-
-
-def test_preset_by_machine(tmp_path, monkeypatch):
-    """The largest that fits a GPU, of which all but tiny need FineWeb."""
-    monkeypatch.setattr(q, "ROOT", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cfg, why, _ = q.parse_config([])
-    assert (cfg.preset, cfg.device, why["preset"]) == ("tiny", "cpu", "no GPU in use")
-    gpu = SimpleNamespace(total_memory=85e9)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    _, why, _ = q.parse_config([])
-    assert why["preset"] == "no FineWeb for a larger one: python data/prepare.py fineweb"
-    (tmp_path / "data/fineweb").mkdir(parents=True)
-    (tmp_path / "data/fineweb/manifest.json").touch()
-    assert q.parse_config(["--device", "cpu"])[0].preset == "tiny"
-    for room, preset in ((85e9, "q0"), (25.4e9, "small"), (8.5e9, "tiny")):
-        gpu.total_memory = room
-        assert q.parse_config([])[0].preset == preset

@@ -79,13 +79,11 @@ def build(key=0, stir=True, **changes):
     """Such a model. `stir` moves what starts neutral, and makes logits of order 1."""
     model = initialised(small(**changes), VOCAB, key)
     generator = seeded(key + 1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if stir and name in NEUTRAL:
-                noise = torch.randn(weight.shape, generator=generator)
-                weight.add_(0.3 * noise)
-            elif stir and name == "head":
-                weight.mul_(200)
+    for name, weight in model.named_parameters():
+        if stir and name in NEUTRAL:
+            weight.data.add_(0.3 * torch.randn(weight.shape, generator=generator))
+        elif stir and name == "head":
+            weight.data.mul_(200)
     return model.train()
 
 
@@ -139,9 +137,8 @@ def train(folder, cfg, module=q):
 
 
 def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
-    """The loss of whole logits; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N]
-    (-1: ignored); teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...].
-    Returns (loss, cross-entropy) in nats per token."""
+    """(loss, cross-entropy) of whole logits. hidden [N, D], head [V, D], targets [N] (-1: ignored);
+    teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...]."""
     def capped(h, w):
         z = h @ w.T
         return softcap * torch.tanh(z / softcap) if softcap else z
