@@ -1,7 +1,6 @@
 """What tests of whole runs need: settings, a corpus on the disk, runs as forks, runs compared.
 
-Importing torch is most of a process's start. A run here is a fork of the tests' process, which has
-imported it, and takes half a second. One thread throughout, so that sums have one order.
+A run here is a fork of the tests' process, which has imported torch, and takes half a second.
 """
 import functools
 import hashlib
@@ -87,8 +86,7 @@ class Fork:
             records.plot.draw_curve = lambda *args: None  # takes longer than the run
             if plant:
                 plant()
-            found = call() if call else q.main([str(a) for a in argv])
-            code = found or 0
+            code = (call() if call else q.main([str(a) for a in argv])) or 0
         except BaseException:
             traceback.print_exc()
         finally:

@@ -2,7 +2,7 @@
 its precision, and how often each gradient is added."""
 import contextlib
 from collections import Counter
-from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import tiny
@@ -12,10 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train_q0 as q
-
-
-def tensors_in(tree):
-    return [x for x in tree_leaves(tree) if isinstance(x, torch.Tensor)]
 
 
 def storage(tensor):
@@ -115,7 +111,7 @@ class FakeGraph(TorchDispatchMode):
         for call in self.calls:
             function, args, kwargs = call[:3]
             again = function(*args, **kwargs)
-            for old, new in zip(tensors_in(call[3]), tensors_in(again)):
+            for old, new in zip(tree_leaves(call[3]), tree_leaves(again)):
                 if storage(old) != storage(new):  # neither a view nor in place
                     old.copy_(new)
 
@@ -123,16 +119,12 @@ class FakeGraph(TorchDispatchMode):
 @pytest.fixture
 def cuda_graphs(monkeypatch):
     """The graphs that are captured."""
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fakes = {
-        "Stream": lambda: stream,
-        "current_stream": lambda: stream,
-        "stream": lambda stream: contextlib.nullcontext(),
-        "graph": lambda graph, pool: graph,
-        "graph_pool_handle": lambda: (0, 1),
-        "CUDAGraph": FakeGraph}
-    for name, fake in fakes.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(torch.cuda, "Stream", Mock)
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "graph", lambda graph, pool: graph)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", Mock)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
     monkeypatch.setattr(FakeGraph, "made", [])
     return FakeGraph.made
 
@@ -149,7 +141,3 @@ def test_replayed_graphs_train_the_same(cuda_graphs, tmp_path):
     replays = [graph.replays for graph in cuda_graphs]
     assert replays == [batches[False], batches[True], replayed.at.step]
     same_weights(plain, replayed)
-    losses = []
-    for trainer in (plain, replayed):
-        losses.append([entry["loss"] for entry in trainer.at.curve])
-    assert losses[0] == losses[1] and losses[0][-1] < losses[0][0]

@@ -109,30 +109,28 @@ def chain(number, seed=0):
     return documents
 
 
-def corpus(module=q):
+def corpus():
     """A Corpus of such documents."""
     splits = {}
-    for seed, split in enumerate(module.SPLITS):
+    for seed, split in enumerate(q.SPLITS):
         splits[split] = np.concatenate(chain(24 if split == "train" else 6, seed))
-    return module.Corpus("chain", VOCAB, splits, {}, tuple(chain(24)), SMALL["seq_len"])
+    return q.Corpus("chain", VOCAB, splits, {}, tuple(chain(24)), SMALL["seq_len"])
 
 
-def trainer(folder, cfg, module=q):
+def trainer(folder, cfg):
     """(Trainer of one process on the corpus above, its plan)."""
     for part in ("state", "predictions"):
         (folder / part).mkdir(parents=True)
-    data = corpus(module)
-    tokens = data.train_sequences * cfg.seq_len
-    plan = module.plan_cycles(cfg, tokens)
-    identity = module.method_settings(cfg)
-    run = module.Run(folder, identity, sum(plan, []), {})
-    return module.Trainer(cfg, data, module.World(), run), plan
+    data = corpus()
+    plan = q.plan_cycles(cfg, data.train_sequences * cfg.seq_len)
+    run = q.Run(folder, q.method_settings(cfg), sum(plan, []), {})
+    return q.Trainer(cfg, data, q.World(), run), plan
 
 
-def train(folder, cfg, module=q):
+def train(folder, cfg):
     """Train a run in this process. Returns its Trainer."""
-    found, plan = trainer(folder, cfg, module)
-    module.train(found, plan)
+    found, plan = trainer(folder, cfg)
+    q.train(found, plan)
     return found
 
 
