@@ -53,12 +53,25 @@ def test_no_budget_leaves_the_members_that_were_tuned(population, from_epochs, l
 
 
 FOLLOW = {  # settings that are derived from another one
-    "seq_len": {"short_window"}, "batch_tokens": {"edge_batch_tokens"},
-    "teacher": {"distill_weight"}, "device": {"precision", "compile", "graphs"}}
-OTHER = dict(  # values that are neither the default nor what is derived
-    seq_len=128, batch_tokens=4096, edge_batch_tokens=4096, micro_batch=4, train_tokens=0,
-    data="x", teacher="x", windows="SL", dropout=0.3, lr_floor=0.5, average=0.5,
-    distill_weight=0.3, head_dim=32, width=256)
+    "seq_len": {"short_window"},
+    "batch_tokens": {"edge_batch_tokens"},
+    "teacher": {"distill_weight"},
+    "device": {"precision", "compile", "graphs"}}
+OTHER = dict(  # a value that is neither the default nor what is derived
+    seq_len=128,
+    batch_tokens=4096,
+    edge_batch_tokens=4096,
+    micro_batch=4,
+    train_tokens=0,
+    data="x",
+    teacher="x",
+    windows="SL",
+    dropout=0.3,
+    lr_floor=0.5,
+    average=0.5,
+    distill_weight=0.3,
+    head_dim=32,
+    width=256)
 ALLOCATION = {"preset", "population", "epochs", "trajectories", "cycles"}
 
 

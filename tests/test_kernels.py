@@ -103,7 +103,10 @@ class TestOnDevice:
         assert q.use_triton(DEVICE)
 
     # columns: less than a block and no multiple of a vector; several blocks, the last one ragged
-    @pytest.mark.parametrize("rows, V, padding", [(7, 100, 28), (7, 2501, 0), (3, 4096, 64)])
+    @pytest.mark.parametrize("rows, V, padding", [
+        (7, 100, 28),
+        (7, 2501, 0),
+        (3, 4096, 64)])
     @both_precisions
     def test_rows_loss(self, rows, V, padding, dtype):
         z = drawn(rows, V, seed=1, dtype=dtype, size=4)
@@ -123,7 +126,9 @@ class TestOnDevice:
         for sign in (1, -1):
             check_rows_loss(slope, sign * slope, target, 0.45, T, 0, softcap)
 
-    @pytest.mark.parametrize("targets", [[5, -1, 0, 299, -1, 7, 7], [-1] * 6 + [0]])
+    @pytest.mark.parametrize("targets", [
+        [5, -1, 0, 299, -1, 7, 7],
+        [-1] * 6 + [0]])
     @both_precisions
     def test_ignored_targets_and_saturated_logits(self, targets, dtype):
         z = drawn(7, 300, seed=1, dtype=dtype, size=40)  # most are beyond the soft-cap

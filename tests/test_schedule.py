@@ -7,7 +7,10 @@ import train_q0 as q
 
 
 def test_learning_rate_and_decay_are_linear():
-    for floor, start, end in ((0.08, 0.7, 1.0), (0.08, 1.2, 0.096), (0.0, 0.0, 1.0)):
+    for floor, start, end in (
+            (0.08, 0.7, 1.0),
+            (0.08, 1.2, 0.096),
+            (0.0, 0.0, 1.0)):
         cfg = resolved(lr_floor=floor, wd_start=start, wd_end=end)
         for steps in (1, 7, 381):
             for s in range(steps):
@@ -35,8 +38,12 @@ def test_large_batches_in_the_middle_half_of_the_cycles():
 
 def test_steps_of_a_cycle():
     for epochs, cycle, cycles, tokens, steps in (
-            (2, 16, 32, 100_000_000, 381), (2, 31, 32, 100_000_000, 509),
-            (2, 0, 1, 100_000_000, 381), (3, 16, 32, 100_000_000, 572), (1, 0, 1, 1000, 1)):
+            (2, 16, 32, 100_000_000, 381),
+            (2, 0, 32, 100_000_000, 509),
+            (2, 31, 32, 100_000_000, 509),
+            (2, 0, 1, 100_000_000, 381),
+            (3, 16, 32, 100_000_000, 572),
+            (1, 0, 1, 1000, 1)):
         cfg = resolved("q0", epochs=cycles * epochs, trajectories=1, cycles=cycles)
         planned = q.plan_cycles(cfg, tokens)[0][cycle]
         assert (planned.steps, planned.epochs) == (steps, epochs)
