@@ -25,8 +25,7 @@ HANDLERS = {number: signal.getsignal(number) for number in q.SIGNALS}
 
 @pytest.fixture(autouse=True)
 def nothing_stays():
-    """A hang timer that a run armed would end pytest, and hang its forks; its signals are pytest's
-    again."""
+    """A hang timer that a run armed would end pytest; its signals are pytest's again."""
     yield
     faulthandler.cancel_dump_traceback_later()
     for number, handler in HANDLERS.items():
@@ -120,16 +119,14 @@ def flags(corpus, logs):
 def trained(flags, logs):
     """Runs in this process: trained(name, *more flags) -> folder."""
     def train(name, *more):
-        argv = [*flags, "--run", name, *more]
-        assert q.main([str(a) for a in argv]) == 0
+        assert q.main([str(a) for a in (*flags, "--run", name, *more)]) == 0
         return logs / name
     return train
 
 
 @pytest.fixture
 def harness(monkeypatch, tmp_path):
-    """Whether lm-evaluation-harness is here; with the tasks of a --task-folder alone, as its own
-    14,000 files take seconds to read. It finds no network."""
+    """Whether lm-evaluation-harness is here; without network and its own 14,000 files of tasks."""
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_DATASETS_DISABLE_PROGRESS_BARS"):
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "huggingface"))

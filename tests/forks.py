@@ -1,7 +1,6 @@
 """What tests of whole runs need: settings, a corpus on the disk, runs as forks, runs compared.
 
-Importing torch is most of a process's start. A run here is a fork of the tests' process, which has
-imported it, and takes half a second. One thread throughout, so that sums have one order.
+A run here is a fork of the tests' process, which has imported torch, and takes half a second.
 """
 import functools
 import hashlib
@@ -51,13 +50,8 @@ def shards(folder, seed=0):
     return folder
 
 
-# Runs in forks
-
-@functools.cache
-def warm_up():
-    """Import what torch imports only when it is first needed, so that no fork does."""
-    with torch.device("meta"):
-        q.GPT(q.resolve(q.Config())[0], 100)
+with torch.device("meta"):  # imports what torch imports only when it is first needed
+    q.GPT(q.resolve(q.Config())[0], 100)
 
 
 class Fork:
@@ -66,7 +60,6 @@ class Fork:
     count = 0
 
     def __init__(self, logs, *argv, plant=None, call=None, **env):
-        warm_up()
         logs.mkdir(parents=True, exist_ok=True)
         Fork.count += 1
         self.files = [logs.parent / f"{Fork.count:03}.{kind}" for kind in ("out", "err")]
@@ -93,8 +86,7 @@ class Fork:
             records.plot.draw_curve = lambda *args: None  # takes longer than the run
             if plant:
                 plant()
-            found = call() if call else q.main([str(a) for a in argv])
-            code = found or 0
+            code = (call() if call else q.main([str(a) for a in argv])) or 0
         except BaseException:
             traceback.print_exc()
         finally:
@@ -138,13 +130,11 @@ class Fork:
         return self
 
     def fails(self, pattern, limit=60):
-        """Wait for one line, and nothing else on standard error but notices; returns the line."""
+        """Wait for one line, and nothing else on standard error but notices."""
         assert self.wait(limit) == 2, (self.code, self.out, self.err)
         told = re.compile(r"notice: |rank \d+ waits for ")
-        lines = [line for line in self.err.splitlines() if not told.match(line)]
-        assert len(lines) == 1 and lines[0].startswith("train_q0.py: error: "), self.err
-        assert re.search(pattern, lines[0]), lines[0]
-        return lines[0]
+        line, = [line for line in self.err.splitlines() if not told.match(line)]
+        assert line.startswith("train_q0.py: error: ") and re.search(pattern, line), line
 
     def dies(self, number=signal.SIGKILL):
         """Wait for the signal that ends it; returns self."""
@@ -158,18 +148,13 @@ class Fork:
         return {int(j): int(step) for j, step in found}
 
 
-def free_port():
+def ranks(size, logs, *argv, own={}, plants={}, **env):
+    """Forks with the environment that torchrun sets; own {rank: flags}, plants {rank: plant}."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
-
-
-def ranks(size, logs, *argv, own={}, plants={}, call=None, **env):
-    """Forks with the environment that torchrun sets; own {rank: flags}, plants {rank: plant}."""
-    port = free_port()
-    address = dict(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-    return [Fork(logs, *argv, *own.get(rank, ()), plant=plants.get(rank), call=call, RANK=rank,
-                 LOCAL_RANK=rank, **address, **env) for rank in range(size)]
+        env.update(WORLD_SIZE=size, MASTER_ADDR="127.0.0.1", MASTER_PORT=s.getsockname()[1])
+    return [Fork(logs, *argv, *own.get(rank, ()), plant=plants.get(rank), RANK=rank,
+                 LOCAL_RANK=rank, **env) for rank in range(size)]
 
 
 def all_good(forks):
@@ -204,23 +189,18 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_call(owner, name, n, act=die, where="", after=False):
-    """Act before (or after) the n-th call of owner.name whose last path argument, if any, matches
-    `where`."""
+def at_call(owner, name, n, act=die, where=""):
+    """Act before the n-th call of owner.name whose last path argument, if any, matches `where`."""
     real = getattr(owner, name)
     calls = []
 
     def planted(*args, **kwargs):
         paths = [str(a) for a in args if isinstance(a, (str, Path))]
-        counts = re.search(where, paths[-1] if paths else "") is not None
-        calls.extend([1] * counts)
-        now = counts and len(calls) == n
-        if now and not after:
-            act()
-        result = real(*args, **kwargs)
-        if now and after:
-            act()
-        return result
+        if re.search(where, paths[-1] if paths else ""):
+            calls.append(args)
+            if len(calls) == n:
+                act()
+        return real(*args, **kwargs)
     setattr(owner, name, planted)
 
 
@@ -241,14 +221,12 @@ def wait_for(path, limit=60):
         time.sleep(0.005)
 
 
-# Runs compared
-
 TIMES = ("tok/s", "eta", "ready", "tflops", "train_seconds", "eval_seconds", "peak_memory_mb")
 TIMED = re.compile(rf" ?\b(?:{'|'.join(TIMES)}):\S+")
 # of the header: when and how the run was started, settings that change no number, where it ran,
 # and what was derived, which a resumed run is given
 HEADER = re.compile(
-    r'^ *"(?:time|command|processes|save_minutes|keep_members)": .*\n'
+    r'^ *"(?:time|command|processes|save_minutes|keep_members|hang_minutes)": .*\n'
     r"|^\w+: \S+ \(.*\)\n", re.M)
 
 

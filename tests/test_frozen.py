@@ -1,7 +1,6 @@
 """Whole runs against frozen numbers: what commit ef3b0f5 made of fixed text and settings.
 
-In that commit a layer was a module; the core was redesigned after it. frozen/case.py says what the
-runs are. They hold initial weights, order, dropout, gradients, optimizer, noise at boundaries, the
+frozen/case.py says what the runs are. They hold initial weights, order, dropout, gradients, optimizer, noise at boundaries, the
 teacher and members; test_model.py, test_loss.py and test_optimizer.py have references of the parts.
 """
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ BFLOAT16 = Tolerance(train=0.02, member=3e-3, mean=0.1, largest=0.8)
     not torch.backends.mkl.is_available(), reason="without MKL torch draws other dropout")
 @pytest.mark.parametrize("name, tolerance", [
     ("small_float32", FLOAT32),
-    pytest.param("short_float32", FLOAT32, marks=pytest.mark.slow),  # of the preset's size
     # slow where a CPU lacks its instructions
     pytest.param("small_bfloat16", BFLOAT16, marks=pytest.mark.slow)])
 def test_run(name, tolerance, tmp_path, logs):

@@ -113,7 +113,7 @@ class TestOnDevice:
         teacher = drawn(rows, V, seed=2, dtype=dtype, size=4)
         target = torch.arange(rows, device=DEVICE)
         target[0] = V - 1  # in the last block
-        for T, weight in ((1.0, 0.0), (1.2, 0.45), (0.7, 1.0)):
+        for T, weight in ((1.2, 0.45), (0.7, 1.0)):
             check_rows_loss(z, teacher, target, weight, T, padding)
         # without a teacher cross-entropy, whatever the weight
         check_rows_loss(z, None, target, 0.45, 1.2, padding)
@@ -154,13 +154,11 @@ def test_under_the_interpreter():
     done = python(
         "-m", "pytest", "-p", "no:cacheprovider",
         f"{__file__}::TestOnDevice", ROOT / "tests/test_loss.py", "-k",
-        "TestOnDevice or chunked or true_token", TRITON_INTERPRET="1")
+        "TestOnDevice or (chunked_loss and 3-5.0) or true_token", TRITON_INTERPRET="1")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
     assert re.search(r"\d\d passed", done.stdout), done.stdout
     assert "skipped" not in done.stdout, done.stdout
 
-
-# Whether the kernel is used ----------------------------------------------------------------------
 
 def raises(*given):
     raise RuntimeError("Python.h: No such file or directory")
@@ -173,63 +171,33 @@ def loss_off_by_a_percent(*given):
 
 @outside
 @pytest.mark.parametrize("loss, reason", [
-    (q.rows_loss_in_torch, None),
-    (loss_off_by_a_percent, "disagrees"),
-    (raises, "Python.h: No such file")])
+    (q.rows_loss_in_torch, ""),
+    (loss_off_by_a_percent, "goes without its Triton kernel.*disagrees"),
+    (raises, "goes without its Triton kernel.*Python.h: No such file")])
 def test_the_kernel_is_trusted_after_a_trial_run(loss, reason, monkeypatch, capsys):
     monkeypatch.setattr(q, "INTERPRETED", True)
     monkeypatch.setattr(q, "rows_loss_in_triton", loss)
     used = q.use_triton.__wrapped__("cpu")
     said = capsys.readouterr().err
-    assert used == (reason is None)
+    assert used == (reason == "")
     assert said.count("\n") == (0 if used else 1)
-    assert used or "goes without its Triton kernel" in said and reason in said
-
-
-@outside
-@pytest.mark.parametrize("softcap, T, fits", [
-    (30, 1.2, True),
-    (0, 1, False),
-    (16, 0.5, False)])
-def test_a_cap_without_a_kernel_is_told(softcap, T, fits, flags, monkeypatch, capsys):
-    kernel = q.loss_in_triton
-    monkeypatch.setattr(q, "use_triton", lambda device_type: True)
-    assert kernel("cuda", softcap, T) == fits
-    monkeypatch.setattr(q, "rows_loss_in_triton", q.rows_loss_in_torch)
-    assert q.main([*flags, "--softcap", str(softcap), "--distill-temperature", str(T)]) == 0
-    out, error = capsys.readouterr()
-    assert f"triton:{fits}" in out
-    assert ("no Triton kernel for this --softcap" in error) != fits
-
-
-@outside
-def test_a_gpu_without_triton_says_so_once(monkeypatch, capsys):
-    assert not q.use_triton("cpu")
-    monkeypatch.setattr(q, "triton", None)
-    q.use_triton.cache_clear()
-    assert not q.use_triton("cuda")
-    assert not q.use_triton("cuda")
-    said = capsys.readouterr().err
-    q.use_triton.cache_clear()
-    assert "triton is not installed (pip install triton)" in said
-    assert said.count("\n") == 1
+    assert re.search(reason, said)
 
 
 @outside
 def test_without_triton():
-    program = """
+    """A GPU is told once how to get it; without one nothing is said."""
+    done = python("-c", """
 import sys
 sys.modules["triton"] = None  # import triton raises ImportError
 import torch, train_q0 as q
 hidden, head = torch.randn(4, 8, requires_grad=True), torch.randn(16, 8)
 q.ChunkedLoss.apply(hidden, head, 16, torch.arange(4), 15.0)[0].backward()
-assert hidden.grad.any()
-"""
-    done = python("-c", program)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+assert not q.use_triton("cuda") and not q.use_triton("cuda")
+""")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (0, "", 1)
+    assert "triton is not installed (pip install triton)" in done.stderr
 
-
-# Compiled ahead for an H100 ----------------------------------------------------------------------
 
 TYPES = dict(targets="*i64", scales="*fp32", out="*fp32", V="i32", width="i32")
 
@@ -249,15 +217,11 @@ def compiled(kernel, constants, types, options):
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
-@pytest.fixture
-def cold_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
-
-
 @outside
 @pytest.mark.parametrize("taught, dtype", [(False, "*fp32"), (True, "*bf16")])
-def test_the_loss_compiles_for_sm_90a(taught, dtype, cold_cache):
+def test_the_loss_compiles_for_sm_90a(taught, dtype, monkeypatch, tmp_path):
     """Loads are of 16 bytes; three programs fit a multiprocessor's memory."""
+    monkeypatch.setattr(triton.knobs.cache, "dir", str(tmp_path))
     constants = dict(TEACHER=taught, BLOCK=q.LOSS_BLOCK)
     types = dict(TYPES, z=dtype, teacher=dtype)
     made = compiled(q.loss_kernel, constants, types, dict(num_warps=8))

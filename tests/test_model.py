@@ -1,14 +1,11 @@
-"""Model: attention kernels, block, table of parameters, initial weights, noise, FLOPs; against
-references in numpy float64. Last, a user's edits."""
+"""Model: attention kernels, block, table of parameters, initial weights, FLOPs; against references
+in numpy float64."""
 import copy
 import functools
-import importlib.util
 import math
-import sys
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from scipy.special import expit, softmax
 from tiny import NEUTRAL, VOCAB, build, in_float64, random_tokens, resolved, seeded, small
@@ -20,8 +17,6 @@ from records import flops
 
 CPU = torch.device("cpu")
 
-
-# Attention kernels -------------------------------------------------------------------------------
 
 def attention_by_loops(query, key, value, window):
     """[B, T, H, K] each, one query after the other."""
@@ -35,10 +30,7 @@ def attention_by_loops(query, key, value, window):
     return torch.stack(rows, dim=1)
 
 
-@pytest.mark.parametrize("T, window", [
-    (16, 16),
-    (16, 1),
-    (7, 3)])
+@pytest.mark.parametrize("T, window", [(16, 1), (7, 3)])
 @pytest.mark.parametrize("name", ["sdpa", "plain"])
 def test_attention_kernels(name, T, window):
     """Forward and backward pass in float64."""
@@ -72,11 +64,6 @@ def forgets_its_window(cfg, device, window):
     return q.sdpa_attention(cfg, device, cfg.seq_len)
 
 
-def has_no_backward_pass(cfg, device, window):
-    attend = q.sdpa_attention(cfg, device, window)
-    return lambda *inputs: attend(*inputs).detach()
-
-
 def test_a_window_whose_kernel_fails_gets_the_next(monkeypatch, capsys):
     """As on a GPU; sdpa stands in for flex."""
     names = q.attention_names
@@ -84,13 +71,9 @@ def test_a_window_whose_kernel_fails_gets_the_next(monkeypatch, capsys):
     monkeypatch.setattr(q, "attention_names", lambda cfg, _, window: names(cfg, "cuda", window))
     monkeypatch.setattr(q, "ATTENTION", kernels)
     assert q.choose_attention(small(), CPU)[0] == "flex+sdpa"
-    assert capsys.readouterr().err == ""
-    for kernels["flex"], reason in (
-            (broken, "OSError: undefined symbol"),
-            (forgets_its_window, "disagrees"),
-            (has_no_backward_pass, "does not require grad")):
-        name, attends = q.choose_attention(small(), CPU)
-        assert name == "sdpa" and attends.keys() == {8, 16}
+    refusals = ((broken, "OSError: undefined symbol"), (forgets_its_window, "disagrees"))
+    for kernels["flex"], reason in refusals:
+        assert q.choose_attention(small(), CPU)[0] == "sdpa"
         said = capsys.readouterr().err
         assert said.startswith("notice: attention kernel flex does not work")
         assert reason in said and said.count("\n") == 1
@@ -162,6 +145,8 @@ def block_reference(x, x0, w, window, cfg):
 OFF = dict(  # no feature
     windows="L", unet=False, x0_mix=False, value_embeds=False, attn_gates=False, head_mixing=False,
     loop_first=0, loop_last=0, loop_passes=1, mtp_weight=0, smear=False, induction=False)
+
+
 def block_weights(weights, table, name):
     """{bank: tensor} of a block."""
     own = {}
@@ -220,34 +205,12 @@ def test_model_against_numpy(changes, precision, tolerance):
             assert np.abs(found - wanted).max() < tolerance
 
 
-def moved(a, b):
-    """Positions at which float64 results [1, T, D] differ by more than rounding."""
-    change = (a - b).abs().amax(dim=(0, 2))
-    return torch.nonzero(change > 1e-12).flatten().tolist()
-
-
-def test_no_token_reaches_an_earlier_position():
-    model = in_float64(build()).eval()
-    tokens = random_tokens(1, 17)
-    for t in (1, 8):
-        other = tokens.clone()
-        other[0, t] = (other[0, t] + 1) % VOCAB
-        with torch.no_grad():
-            hidden, ahead = model(tokens[:, :-1], tokens[:, 1:])
-            hidden_, ahead_ = model(other[:, :-1], other[:, 1:])
-        assert moved(hidden, hidden_) == list(range(t, 16))
-        assert moved(ahead, ahead_) == list(range(t - 1, 16))  # it is told the next token
-
-
 def test_layers():
     """Order, windows, layers with a value embedding, written out; the size of the published run."""
     model = build()
     assert model.order == [0, 1, 2, 3, 4, 3, 4, 3, 4, 5]
     assert model.windows == [8, 8, 8, 16, 8, 16]
     assert model.table["value"].blocks == ("blocks.1", "blocks.3", "blocks.5")
-    odd = build(layers=5)
-    assert odd.windows == [8, 8, 8, 16, 16]
-    assert odd.table["value"].blocks == ("blocks.0", "blocks.2", "blocks.4")
     cfg = resolved("q0")
     assert len(q.layer_order(cfg)) == 70
     table = q.parameter_table(cfg, 50257)
@@ -255,65 +218,15 @@ def test_layers():
     assert f"{weights / 1e9:.2f}" == "1.87"
 
 
-@pytest.mark.parametrize("smear", [False, True])
-def test_induction_heads_find_what_followed_the_same_token(smear):
-    """Untrained, in the first layer: the largest score is that of a token which the present one
-    preceded."""
-    changes = dict(OFF, induction=True, smear=smear, layers=1, seq_len=64, head_dim=32)
-    model = build(stir=False, batch_tokens=128, **changes)
-    calls = []
-
-    def attend(query, key, value):
-        calls.append((query[0], key[0]))
-        return value
-
-    model.attend = {64: attend}
-    once = torch.randperm(32, generator=seeded(0))
-    again = torch.randperm(32, generator=seeded(1))  # every token twice, at any distance
-    with torch.no_grad():
-        model(torch.cat([once, again])[None])
-    query, key = calls[0]
-    scores = torch.einsum("thk,shk->hts", query, key)
-    hidden = torch.ones(64, 64, dtype=torch.bool).triu(1)
-    scores.masked_fill_(hidden, -math.inf)
-    by_position, by_content = scores[:, 32:].argmax(-1)
-    wanted = once.argsort()[again] + 1
-    assert (by_content == wanted).all()
-    assert (by_position == wanted).float().mean() < 0.5
-
-
-# Initial weights and noise: test_frozen.py has their values -------------------------------------
-
-def test_initial_weights_depend_on_key_and_name_alone():
-    state = torch.get_rng_state()
+def test_initial_weights_depend_on_key_and_name():
     first = build(stir=False, key=3)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    again = build(stir=False, key=3)
+    again = build(stir=False, key=3, layers=5)
     other = build(stir=False, key=4)
-    few = {**OFF, "induction": True, "layers": 2}
-    smaller = build(stir=False, key=3, **few)
     for name, weight in first.named_parameters():
-        assert torch.equal(weight, getattr(again, name))
         assert torch.equal(weight, getattr(other, name)) == (name in NEUTRAL)
-    for name, weight in smaller.named_parameters():
-        shared = getattr(first, name)
-        if smaller.table[name].blocks:
-            shared = shared[:2]
-        assert torch.equal(weight, shared)
+    assert torch.equal(first.down[:5], again.down[:5])
     assert not torch.equal(first.down[0], first.down[1])
 
-
-def test_a_lone_number_is_not_perturbed():
-    model = build(head_dim=64, induction=False)
-    found = dict(copy.deepcopy(model).named_parameters())
-    q.perturb(model.table, found, 0.25, 0)
-    assert torch.equal(found["mixing"], model.mixing)
-    assert not torch.equal(found["down"], model.down)
-    assert all(weight.isfinite().all() for weight in found.values())
-
-
-# FLOPs -------------------------------------------------------------------------------------------
 
 def counted_flops(model, tokens, train):
     """FLOPs that torch counts in a pass over tokens [B, T+1] with the head, per token."""
@@ -330,113 +243,19 @@ def counted_flops(model, tokens, train):
     return counter.get_total_flops() / targets.numel()
 
 
-def check_flops(model):
+def test_flops():
     """As torch counts them, for training and for a teacher, less the scores that are masked, which
-    torch counts too: the windows must be whole."""
+    torch counts too: the windows must be whole. Head mixing is off: it costs per micro-batch."""
+    model = build(windows="L", head_mixing=False)
     training, teacher = flops.flops_per_token(model.cfg, VOCAB)
     tokens = random_tokens(3, 17)
     masked = 4 * 64 * (16 - 17 / 2)  # FLOPs of a layer; 17 / 2 keys of 16 are seen on average
-    n = len(model.order)
-    passes = n + bool(model.cfg.mtp_weight)
-    assert training == counted_flops(model, tokens, train=True) - 3 * passes * masked
+    assert training == counted_flops(model, tokens, train=True) - 3 * 11 * masked
     with torch.no_grad():
-        assert teacher == counted_flops(model, tokens, train=False) - n * masked
-
-
-@pytest.mark.parametrize("mtp", [0.0, 0.3])
-def test_flops_against_torchs_counter(mtp):
-    """Head mixing is off: it costs per micro-batch and not per token."""
-    check_flops(build(windows="L", head_mixing=False, mtp_weight=mtp))
-
-
-def test_flops_count_the_keys_that_are_seen():
+        assert teacher == counted_flops(model, tokens, train=False) - 10 * masked
     whole = flops.flops_per_token(small(windows="L"), VOCAB)
     short = flops.flops_per_token(small(), VOCAB)
-    unseen = 0  # keys that a window leaves out, on average
-    for window in [8, 8, 8, *[16, 8] * 3, 16]:
-        seen = [min(t + 1, window) for t in range(16)]
-        unseen += 17 / 2 - np.mean(seen)
+    # keys that the six short windows leave out, on average
+    unseen = 6 * (17 / 2 - np.mean([min(t + 1, 8) for t in range(16)]))
     assert whole[0] - short[0] == pytest.approx(3 * 4 * 64 * unseen)
     assert whole[1] - short[1] == pytest.approx(4 * 64 * unseen)
-
-
-# A user's edits of the script: pieces of its text, and what replaces them ------------------------
-
-RELU_SQUARED = {
-    '"gate_up": Row("gate_up", (2, M, D), fan_in, **every)':
-    '"up": Row("up", (M, D), fan_in, **every)',
-    'gate, up = F.linear(norm(x), w["gate_up"].flatten(0, 1)).chunk(2, dim=-1)':
-    'up = F.linear(norm(x), w["up"])',
-    'F.linear(F.silu(gate) * up, w["down"])':
-    'F.linear(F.relu(up).square(), w["down"])'}
-FIRST_ROW = '"embed": Row('
-GAIN = {
-    FIRST_ROW:
-    '"gain": Row("gain", (D,), constant(1), lr=0.02, blocks=blocks),\n        ' + FIRST_ROW,
-    'return x + F.dropout(y, cfg.dropout, training)':
-    'return x + w["gain"].to(x.dtype) * F.dropout(y, cfg.dropout, training)'}
-WITHOUT_ROW = {
-    "self.order = layer_order(cfg)":
-    "self.order = layer_order(cfg)\n        self.bias = nn.Parameter(torch.zeros(3))"}
-WITHOUT_USE = {
-    FIRST_ROW:
-    '"spare": Row("spare", (D, D), fan_in, **every),\n        ' + FIRST_ROW}
-
-
-@pytest.fixture
-def edited(tmp_path, monkeypatch):
-    """Function that imports the script with an edit."""
-    def load(edit):
-        text = q.SOURCE
-        for old, new in edit.items():
-            assert text.count(old) == 1, old
-            text = text.replace(old, new)
-        path = tmp_path / "edited.py"
-        path.write_text(text, encoding="utf-8")
-        spec = importlib.util.spec_from_file_location("edited", path)
-        module = importlib.util.module_from_spec(spec)
-        monkeypatch.setitem(sys.modules, "edited", module)
-        spec.loader.exec_module(module)
-        return module
-    return load
-
-
-@pytest.mark.parametrize("edit, name, shape, mean, std", [
-    (RELU_SQUARED, "up", (7, 96, 64), 0, 1 / 8),
-    (GAIN, "gain", (7, 64), 1, 0)])
-def test_an_edit_of_the_block_trains(
-        edit, name, shape, mean, std, edited, tmp_path, monkeypatch):
-    """Every weight starts as its row says and moves in one step; the loss falls; FLOPs follow."""
-    module = edited(edit)
-    cfg = small(batch_tokens=128)
-    trainer, plan = tiny.trainer(tmp_path / "run", cfg, module)
-    trainer.start_trajectory(plan[0])
-    cycle = plan[0][0]
-    trainer.start_cycle(cycle)
-    masters = trainer.optimizer.masters
-    assert masters[name].shape == shape
-    assert masters[name].mean() == pytest.approx(mean, abs=0.01)
-    assert masters[name].std() == pytest.approx(std, rel=0.02)
-    start = {n: master.clone() for n, master in masters.items()}
-    losses = []
-    for _ in range(3):
-        trainer.forward_backward(cycle)
-        losses.append(float(trainer.loss))
-        trainer.optimizer.step(1.0, 1.0)
-        for n, master in masters.items():
-            assert not torch.equal(master, start[n]), n
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0] - 0.1
-    counted = small(windows="L", head_mixing=False)
-    monkeypatch.setattr(flops, "q", module)
-    check_flops(module.GPT(counted, VOCAB))
-
-
-@pytest.mark.parametrize("edit, message", [
-    (WITHOUT_ROW, "weight bias has no row in parameter_table"),
-    (WITHOUT_USE, "weight spare has no gradient")])
-def test_half_an_edit_is_one_clear_error(edit, message, edited, tmp_path):
-    module = edited(edit)
-    with pytest.raises(module.UserError, match=message):
-        trainer, _ = tiny.trainer(tmp_path / "run", small(), module)
-        trainer.run_micro_batch(False)

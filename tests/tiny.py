@@ -44,8 +44,6 @@ NEUTRAL = (  # banks that start as if they were not there
     "attn_gate", "value_gate", "mixing", "resid_scale", "x0_scale", "skip_scale", "smear")
 
 
-# Models
-
 def seeded(seed):
     return torch.Generator().manual_seed(seed)
 
@@ -81,13 +79,11 @@ def build(key=0, stir=True, **changes):
     """Such a model. `stir` moves what starts neutral, and makes logits of order 1."""
     model = initialised(small(**changes), VOCAB, key)
     generator = seeded(key + 1)
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            if stir and name in NEUTRAL:
-                noise = torch.randn(weight.shape, generator=generator)
-                weight.add_(0.3 * noise)
-            elif stir and name == "head":
-                weight.mul_(200)
+    for name, weight in model.named_parameters():
+        if stir and name in NEUTRAL:
+            weight.data.add_(0.3 * torch.randn(weight.shape, generator=generator))
+        elif stir and name == "head":
+            weight.data.mul_(200)
     return model.train()
 
 
@@ -113,37 +109,34 @@ def chain(number, seed=0):
     return documents
 
 
-def corpus(module=q):
+def corpus():
     """A Corpus of such documents."""
     splits = {}
-    for seed, split in enumerate(module.SPLITS):
+    for seed, split in enumerate(q.SPLITS):
         splits[split] = np.concatenate(chain(24 if split == "train" else 6, seed))
-    return module.Corpus("chain", VOCAB, splits, {}, tuple(chain(24)), SMALL["seq_len"])
+    return q.Corpus("chain", VOCAB, splits, {}, tuple(chain(24)), SMALL["seq_len"])
 
 
-def trainer(folder, cfg, module=q):
+def trainer(folder, cfg):
     """(Trainer of one process on the corpus above, its plan)."""
     for part in ("state", "predictions"):
         (folder / part).mkdir(parents=True)
-    data = corpus(module)
-    tokens = data.train_sequences * cfg.seq_len
-    plan = module.plan_cycles(cfg, tokens)
-    identity = module.method_settings(cfg)
-    run = module.Run(folder, identity, sum(plan, []), {})
-    return module.Trainer(cfg, data, module.World(), run), plan
+    data = corpus()
+    plan = q.plan_cycles(cfg, data.train_sequences * cfg.seq_len)
+    run = q.Run(folder, q.method_settings(cfg), sum(plan, []), {})
+    return q.Trainer(cfg, data, q.World(), run), plan
 
 
-def train(folder, cfg, module=q):
+def train(folder, cfg):
     """Train a run in this process. Returns its Trainer."""
-    found, plan = trainer(folder, cfg, module)
-    module.train(found, plan)
+    found, plan = trainer(folder, cfg)
+    q.train(found, plan)
     return found
 
 
 def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperature=1.0):
-    """The loss of whole logits; ChunkedLoss must agree. hidden [N, D], head [V, D], targets [N]
-    (-1: ignored); teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...].
-    Returns (loss, cross-entropy) in nats per token."""
+    """(loss, cross-entropy) of whole logits. hidden [N, D], head [V, D], targets [N] (-1: ignored);
+    teacher is the mixture of [(share, hidden [N, D'], head [V, D']), ...]."""
     def capped(h, w):
         z = h @ w.T
         return softcap * torch.tanh(z / softcap) if softcap else z
@@ -157,8 +150,6 @@ def plain_loss(hidden, head, targets, softcap, teacher=(), weight=0.0, temperatu
     kl = (log_p.exp() * (log_p - log_q)).sum(-1)[targets >= 0].mean()
     return (1 - weight) * ce + weight * temperature ** 2 * kl, ce
 
-
-# A corpus on the disk
 
 WORDS = ("ash birch cedar elm fir oak pine rowan willow yew walks sees under over the a green tall "
          "old río 夜 12 naïve don't").split()
@@ -222,8 +213,6 @@ def snapshot(folder):
     return {path.relative_to(folder): path.read_bytes() for path in files}
 
 
-# Commands
-
 def user(cwd, *argv, **env):
     """Run a command as a user would; `python` is the one that runs the tests."""
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
@@ -269,8 +258,6 @@ def fails(capsys, pattern, *argv):
     assert re.search(pattern, error), error
 
 
-# Damage
-
 def flip(path, at=-101):
     """Change one bit."""
     raw = bytearray(path.read_bytes())
@@ -287,8 +274,6 @@ def with_file(name, damage, *given):
     """Damage to a file of a folder."""
     return lambda folder: damage(folder / name, *given)
 
-
-# Runs
 
 def read_json(path):
     return json.loads(path.read_text(encoding="utf-8"))
