@@ -7,6 +7,7 @@ import time
 
 import pytest
 from safetensors.torch import load_file
+from tiny import user
 
 import train_q0 as q
 from forks import (
@@ -45,6 +46,16 @@ def test_any_number_of_processes(size, more, tolerance, base):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert (found[name] - tensor).norm() <= tolerance * tensor.norm(), name
+
+
+def test_torchrun(base, logs):
+    """As the README starts it; torchrun has a --run of its own."""
+    argv = command(base)
+    argv[argv.index("--run")] = "--name"
+    launcher = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    done = user(q.ROOT, *launcher, "train_q0.py", *argv, Q0_LOGS=str(logs))
+    assert done.returncode == 0, done.stderr
+    assert not disturbed(base, logs, size=2)
 
 
 def test_from_one_process_to_two_and_back(base, logs):

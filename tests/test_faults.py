@@ -168,6 +168,24 @@ CLAIMS = {  # of a member's config.json
     "width": 2 ** 20, "layers": 10 ** 6, "head_dim": 48, "loop_passes": 10 ** 9, "windows": "SQ"}
 
 
+def test_a_member_of_another_model(killed, monkeypatch):
+    """The line says which weights are missing and unexpected."""
+    table = q.parameter_table
+
+    def edited(*args):
+        rows = table(*args)
+        rows["up"] = rows.pop("gate_up")
+        return rows
+
+    monkeypatch.setattr(q, "parameter_table", edited)
+    told = r"missing .*'up', \(1, 2, 64, 32\).*unexpected .*'gate_up', \(1, 2, 64, 32\)"
+    with pytest.raises(q.UserError, match=told):
+        load_member(killed / "members/1")
+    edit_json(killed / "members/1/config.json", format=1)
+    with pytest.raises(q.UserError, match="of format 1, this script reads 3: use"):
+        load_member(killed / "members/1")
+
+
 def hostile_manifest(tmp, base, run):
     """(file, what reads it, texts of it): shards beside their folder, whole and of the right hash,
     are not read."""

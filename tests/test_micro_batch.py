@@ -87,6 +87,18 @@ def test_nothing_is_compiled_after_the_warm_up(graphs, tmp_path):
     same_weights(plain, compiled, atol=1e-4)
 
 
+def test_graphs_do_not_grow_with_depth(graphs, tmp_path):
+    """One for each kind of block: a short window or not, a value embedding or not."""
+    for layers in (4, 8):
+        graphs.clear()
+        torch._dynamo.reset()
+        cfg = small(layers=layers, loop_first=2, loop_last=3, dropout=0.1)
+        trainer, _ = tiny.trainer(tmp_path / str(layers), cfg)
+        trainer.compile_blocks()
+        trainer.run_micro_batch(False)
+        assert graphs == {("block", True): 4, ("blend", True): 2}
+
+
 class FakeGraph(TorchDispatchMode):
     """A CUDA graph on the CPU: it records every operation and runs them again, on the same tensors.
     What Python computed is frozen, as in a real one; to read a value is an error."""
@@ -141,3 +153,16 @@ def test_replayed_graphs_train_the_same(cuda_graphs, tmp_path):
     replays = [graph.replays for graph in cuda_graphs]
     assert replays == [batches[False], batches[True], replayed.at.step]
     same_weights(plain, replayed)
+
+
+def test_a_failing_capture_falls_back_loudly(cuda_graphs, tmp_path, monkeypatch, capsys):
+    def fails(graph, pool):
+        raise RuntimeError("operation not permitted")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    cfg = small(**SHORT)
+    plain = tiny.train(tmp_path / "plain", cfg)
+    tried = tiny.train(tmp_path / "graphs", q.replace(cfg, graphs=True))
+    notice = "notice: a step is not replayed as a CUDA graph: RuntimeError: operation not permitted"
+    assert capsys.readouterr().err.count(notice) == 3
+    same_weights(plain, tried)

@@ -1,11 +1,14 @@
 """Model: attention kernels, block, table of parameters, initial weights, FLOPs; against references
-in numpy float64."""
+in numpy float64. Last, a user's edits."""
 import copy
 import functools
+import importlib.util
 import math
+import sys
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from scipy.special import expit, softmax
 from tiny import NEUTRAL, VOCAB, build, in_float64, random_tokens, resolved, seeded, small
@@ -19,22 +22,22 @@ CPU = torch.device("cpu")
 
 
 def attention_by_loops(query, key, value, window):
-    """[B, T, H, K] each, one query after the other."""
+    """[B, H, T, K] each, one query after the other."""
     rows = []
-    for t in range(query.size(1)):
+    for t in range(query.size(2)):
         seen = slice(max(0, t - window + 1), t + 1)
-        scores = torch.einsum("bhk,bshk->bhs", query[:, t], key[:, seen])
+        scores = torch.einsum("bhk,bhsk->bhs", query[:, :, t], key[:, :, seen])
         scores = scores / math.sqrt(query.size(-1))
         share = scores.softmax(-1)
-        rows.append(torch.einsum("bhs,bshk->bhk", share, value[:, seen]))
-    return torch.stack(rows, dim=1)
+        rows.append(torch.einsum("bhs,bhsk->bhk", share, value[:, :, seen]))
+    return torch.stack(rows, dim=2)
 
 
 @pytest.mark.parametrize("T, window", [(16, 1), (7, 3)])
 @pytest.mark.parametrize("name", ["sdpa", "plain"])
 def test_attention_kernels(name, T, window):
     """Forward and backward pass in float64."""
-    draws = torch.randn(4, 2, T, 2, 32, generator=seeded(0), dtype=torch.float64)
+    draws = torch.randn(4, 2, 2, T, 32, generator=seeded(0), dtype=torch.float64)
     *inputs, gradient = draws.unbind()
     for x in inputs:
         x.requires_grad_()
@@ -50,7 +53,7 @@ def test_flex_attention(monkeypatch):
     """Forward, all that it has on a CPU. Traced only: to compile it takes half a minute."""
     traced = functools.partial(torch.compile, backend="eager")
     monkeypatch.setattr(torch, "compile", traced)
-    inputs = torch.randn(3, 2, 16, 2, 32, generator=seeded(0))
+    inputs = torch.randn(3, 2, 2, 16, 32, generator=seeded(0))
     found = q.flex_attention(small(), CPU, 5)(*inputs)
     wanted = attention_by_loops(*inputs, 5)
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
@@ -168,14 +171,14 @@ def model_reference(model, tokens):
         x = rms(x + w["smear"] * before(x))
     x0 = x
     outputs = {}
-    for i in model.order:
+    for i in q.layer_order(cfg):
         decoder = i - (n - n // 2)
         if cfg.unet and decoder >= 0:
             x = x + w["skip_scale"][decoder] * outputs[n - 1 - i]
         if cfg.x0_mix:
             x = w["resid_scale"][i] * x + w["x0_scale"][i] * x0
         own = block_weights(w, model.table, f"blocks.{i}")
-        x = block_reference(x, x0, own, model.windows[i], cfg)
+        x = block_reference(x, x0, own, q.layer_windows(cfg)[i], cfg)
         outputs[i] = x
     x = rms(x)
     if not cfg.mtp_weight:
@@ -208,8 +211,8 @@ def test_model_against_numpy(changes, precision, tolerance):
 def test_layers():
     """Order, windows, layers with a value embedding, written out; the size of the published run."""
     model = build()
-    assert model.order == [0, 1, 2, 3, 4, 3, 4, 3, 4, 5]
-    assert model.windows == [8, 8, 8, 16, 8, 16]
+    assert q.layer_order(model.cfg) == [0, 1, 2, 3, 4, 3, 4, 3, 4, 5]
+    assert q.layer_windows(model.cfg) == [8, 8, 8, 16, 8, 16]
     assert model.table["value"].blocks == ("blocks.1", "blocks.3", "blocks.5")
     cfg = resolved("q0")
     assert len(q.layer_order(cfg)) == 70
@@ -259,3 +262,75 @@ def test_flops():
     unseen = 6 * (17 / 2 - np.mean([min(t + 1, 8) for t in range(16)]))
     assert whole[0] - short[0] == pytest.approx(3 * 4 * 64 * unseen)
     assert whole[1] - short[1] == pytest.approx(4 * 64 * unseen)
+
+
+# A user's edits of the script: pieces of its text, and what replaces them ------------------------
+
+FIRST_ROW = '"embed": Row('
+EDITS = {  # ReLU^2, and a learned gain
+    '"gate_up": Row("gate_up", (2, M, D), fan_in, **every)':
+    '"up": Row("up", (M, D), fan_in, **every)',
+    'gate, up = F.linear(norm(x), w["gate_up"].flatten(0, 1)).chunk(2, dim=-1)':
+    'up = F.linear(norm(x), w["up"])',
+    'F.linear(F.silu(gate) * up, w["down"])':
+    'F.linear(F.relu(up).square(), w["down"])',
+    FIRST_ROW:
+    '"gain": Row("gain", (D,), constant(1), lr=0.02, blocks=blocks),\n        ' + FIRST_ROW,
+    'return x + F.dropout(y, cfg.dropout, training)':
+    'return x + w["gain"].to(x.dtype) * F.dropout(y, cfg.dropout, training)'}
+WITHOUT_ROW = {
+    "self.attend = attention_by_window(":
+    "self.bias = nn.Parameter(torch.zeros(3))\n        self.attend = attention_by_window("}
+WITHOUT_USE = {FIRST_ROW: '"spare": Row("spare", (D, D), fan_in, **every),\n        ' + FIRST_ROW}
+
+
+def edited(edit, tmp_path, monkeypatch):
+    """The script with an edit, also for tests/tiny.py."""
+    text = q.SOURCE
+    for old, new in edit.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path = tmp_path / "edited.py"
+    path.write_text(text, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("edited", path)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "edited", module)
+    monkeypatch.setattr(tiny, "q", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_edit_of_the_block_trains(tmp_path, monkeypatch):
+    """Every weight starts as its row says and moves in a step; the loss falls; FLOPs follow."""
+    module = edited(EDITS, tmp_path, monkeypatch)
+    trainer, plan = tiny.trainer(tmp_path / "run", small(batch_tokens=128))
+    trainer.start_trajectory(plan[0])
+    cycle = plan[0][0]
+    trainer.start_cycle(cycle)
+    masters = trainer.optimizer.masters
+    assert (masters["up"].shape, masters["gain"].shape) == ((7, 96, 64), (7, 64))
+    assert masters["up"].std() == pytest.approx(1 / 8, rel=0.02)
+    assert (masters["gain"] == 1).all()
+    start = {name: master.clone() for name, master in masters.items()}
+    losses = []
+    for _ in range(3):
+        trainer.forward_backward(cycle)
+        losses.append(float(trainer.loss))
+        trainer.optimizer.step(1.0, 1.0)
+        assert not any(torch.equal(master, start[name]) for name, master in masters.items())
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0] - 0.1
+    monkeypatch.setattr(flops, "q", module)
+    whole, _ = flops.flops_per_token(small(), VOCAB)
+    monkeypatch.setattr(flops, "q", q)
+    assert flops.flops_per_token(small(), VOCAB)[0] - whole == 11 * 6 * 96 * 64  # a product less
+
+
+@pytest.mark.parametrize("edit, message", [
+    (WITHOUT_ROW, "weight bias has no row in parameter_table"),
+    (WITHOUT_USE, "weight spare has no gradient")])
+def test_half_an_edit_is_one_clear_error(edit, message, tmp_path, monkeypatch):
+    module = edited(edit, tmp_path, monkeypatch)
+    with pytest.raises(module.UserError, match=message):
+        trainer, _ = tiny.trainer(tmp_path / "run", small())
+        trainer.run_micro_batch(False)

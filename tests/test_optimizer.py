@@ -1,11 +1,13 @@
 """Optimizer: every rule against numpy float64 and torch.optim; working copies."""
 import copy
+import functools
 import math
 
 import numpy as np
 import pytest
 import torch
 from tiny import SMALL, VOCAB, off, resolved, seeded
+from torch._dynamo.utils import counters
 
 import train_q0 as q
 
@@ -164,3 +166,25 @@ def test_the_model_reads_masters_rounded_once_a_step():
             assert torch.equal(bank.weight, bank.master.to(dtype))
         draw_gradients(optimizer, seed)
         optimizer.step(1.0, 1.0)
+
+
+def two_steps(optimizer):
+    for seed in range(2):
+        draw_gradients(optimizer, seed)
+        optimizer.step(1.0, 1.0)
+    return optimizer.masters
+
+
+def test_compiled_functions_agree(monkeypatch):
+    """Traced only, which is quick: a graph for each pair of betas, each orientation of a matrix."""
+    few = dict(layers=4, loop_passes=1, mtp_weight=0)
+    plain = two_steps(published(**few))
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    torch._dynamo.reset()
+    counters["stats"].clear()
+    optimizer = published(**few)
+    optimizer.compile()
+    for name, master in two_steps(optimizer).items():  # to float32 rounding
+        torch.testing.assert_close(master, plain[name], rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] <= 2 + 2 * 3  # AdamW; Muon's two functions
+    torch._dynamo.reset()
