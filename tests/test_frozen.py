@@ -1,7 +1,8 @@
 """Whole runs against frozen numbers: what commit ef3b0f5 made of fixed text and settings.
 
-frozen/case.py says what the runs are. They hold initial weights, order, dropout, gradients, optimizer, noise at boundaries, the
-teacher and members; test_model.py, test_loss.py and test_optimizer.py have references of the parts.
+frozen/case.py says what the runs are. They hold initial weights, order, dropout, gradients,
+optimizer, noise at boundaries, the teacher and members; test_model.py, test_loss.py and
+test_optimizer.py have references of the parts.
 """
 from dataclasses import dataclass
 
