@@ -1,4 +1,4 @@
-"""Shared by all tests: the repository on sys.path, --slow, and a corpus and a run to look at."""
+"""Shared by all tests: the repository on sys.path, and a corpus and a run to look at."""
 import faulthandler
 import functools
 import os
@@ -36,21 +36,6 @@ def nothing_stays():
 def base(tmp_path_factory):
     """A folder for what is made once and read by many tests."""
     return tmp_path_factory.mktemp("base")
-
-
-def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests marked slow")
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes minutes; run with --slow")
-
-
-def pytest_collection_modifyitems(config, items):
-    if not config.getoption("--slow"):
-        for item in items:
-            if "slow" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="slow: run with --slow"))
 
 
 @pytest.fixture(scope="session")

@@ -85,18 +85,6 @@ def test_average_of_trajectories(four, logs, capsys):
         assert_mean(logs / "means", j, four, [2 * j])
 
 
-def test_bad_average(copied, logs, capsys):
-    (logs / "taken").mkdir(parents=True)
-    for argv, said in (
-            (["--last", "5"], "the weights of 4 members of a trajectory: --last 5 is out of range"),
-            (["--name", "taken"], "taken exists: give another --name")):
-        fails(capsys, said, "average", copied, *argv)
-    data = read_json(copied / "run.json")["data"]
-    edit_json(copied / "run.json", data={**data, "val": []})
-    fails(capsys, "does not hold the data of .*copied any more: their", "average", copied)
-    assert [f.name for f in logs.iterdir()] == ["taken"]  # nothing half-written
-
-
 def test_pooled_runs_are_one_population(chain, four, logs, capsys):
     """Members, hashes and predictions of a chain and of q0; one prior over all."""
     out = works(capsys, "pool", "chain", four, "--name", "both")
