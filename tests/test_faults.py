@@ -168,7 +168,7 @@ CLAIMS = {  # of a member's config.json
     "width": 2 ** 20, "layers": 10 ** 6, "head_dim": 48, "loop_passes": 10 ** 9, "windows": "SQ"}
 
 
-def test_a_member_of_another_model(killed, monkeypatch):
+def test_a_member_of_another_model(interrupted, monkeypatch):
     """The line says which weights are missing and unexpected."""
     table = q.parameter_table
 
@@ -180,10 +180,10 @@ def test_a_member_of_another_model(killed, monkeypatch):
     monkeypatch.setattr(q, "parameter_table", edited)
     told = r"missing .*'up', \(1, 2, 64, 32\).*unexpected .*'gate_up', \(1, 2, 64, 32\)"
     with pytest.raises(q.UserError, match=told):
-        load_member(killed / "members/1")
-    edit_json(killed / "members/1/config.json", format=1)
+        load_member(interrupted / "members/1")
+    edit_json(interrupted / "members/1/config.json", format=1)
     with pytest.raises(q.UserError, match="of format 1, this script reads 3: use"):
-        load_member(killed / "members/1")
+        load_member(interrupted / "members/1")
 
 
 def hostile_manifest(tmp, base, run):
