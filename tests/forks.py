@@ -94,26 +94,17 @@ class Fork:
                 stream.flush()
             os._exit(code)
 
-    def poll(self):
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
-    def kill(self, number=signal.SIGKILL):
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
     def wait(self, limit=60):
         """The exit status, negative where a signal ended it. It is killed after `limit` seconds."""
         end = time.monotonic() + limit
-        while self.poll() is None:
-            if time.monotonic() > end:
-                self.kill()
-                os.waitpid(self.pid, 0)
-                self.code = "late"
+        while self.code is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
+            elif time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
             time.sleep(0.005)
-        assert self.code != "late", f"no end after {limit} s: {self.out}{self.err}"
+        assert time.monotonic() < end, f"no end after {limit} s: {self.out}{self.err}"
         return self.code
 
     @property
@@ -189,24 +180,22 @@ def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def at_call(owner, name, n, act=die, where=""):
-    """Act before the n-th call of owner.name whose last path argument, if any, matches `where`."""
-    real = getattr(owner, name)
-    calls = []
+def planted(owner, name, n, act=die, where=""):
+    """A plant: act before the n-th call of owner.name whose last path argument, if any, matches
+    `where`."""
+    def plant():
+        real = getattr(owner, name)
+        calls = []
 
-    def planted(*args, **kwargs):
-        paths = [str(a) for a in args if isinstance(a, (str, Path))]
-        if re.search(where, paths[-1] if paths else ""):
-            calls.append(args)
-            if len(calls) == n:
-                act()
-        return real(*args, **kwargs)
-    setattr(owner, name, planted)
-
-
-def planted(*args, **kwargs):
-    """at_call, once it is called in the fork."""
-    return functools.partial(at_call, *args, **kwargs)
+        def acting(*args, **kwargs):
+            paths = [str(a) for a in args if isinstance(a, (str, Path))]
+            if re.search(where, paths[-1] if paths else ""):
+                calls.append(args)
+                if len(calls) == n:
+                    act()
+            return real(*args, **kwargs)
+        setattr(owner, name, acting)
+    return plant
 
 
 def at_step(n, act=die):
@@ -221,8 +210,7 @@ def wait_for(path, limit=60):
         time.sleep(0.005)
 
 
-TIMES = ("tok/s", "eta", "ready", "tflops", "train_seconds", "eval_seconds", "peak_memory_mb")
-TIMED = re.compile(rf" ?\b(?:{'|'.join(TIMES)}):\S+")
+TIMED = re.compile(r" ?\b(tok/s|eta|ready|tflops|(train|eval)_seconds|peak_memory_mb):\S+")
 # of the header: when and how the run was started, settings that change no number, where it ran,
 # and what was derived, which a resumed run is given
 HEADER = re.compile(
@@ -237,14 +225,9 @@ def log_of(run):
     return HEADER.sub("", TIMED.sub("", text.removeprefix(q.SOURCE)))
 
 
-def steps_of(run):
-    """[(step, loss), ...] as logged."""
-    found = re.findall(r"^step:(\d+)/.* loss:(\S+)", log_of(run), re.M)
-    return [(int(step), float(loss)) for step, loss in found]
-
-
 def losses_of(run):
-    return [loss for _, loss in steps_of(run)]
+    """Of every step as logged."""
+    return [float(loss) for loss in re.findall(r"^step:.* loss:(\S+)", log_of(run), re.M)]
 
 
 def numbers_of(curve):

