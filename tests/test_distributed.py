@@ -11,8 +11,8 @@ from tiny import user
 
 import train_q0 as q
 from forks import (
-    EVERY_STEP, RUN, TWO, Fork, all_good, at_step, command, die, disturbed, losses_of, planted,
-    ranks, reference, resume, shards, start, wait_for, weights_of)
+    EVERY_STEP, RUN, TWO, Fork, all_good, at_step, command, die, disturbed, losses_of, ranks,
+    reference, resume, shards, wait_for)
 
 # Every feature of the model; one step a cycle, so that three steps see the noise of two boundaries
 # and a teacher. Little weight decay: it acts where update and weight have one sign, so an update
@@ -71,13 +71,6 @@ def test_from_one_process_to_two_and_back(base, logs):
     assert "'processes': 2}, now" in last.out
     # sums in another order gave 1e-6; another seed gives 1e-2
     assert losses_of(logs / "x") == pytest.approx(losses_of(reference(base)), abs=1e-3)
-
-
-def test_evaluation_is_the_same_on_two_processes(base, logs):
-    """Killed where all that is left to do is the last member: the very same bits."""
-    start(base, logs, plant=planted(q, "save_member", 3)).dies()
-    all_good(ranks(2, logs, "--resume", "x"))
-    assert weights_of(logs / "x") == weights_of(reference(base))
 
 
 def test_a_hanging_rank_ends_the_others(base, logs):

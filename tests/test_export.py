@@ -5,8 +5,7 @@ import types
 import prepare
 import pytest
 import torch
-from tiny import (
-    ROOT, VOCAB, build, fails, flip, random_tokens, read_json, seeded, small, with_file)
+from tiny import ROOT, VOCAB, build, random_tokens, seeded, small
 from torch.testing import assert_close
 
 import train_q0 as q
@@ -133,11 +132,3 @@ def test_tokenizer(corpus, tmp_path):
             ids = tokenizer(text).input_ids
             assert ids == [encoding.eot_token, *encoding.encode_ordinary(text)]
             assert tokenizer.decode(ids, skip_special_tokens=True) == text
-
-
-def test_nothing_half_written(copied, tmp_path, capsys):
-    fails(capsys, "exists: give another --out", "export", copied, "--out", tmp_path)
-    last = read_json(copied / "result.json")["table"]["ranked"][1]
-    with_file(f"members/{last}/model.safetensors", flip)(copied)
-    fails(capsys, "is missing or damaged", "export", copied, "--out", tmp_path / "new/hf")
-    assert not list((tmp_path / "new").iterdir())

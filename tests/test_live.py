@@ -1,16 +1,13 @@
-"""What a run under way shows: a status line, curves in trackers, a profile; `runs`. The machines of
+"""What a run under way shows: curves in trackers, a profile; `runs`. The machines of
 a first hour."""
 import errno
 import json
 import os
-import pty
 import re
 import shutil
 import signal
 import sys
-import termios
 import time
-from types import SimpleNamespace
 
 import pytest
 import tiny
@@ -21,51 +18,7 @@ from forks import (
 from tiny import edit_json, read_json, works
 
 import train_q0 as q
-from records import live, plot
-
-
-def screen(text):
-    """Lines of a terminal that understands \\r and \\n."""
-    lines = []
-    for line in text.split("\n"):
-        shown = ""
-        for part in line.split("\r"):
-            shown = part + shown[len(part):]
-        lines.append(shown.rstrip())
-    return lines
-
-
-def test_status_line(tmp_path, monkeypatch):
-    """The newest step stays in the last line, cut to the width; all else goes above it, and the log
-    has every line."""
-    terminal, other_end = pty.openpty()
-    for name in ("stdout", "stderr"):
-        stream = open(os.dup(other_end), "w", buffering=1, encoding="utf-8")
-        monkeypatch.setattr(sys, name, stream)
-    termios.tcsetwinsize(terminal, (24, 100))
-    *_, status = live.begin(q.Config(data="x"), {}, SimpleNamespace(track=None, profile=False))
-    status.start(None)
-    log = q.Log(tmp_path / "log.txt", 0, [status])
-    step = dict(traj=0, cycle=(1, 2), loss=3.25, eta="0:01:00")
-    for i in range(1, 5):
-        log.event(step=(i, 4), **step, **{"tok/s": 48_000})
-        if i == 2:
-            q.say("notice: it is late", "stderr")
-            log.event(member=0, val_loss=3.5)
-            termios.tcsetwinsize(terminal, (24, 30))
-    status.close()
-    q.say("the end")
-    text = ""
-    while not text.endswith("the end\r\n"):
-        text += os.read(terminal, 10_000).decode()
-    assert screen(text) == ["notice: it is late", "member:0 val_loss:3.50000", "the end", ""]
-    frames = [frame.rstrip() for frame in re.findall("\r(step[^\r\n]*)", text)]
-    assert frames[0].startswith("step:1/4 loss:3.25000 eta:0:01:00 traj:0 cycle:1/2 tok/s:48000 ")
-    assert frames[-1] == "step:4/4 loss:3.25000 eta:0:01:00"[:29]
-    texts = (tmp_path / "log.txt").read_text().splitlines()
-    assert [text.split(":")[0] for text in texts] == ["step", "step", "member", "step", "step"]
-    os.close(terminal)
-    os.close(other_end)
+from records import plot
 
 
 class Wandb:

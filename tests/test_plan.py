@@ -100,15 +100,6 @@ def test_plan_of_q0(capsys):
         fails(capsys, f"{wrong.split()[0]}: .* is out of range", "plan", *wrong.split())
 
 
-def test_teacher_flops_are_counted_for_distilled_cycles_only():
-    cfg = resolved(epochs=16)
-    cycles = sum(q.plan_cycles(cfg, 150_000), [])
-    spent = flops.run_flops(cfg, cycles, VOCAB)
-    train, teacher = flops.flops_per_token(cfg, VOCAB)
-    # 2 of 4 members have a teacher
-    assert spent["teacher"] / spent["model"] == pytest.approx(2 / 4 * teacher / train)
-
-
 def test_recipes():
     """The page is the table of what was measured. Of equal populations q0 is named."""
     text = recipes.PAGE.read_text(encoding="utf-8")

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import time
 
 import pytest
 
@@ -90,15 +89,6 @@ def test_signal(number, base, logs):
     assert sorted(states_of(logs / "x")) == ["0-000000005", "0-000000007"]
     assert resume(logs).good().went_on_from == {0: 7}
     assert not disturbed(base, logs)
-
-
-def test_a_second_signal_stops_at_once(base, logs):
-    def twice():
-        for _ in range(2):
-            os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.01)
-    start(base, logs, *CYCLE_ENDS, plant=at_step(7, twice)).dies(signal.SIGTERM)
-    assert sorted(states_of(logs / "x")) == ["0-000000005"]
 
 
 def test_changed_settings(base, interrupted, logs):

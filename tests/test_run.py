@@ -11,7 +11,7 @@ import torch
 from pytest import approx
 from safetensors.torch import load_file
 from tiny import (
-    fails, flip, loss_of, predictions_of, read_json, sequences_of, shorten, snapshot, works)
+    fails, flip, loss_of, predictions_of, read_json, sequences_of, shorten, works)
 
 import train_q0 as q
 
@@ -195,10 +195,3 @@ def test_bad_predictions(finished, logs, capsys):
     fails(capsys, "2.safetensors is missing or damaged: .*sha256", "select", "r")
     (folder / "3.safetensors").unlink()
     fails(capsys, "3 members, its result has 4", "select", "r")
-
-
-def test_a_run_in_the_way(trained, flags, logs, capsys):
-    before = snapshot(trained("x"))
-    fails(capsys, "x exists and differs in seed: give another --run", *flags, "--seed", 5)
-    assert "x is complete" in works(capsys, *flags)
-    assert snapshot(logs / "x") == before

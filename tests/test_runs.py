@@ -74,17 +74,6 @@ def test_average_is_the_mean_of_weights(finished, corpus, logs, capsys):
     fails(capsys, "mean holds averages already: average ", "average", "mean", "--name", "again")
 
 
-def test_average_of_trajectories(four, logs, capsys):
-    """A mean for each; the prior mixes them. Without the newest weights, of those before."""
-    (four / "members/1/model.safetensors").unlink()
-    (four / "members/3/model.safetensors").unlink()
-    works(capsys, "average", four, "--name", "means", "--last", 1)
-    result = result_of(logs / "means")
-    assert [entry["traj"] for entry in result["curve"]] == [0, 1]
-    for j in range(2):
-        assert_mean(logs / "means", j, four, [2 * j])
-
-
 def test_pooled_runs_are_one_population(chain, four, logs, capsys):
     """Members, hashes and predictions of a chain and of q0; one prior over all."""
     out = works(capsys, "pool", "chain", four, "--name", "both")
@@ -193,8 +182,3 @@ def test_stopped_student_goes_on(four, trained, flags, logs, monkeypatch, capsys
     kept.rename(four)
     works(capsys, "--resume", "x")
     assert weights_of(logs / "x") == weights_of(trained("whole", *SINGLE, "q0"))
-    for argv, said in (
-            (["--softcap", "20"], r"is \(300, 15.0, 32\), this run's \(300, 20.0, 32\)"),
-            (["--teacher-k", "0"], "--teacher-k 0 is out of range")):
-        fails(capsys, said, *flags, "--run", "new", *SINGLE, "q0", *argv)
-    assert not (logs / "new").exists()

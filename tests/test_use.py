@@ -164,15 +164,6 @@ def test_frequencies_of_what_is_drawn(temperature, top_p, expected):
     assert_allclose(percent, expected, atol=6)  # deviations are 1.6 at most
 
 
-def test_pieces():
-    """A text ends with the document, whose end is not shown, as half a character is not."""
-    text = Text(Letters(), 0)
-    assert [text.piece(token) for token in (97, VOCAB - 1, 98, None)] == ["a", "", "", ""]
-    assert text.ended
-    text = Text(Letters(), 0)
-    assert [text.piece(token) for token in (0xE2, None)] == ["", "\ufffd"]
-
-
 @pytest.fixture(scope="module")
 def mixed(tmp_path_factory):
     """mixed(options) -> a mixture of members with all features, and one of another shape."""
