@@ -33,8 +33,8 @@ BFLOAT16 = Tolerance(train=0.02, member=3e-3, mean=0.1, largest=0.8)
     not torch.backends.mkl.is_available(), reason="without MKL torch draws other dropout")
 @pytest.mark.parametrize("name, tolerance", [
     ("small_float32", FLOAT32),
-    # slow where a CPU lacks its instructions
-    pytest.param("small_bfloat16", BFLOAT16, marks=pytest.mark.slow)])
+    pytest.param("small_bfloat16", BFLOAT16, marks=pytest.mark.skipif(
+        not torch.cpu._is_avx512_bf16_supported(), reason="slow without instructions for it"))])
 def test_run(name, tolerance, tmp_path, logs):
     data = case.write_text(tmp_path)
     assert q0.main(case.flags_of(name, data)) == 0
