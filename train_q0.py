@@ -160,7 +160,7 @@ class Config:
         150_000, "whole training documents up to about this many tokens; 0: all of them")
     split_tokens: float | None = knob(
         None, "share of the training tokens that become two shorter ones, drawn anew each epoch, "
-        "in the first half of a trajectory's epochs", high=1)
+        "in the first half of a trajectory's epochs, rounded down", high=1)
     seq_len: int = knob(256, "tokens predicted per sequence", low=8, high=2 ** 15)
     batch_tokens: int = knob(
         2048, "tokens per step, in the middle half of the cycles", low=1)
@@ -433,19 +433,22 @@ def cut(tokens, seq_len):
     return tokens[:n * (seq_len + 1)].reshape(n, seq_len + 1)
 
 
-def halves_of(path, vocab_size):
-    """int32 [vocab_size, 2]: of each token of a BPE (tiktoken's ranks file) two that spell the same
-    bytes, those learned first; -1 for single bytes and special tokens. Raises UserError for a
-    missing or damaged file."""
+def halves_of(folder, vocab_size):
+    """(int32 [vocab_size, 2], sha256 of the tokenizer): of each token of a corpus' BPE two that
+    spell the same bytes, those learned first; -1 for single bytes and special tokens. Raises
+    UserError where the file is missing or not the corpus' own."""
     halves = np.full((vocab_size, 2), -1, dtype=np.int32)
-    with reading(f"tokenizer {path}", "; --split-tokens 0 needs none"):
+    path = folder / "tokenizer.tiktoken"
+    with reading(path, "; prepare the data again, or give --split-tokens 0"):
+        sha256 = load_json(folder / "manifest.json")["tokenizer"]["sha256"]
+        check_sha256(path, sha256)
         words = path.read_bytes().split()[::2]
         ranks = {base64.b64decode(word): rank for rank, word in enumerate(words)}
         for token, rank in ranks.items():
             cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
             pairs = [(ranks[a], ranks[b]) for a, b in cuts if a in ranks and b in ranks]
             halves[rank] = min(pairs, key=max, default=-1)
-    return halves
+    return halves, sha256
 
 
 def split_tokens(text, halves, share, rng):
@@ -2526,6 +2529,8 @@ def launch(cfg, why, args, world):
             from records import live
             listeners = live.begin(cfg, why, args)
         except ImportError as e:
+            if cfg.teacher:
+                raise UserError("--teacher needs records/ beside this script") from None
             say(f"notice: without records/ a launch only trains: {one_line(e)}", "stderr")
     now = datetime.datetime.now()
     name = args.resume or args.run or f"{now:%Y-%m-%d_%H-%M-%S_%f}"
@@ -2533,9 +2538,10 @@ def launch(cfg, why, args, world):
     data = find_data(cfg)
     corpus = load_corpus(data, cfg.seq_len, cfg.train_tokens)
     if cfg.split_tokens:
+        halves, corpus.hashes["tokenizer"] = halves_of(data, corpus.vocab_size)
         corpus = replace(
-            corpus, split=cfg.split_tokens, split_epochs=cfg.epochs // cfg.trajectories // 2,
-            halves=halves_of(data / "tokenizer.tiktoken", corpus.vocab_size))
+            corpus, split=cfg.split_tokens, halves=halves,
+            split_epochs=cfg.epochs // cfg.trajectories // 2)
     population = None
     if cfg.teacher:
         from records.population import load_teacher

@@ -289,6 +289,8 @@ class Run:
         else:
             script = hashlib.sha256(json.dumps(self.source).encode()).hexdigest()
             yield self.script == script, "it did not begin with the script at its head"
+        if "tokenizer" in self.data:  # which --split-tokens reads
+            wanted = {**wanted, "tokenizer": track.get("tokenizer")}
         keys = {**wanted, **self.data}
         differ = [x for x in keys if wanted.get(x) != self.data.get(x)]
         yield not differ, f"its data are not the track's: {', '.join(differ)}"
@@ -795,9 +797,11 @@ def pack(folder, runs):
             run = Path(about["counted_of"])
             loss = round(about["final_val_loss"], 5)
             found = {"val_loss": loss, "strength": about["gate"]["strength"]}
+            if not (run / "log.txt").exists():
+                raise ValueError(f"{run} has no log: a pool or an average is no row")
             (folder / f"logs/{run.name}.json").write_text(json.dumps(found) + "\n")
-        recompute.pack(run, folder / f"logs/{run.name}.xz")
         shutil.copyfile(run / "log.txt", folder / f"logs/{run.name}.txt")
+        recompute.pack(run, folder / f"logs/{run.name}.xz")
 
 
 def show_all(args):

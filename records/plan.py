@@ -180,6 +180,10 @@ def plan(argv):
             "machine's]")})
     if args.modelled and not args.gpus:
         raise q.UserError("--modelled is of H100s: give --gpus N")
+    if args.gpus:
+        q.check_divides(cfg, args.gpus)
+        if "device" not in why and cfg.device != "cuda":
+            raise q.UserError(f"--gpus is of H100s: leave out --device {cfg.device}")
     on_gpus = bool(args.gpus) or cfg.device == "cuda"
     gpus = args.gpus or 1
     parameters = cfg.layers * cfg.width * (4 * cfg.width + 3 * cfg.mlp_hidden)

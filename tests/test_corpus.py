@@ -81,15 +81,18 @@ def test_batches_and_evaluation_read_in_order(corpus):
 SPELLED = ["a", "b", "c", "d", "ab", "cd", "abcd", "bc"]  # by rank; 8 is <|endoftext|>
 
 
-def ranks_file(path):
+def with_tokenizer(folder):
     lines = [b"%s %d\n" % (base64.b64encode(x.encode()), i) for i, x in enumerate(SPELLED)]
+    path = folder / "tokenizer.tiktoken"
     path.write_bytes(b"".join(lines))
+    q.save_json(folder / "manifest.json", {"tokenizer": {"sha256": q.sha256_of(path)}})
     return path
 
 
 def test_tokens_split_into_the_halves_that_were_learned_first(tmp_path):
-    path = ranks_file(tmp_path / "ranks")
-    halves = q.halves_of(path, 9)
+    path = with_tokenizer(tmp_path)
+    halves, sha256 = q.halves_of(tmp_path, 9)
+    assert sha256 == q.sha256_of(path)
     assert halves.tolist() == [[-1, -1]] * 4 + [[0, 1], [2, 3], [4, 5], [1, 2], [-1, -1]]
     text = np.tile(np.array([6, 0, 7, 4, 8], np.uint16), 2000)
     split = q.split_tokens(text, halves, 0.3, np.random.default_rng(0))
@@ -99,9 +102,9 @@ def test_tokens_split_into_the_halves_that_were_learned_first(tmp_path):
     assert "".join(spelled[split]) == "".join(spelled[text])
     all_split = q.split_tokens(text[:5], halves, 1.0, np.random.default_rng(0))
     assert all_split.tolist() == [4, 5, 0, 1, 2, 0, 1, 8]  # once, not down to the bytes
-    path.write_bytes(b"no ranks\n")
-    with pytest.raises(q.UserError, match="--split-tokens 0 needs none"):
-        q.halves_of(path, 9)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(q.UserError, match="sha256 .* prepare the data again, or give --split-tok"):
+        q.halves_of(tmp_path, 9)
 
 
 def test_only_early_epochs_split_tokens(corpus):
