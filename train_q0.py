@@ -2591,8 +2591,8 @@ def open_run(run, allow_edited):
         identity = saved["config"] | saved["data"]
     differ = [k for k, v in run.identity.items() if identity.get(k) != v]
     run.edited = saved.get("script") != run.about["script"]
-    if run.edited and not allow_edited:
-        differ.append("the script (--allow-edited goes on; then it is no record)")
+    if run.edited and not allow_edited and not differ:
+        differ = ["the script (--allow-edited goes on; then it is no record)"]
     if differ:
         raise UserError(f"{run.folder} exists and differs in {', '.join(differ)}: give another "
                         "--run name, or the settings, data and script it began with")
