@@ -747,6 +747,7 @@ def attention(x, w, cos, sin, attend, cfg, shift):
     if cfg.induction:  # keys of the token before, not rotated, so found by content
         turned_q = torch.cat((turned_q, q[:, :, local:]), dim=2)
         turned_k = torch.cat((turned_k, shift(k[:, :, local:])), dim=2)
+    # turned before the norm, which turning does not change: only normed ones are kept
     heads_first = (t.transpose(1, 2) for t in (norm(turned_q), norm(turned_k), v))
     y = attend(*heads_first).transpose(1, 2)
     if "attn_gate" in w:
@@ -2093,7 +2094,7 @@ class Run:
     identity: dict  # a state of another configuration or other data is refused
     cycles: list  # of all trajectories
     about: dict  # at the head of the log: command, settings, data
-    listeners: list = ()  # to the events of its logs: records/live.py
+    listeners: tuple = ()  # to the events of its logs: records/live.py
     plan: str = ""  # what follows `about` there: lines that say what the run will do
     edited: bool = False  # whether it began with another script
     lock: Lock | None = None
@@ -2523,7 +2524,7 @@ def launch(cfg, why, args, world):
     """Train trajectories of a run until none is left, then report."""
     if args.run is not None:
         check_plain("--run", args.run)
-    listeners = []
+    listeners = ()
     if world.leader:
         try:
             from records import live
