@@ -29,7 +29,7 @@ def begin(cfg, why, args):
     if sys.stdout and sys.stdout.isatty():
         found.append(Status())
     fetch_default_corpus(cfg)
-    return [Listener(Report(cfg, why)), *map(Guarded, found)]
+    return Listener(Report(cfg, why)), *map(Guarded, found)
 
 
 class Listener:
