@@ -54,6 +54,7 @@ import json
 import math
 import os
 import platform
+import re
 import signal
 import sys
 import time
@@ -2441,7 +2442,8 @@ def suggestion(word, known):
 def parse_config(argv, extra={}):
     """Config from flags, defaults from the preset; `extra` are more flags {names: options}. Returns
     (cfg, reasons, namespace)."""
-    preset = dict(zip(argv, argv[1:])).get("--preset", "tiny")
+    words = f"--preset tiny {' '.join(argv)}"
+    preset = re.findall(r"--preset[= ](\S+)", words)[-1]
     known, unknown = config_parser(extra, preset).parse_known_args(argv)
     if unknown:
         near = suggestion(unknown[0].split("=")[0], map(flag, vars(known)))

@@ -794,11 +794,12 @@ def pack(folder, runs):
         if "counted_of" in about:
             if "neighbours" in [entry.get("kind") for entry in about["curve"]]:
                 raise ValueError(f"{run} was counted with --neighbours, which no row is")
-            run = Path(about["counted_of"])
+            run = run.resolve().parent / about["counted_of"]
             loss = round(about["final_val_loss"], 5)
             found = {"val_loss": loss, "strength": about["gate"]["strength"]}
             if not (run / "log.txt").exists():
-                raise ValueError(f"{run} has no log: a pool or an average is no row")
+                raise ValueError(f"{run}, which was counted, is not there or has no log: copy it "
+                                 "there; a pool or an average is no row")
             (folder / f"logs/{run.name}.json").write_text(json.dumps(found) + "\n")
         shutil.copyfile(run / "log.txt", folder / f"logs/{run.name}.txt")
         recompute.pack(run, folder / f"logs/{run.name}.xz")

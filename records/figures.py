@@ -2,9 +2,11 @@
 
     python records/figures.py
 
-loss.png    loss against epochs at 1.4M and 12.6M parameters
-ratio.png   how many times fewer epochs q0 and a chain need than the ensemble, at both sizes
-method.png  the method in one drawing
+loss.png          loss against epochs at 1.4M and 12.6M parameters
+wiki_cpu_32.png   every population up to 32 epochs at 1.4M, by epochs and by FLOPs
+wiki_cpu_128.png  the same up to 128 epochs
+ratio.png         how many times fewer epochs q0 and a chain need than the ensemble, at both sizes
+method.png        the method in one drawing
 """
 import sys
 from pathlib import Path
@@ -15,14 +17,34 @@ from matplotlib.patches import FancyArrowPatch
 
 if __name__ == "__main__":  # run as a file, Python looks for modules in records/ alone
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from records.plot import curves_in, reached
+from records.plot import curves_in, figure_of, reached
 
 FIGURES = Path(__file__).resolve().parent / "figures"
-COLORS = {
+COLORS = {  # in every figure
     "single": "0.45",
     "ensemble": "tab:blue",
+    "ensemble, members of 16": "lightskyblue",
+    "snapshots": "tab:green",
     "chain": "tab:orange",
     "q0": "tab:red",
+    "a chain, then q0": "tab:purple",
+}
+EQUAL = {  # {figure: {population: its pool}}
+    "wiki_cpu_32.png": {
+        "single": "longer_single",
+        "ensemble": "equal_ensemble_32",
+        "snapshots": "equal_snapshots_32",
+        "chain": "equal_chain_32",
+        "q0": "equal_q0_32",
+    },
+    "wiki_cpu_128.png": {
+        "ensemble": "equal_ensemble_128",
+        "ensemble, members of 16": "longer_ensemble16_128",
+        "snapshots": "equal_snapshots_128",
+        "chain": "equal_chain_128",
+        "q0": "equal_q0_128",
+        "a chain, then q0": "equal_mixed_64",
+    },
 }
 SINGLE_16 = 3.8756  # the best single model: 16 epochs, averaged, n=8 (RESULTS.md)
 PUBLISHED = {  # times fewer epochs at 1.87B parameters, against 256 epochs of the ensemble
@@ -49,9 +71,17 @@ def save(figure, name):
     print(FIGURES / name)
 
 
+# wiki_cpu_*.png -----------------------------------------------------------------------------
+def equal_figures():
+    """Populations of one budget, each with its n."""
+    for name, rows in EQUAL.items():
+        curves = {population: pool(of) for population, of in rows.items()}
+        save(figure_of(curves, COLORS), name)
+
+
 # loss.png -----------------------------------------------------------------------------------
-def draw_rows(axis, rows, population, offset=(5, 0)):
-    """One line a curve; the population's name stands at the end of the longest."""
+def draw_rows(axis, rows, population, n="", offset=(5, 0)):
+    """One line a curve; the population's name and `n` stand at the end of the longest."""
     color = COLORS[population]
     for row in rows:
         epochs = row[:, 0]
@@ -59,7 +89,7 @@ def draw_rows(axis, rows, population, offset=(5, 0)):
         axis.plot(epochs, loss, "o-", color=color, markersize=2.5, linewidth=1.4)
     end = max(rows, key=len)[-1]
     axis.annotate(
-        population, (end[0], end[2]), offset, textcoords="offset points",
+        population + n, (end[0], end[2]), offset, textcoords="offset points",
         color=color, va="center", fontweight="bold")
 
 
@@ -74,18 +104,23 @@ def mark_ratio(axis, ensemble, rows, text, above):
     axis.text(middle, loss + above, text, ha="center", color="0.25")
 
 
+def draw_mean(axis, population, name, **style):
+    rows = pool(name)
+    draw_rows(axis, [np.mean(rows, axis=0)], population, f" (n={len(rows)})", **style)
+
+
 def draw_small(axis):
     """1.4M parameters: means of the populations pooled from runs of 32 epochs."""
-    single = mean_of("longer_single")
-    draw_rows(axis, [single], "single", offset=(-2, 10))
+    draw_mean(axis, "single", "longer_single", offset=(-2, 10))
     axis.plot([16, 128], [SINGLE_16] * 2, ":", color=COLORS["single"])
+    axis.text(128, SINGLE_16 - 0.012, "16 epochs, n=8", ha="right", color=COLORS["single"])
     for population in ("ensemble", "chain", "q0"):
-        mean = mean_of(f"equal_{population}_128")
-        draw_rows(axis, [mean], population)
+        draw_mean(axis, population, f"equal_{population}_128")
     ensemble = mean_of("equal_ensemble_128")
-    mark_ratio(axis, ensemble, pool("equal_q0_64"), "2.65 times fewer epochs", 0.03)
-    axis.set_title("1.4M parameters, 150k tokens (means, n = 2 to 8)")
-    axis.set(xlim=(0, 165), ylim=(3.63, 3.93))
+    text = "2.65 times fewer epochs\n(q0: n=5)"
+    mark_ratio(axis, ensemble, pool("equal_q0_64"), text, 0.03)
+    axis.set_title("1.4M parameters, 150k tokens (means)")
+    axis.set(xlim=(0, 185), ylim=(3.63, 3.93))
     axis.set_ylabel("validation loss (nats per token)")
 
 
@@ -123,15 +158,17 @@ def draw_small_ratios(axis):
     matched = {32: "equal_q0_32", 64: "equal_q0_64", 128: "equal_q0_64"}
     means = []
     spreads = []
+    numbers = []
     for epochs, name in matched.items():
         ensembles = pool(f"equal_ensemble_{epochs}")
         found = ratios(ensembles, pool(name), epochs)
         means.append(found.mean())
         spreads.append(found.std(ddof=1))
+        numbers.append(str(len(found)))
         print(f"1.4M, {epochs} epochs: {means[-1]:.2f} ± {spreads[-1]:.2f}")
     axis.errorbar(
-        list(matched), means, spreads, fmt="s-", color="tab:green", capsize=3,
-        label="1.4M parameters, q0 (mean and deviation)")
+        list(matched), means, spreads, fmt="s:", color=COLORS["q0"], capsize=3,
+        label=f"1.4M parameters, q0 (mean and deviation, n={', '.join(numbers)})")
 
 
 def extended(curve):
@@ -173,7 +210,7 @@ def ratio_figure():
     draw_small_ratios(axis)
     for members, marker in zip(PUBLISHED, "D^"):
         axis.plot(
-            EXTENDED, PUBLISHED[members], marker, color="black", linestyle="none",
+            EXTENDED, PUBLISHED[members], marker, color=COLORS["q0"], linestyle="none",
             label=f"1.87B parameters, q0, the paper: {members}")
     axis.axhline(1, color="0.6", linewidth=0.8)
     axis.set_xscale("log", base=2)
@@ -262,6 +299,7 @@ def method_figure():
 
 def main():
     loss_figure()
+    equal_figures()
     ratio_figure()
     method_figure()
 

@@ -23,6 +23,7 @@ MOST_BYTES = 2 ** 26  # of a file that is read
 EVENT = re.compile(  # a member of a log, or a mixture of all so far
     r"^(?:member:(?P<member>\d+) .*epochs:(?P<epochs>\d+) .*|ensemble .*prior:(?P<prior>\w+) )"
     r"\w+_loss:(?P<loss>\S+)(?: .*)?\n", re.M)
+PICTURES = (".png", ".svg", ".pdf")  # that --out may have put beside the runs
 EPOCHS = 0  # columns of a curve
 FLOPS = 1
 LOSS = 2
@@ -148,8 +149,9 @@ def print_reached(rows):
 
 # Figures ----------------------------------------------------------------------------------------
 
-def draw(path, rows):
-    """Mean curve and standard deviation of each row, by epochs and by FLOPs."""
+def figure_of(rows, colors={}):
+    """Mean curve and standard deviation of each row {label: curves}, by epochs and by FLOPs, in
+    colors {label: color}, else each in one of its own."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
     by_epochs, by_flops = figure.subplots(1, 2, sharey=True)
@@ -160,9 +162,9 @@ def draw(path, rows):
             x = mean[:, column]
             loss = mean[:, LOSS]
             band = spread([c[:, LOSS] for c in curves])
-            if len(curves) > 1:
-                label = f"{label} (n={len(curves)})"
-            line, = axis.plot(x, loss, "o-", markersize=3, label=label)
+            line, = axis.plot(
+                x, loss, "o-", color=colors.get(label), markersize=3,
+                label=f"{label} (n={len(curves)})")
             axis.fill_between(x, loss - band, loss + band, alpha=0.25, color=line.get_color())
         axis.set_xlabel(name)
         axis.grid(alpha=0.3)
@@ -170,6 +172,12 @@ def draw(path, rows):
     by_epochs.set_ylim(min(ends) - 0.02, max(ends) + 0.25)
     by_epochs.set_ylabel("loss under the learned prior (nats per token)")
     by_epochs.legend()
+    return figure
+
+
+def draw(path, rows):
+    """Write the figure of rows to a file."""
+    figure = figure_of(rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     kind = path.suffix[1:] or "png"  # without one matplotlib writes to another name
     figure.savefig(path, format=kind, dpi=110)
@@ -264,7 +272,7 @@ def compare(argv):
         label, paths = paths_of(name)
         if label in rows:
             raise q.UserError(f"{name}: there is a row {label} already")
-        rows[label] = read_row(paths)
+        rows[label] = read_row(with_curves(name, paths))
     check_texts(rows)
     print_columns(list(side_by_side(rows)))
     curves = {label: row.curves for label, row in rows.items()}
@@ -291,12 +299,45 @@ def paths_of(name):
     return label, [path / "log.txt" if path.is_dir() else path for path in paths]
 
 
+def without_curve(path):
+    """Why a file that an argument stands for has no curve of training; None where it has one."""
+    if path.suffix in PICTURES:
+        return "a picture"
+    if not path.exists():
+        made = (path.parent / "result.json").exists()
+        return "made of other runs: compare those" if made else "no log"
+    if path.suffix == ".json":
+        return None
+    with q.reading(f"{path}, which should be the log of a run,"):
+        check_file(path)
+        lines = read_log(path).lines
+    return None if any(line.startswith("ensemble ") for line in lines) else "no member yet"
+
+
+def with_curves(name, paths):
+    """Those of the files of argument `name` that have a curve; says which have none. Raises
+    UserError where it is all of them."""
+    left = []
+    out = []
+    for path in paths:
+        why = without_curve(path)
+        if why is None:
+            left.append(path)
+            continue
+        run = path.parent.name if path.name == "log.txt" else path.name
+        out.append(f"{run} ({why})")
+    if not left:
+        raise q.UserError(f"{name} has no curve of training: {', '.join(out)}")
+    if out:
+        q.say(f"notice: {name} leaves out what has no curve of training: {', '.join(out)}",
+              "stderr")
+    return left
+
+
 def read_row(paths):
     """A Row of logs and pools' curves. Raises UserError for what is neither."""
     row = Row([])
     for path in paths:
-        if (path.parent / "result.json").exists() and not path.exists():
-            raise q.UserError(f"{path.parent} was made of other runs and has no log: compare those")
         with q.reading(f"{path}, which should be the log of a run,"):
             check_file(path)
             if path.suffix == ".json":

@@ -41,6 +41,11 @@ def plain_name(run):
     return REMOTE[run].plain_name if run in REMOTE else run.resolve().name
 
 
+def recorded_name(run):
+    """What it is called in files that others may read: nothing of this machine's folders."""
+    return REMOTE[run].name if run in REMOTE else plain_name(run)
+
+
 def has_weights(run, member):
     """Whether a member can be used: --keep-members drops the oldest, the hub has all."""
     return run in REMOTE or (run / f"members/{member}/model.safetensors").exists()

@@ -18,7 +18,7 @@ import train_q0 as q
 from records import counting, gate, neighbours
 from records.population import (
     best_members, fetch, find_run, has_weights, load_member, load_population, load_predictions,
-    mixture_loss, plain_name, report, title)
+    mixture_loss, plain_name, recorded_name, report, title)
 from records.use import DEVICE, parser_of, report_split
 
 # Folders of `own_folder` on this machine: locks need not reach others that share the disk
@@ -162,11 +162,7 @@ def pool_into(folder, runs):
         if differ:
             raise q.UserError(f"{title(run.folder)} differs from {title(first.folder)} in "
                               f"{', '.join(differ)}: runs that mix must agree in it")
-        twice = sources.keys() & run.sources.keys()
-        if twice:
-            raise q.UserError(f"{title(run.folder)} brings the members of {min(twice)} a second "
-                              "time: give each run once")
-        sources |= run.sources
+        add_sources(sources, run)
     copy_data(first.folder, folder)
     split = first.shared["split"]
     predictions = q.Predictions(folder, ("heldout", split))
@@ -176,13 +172,26 @@ def pool_into(folder, runs):
             n = len(curve)
             copy_member(run.folder, i, folder, n)
             mixed = predictions.mixtures(range(n + 1))
-            curve.append({**entry, "member": n, "run": title(run.folder), **mixed})
+            curve.append({**entry, "member": n, "run": recorded_name(run.folder), **mixed})
         q.say(f"run:{plain_name(run.folder)} members:{len(run.curve)} "
               f"learned_{split}_loss:{run.loss:.5f} "
               f"pooled_{split}_loss:{curve[-1]['learned']:.5f}")
     about = {"config": first.config, "data": first.shared["data"], "pool_of": sources,
              "script": q.digest(q.SOURCE)}
     finish(folder, curve, predictions, about)
+
+
+def add_sources(sources, run):
+    """Add what a Finished run is made of to sources {name: config}; where a name is taken, with a
+    number. Raises UserError for a run that is there already: its name and settings are."""
+    for source, config in run.sources:
+        for name in free_names(source):
+            if name not in sources:
+                break
+            if sources[name] == config:
+                raise q.UserError(f"{title(run.folder)} brings the members of {name} a second "
+                                  "time: give each run once")
+        sources[name] = config
 
 
 @dataclass(frozen=True)
@@ -193,7 +202,7 @@ class Finished:
     loss: float  # under its prior
     config: dict
     shared: dict  # what runs have in common whose members mix
-    sources: dict  # {run: config} of what it is made of, itself or the runs of a pool
+    sources: list  # [(name, config), ...] of what it is made of, itself or the runs of a pool
 
 
 def read_finished(folder, command):
@@ -212,10 +221,16 @@ def read_finished(folder, command):
         loss = float(about[f"final_{split}_loss"])
         if not math.isfinite(loss):
             raise ValueError(f"final_{split}_loss is {loss}")
-        sources = dict(about.get("pool_of", {title(folder): config}))
+        made_of = about.get("pool_of", {recorded_name(folder): config})
+        sources = [(without_folders(name), theirs) for name, theirs in made_of.items()]
         run = Finished(folder, about["curve"], loss, config, shared, sources)
     check_not_counted(about, folder, command)
     return run
+
+
+def without_folders(name):
+    """The name of a pool's source; it may be a folder, as pools had it until 2026-11-28."""
+    return name if name.startswith("hf:") else Path(name).name
 
 
 def copy_member(source, i, folder, n):
@@ -271,7 +286,7 @@ def average(argv):
         for j, members in enumerate(trajectories):
             averages.add(j, members, args.last)
         finish(folder, averages.curve, averages.predictions, {
-            **about, "average_of": title(source)})
+            **about, "average_of": recorded_name(source)})
 
 
 def corpus_of(run, cfg, recorded):
@@ -412,8 +427,8 @@ def count_into(folder, run, corpus, cfg, newest):
         q.say(f"member:{n} kind:{member.kind} {split}_loss:{mixed['loss']:.5f} "
               f"learned_{split}_loss:{mixed['learned']:.5f}")
     about_gate, loss = gate_into(folder, counts, rows, predictions)
-    made = {"config": run.config, "data": run.shared["data"], "counted_of": title(run.folder),
-            "script": q.digest(q.SOURCE)}
+    made = {"config": run.config, "data": run.shared["data"], "script": q.digest(q.SOURCE),
+            "counted_of": recorded_name(run.folder)}
     more = {f"final_{split}_loss": loss, "gate": about_gate, "loss_before": run.loss}
     finish(folder, curve, predictions, made, more)
     q.say(f"final_{split}_loss:{loss:.5f} before:{run.loss:.5f} buckets:{about_gate['buckets']} "
