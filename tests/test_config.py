@@ -58,20 +58,9 @@ FOLLOW = {  # settings that are derived from another one
     "teacher": {"distill_weight"},
     "device": {"precision", "compile", "graphs"}}
 OTHER = dict(  # a value that is neither the default nor what is derived
-    seq_len=128,
-    batch_tokens=4096,
-    edge_batch_tokens=4096,
-    micro_batch=4,
-    train_tokens=0,
-    data="x",
-    teacher="x",
-    windows="SL",
-    dropout=0.3,
-    lr_floor=0.5,
-    average=0.5,
-    distill_weight=0.3,
-    head_dim=32,
-    width=256)
+    seq_len=128, batch_tokens=4096, edge_batch_tokens=4096, micro_batch=4, train_tokens=0,
+    data="x", teacher="x", windows="SL", dropout=0.3, lr_floor=0.5, average=0.5,
+    distill_weight=0.3, head_dim=32, width=256)
 ALLOCATION = {"preset", "population", "epochs", "trajectories", "cycles"}
 
 
@@ -105,6 +94,13 @@ def test_a_flag_changes_no_other_setting(population, monkeypatch):
         assert mine[f.name] == value and f.name not in reasons
         assert changed - {f.name} <= FOLLOW.get(f.name, set())
         assert set(why) - set(reasons) <= {f.name}
+
+
+@pytest.mark.parametrize("words", ["--preset small", "--preset=small"])
+def test_help_shows_the_defaults_of_a_preset(words, capsys):
+    with pytest.raises(SystemExit):
+        q.main([*words.split(), "--help"])
+    assert "transformer blocks [12]\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("changes, message", [

@@ -70,14 +70,10 @@ def test_losses_in_one_pass():
 def test_prior_against_scipy_and_em(M, spread):
     """Within the certificate of the optimum, which scipy and EM reach to about 1e-9."""
     P = random_predictions(M, seed=M, spread=spread)
+    sums_to_1 = {"type": "eq", "fun": lambda w: w.sum() - 1}
     found = scipy.optimize.minimize(
-        lambda w: mixture(P, w),
-        np.full(M, 1 / M),
-        jac=lambda w: -gradient(P, w),
-        method="SLSQP",
-        bounds=[(0, 1)] * M,
-        constraints={"type": "eq", "fun": lambda w: w.sum() - 1},
-        options={"ftol": 1e-14})
+        lambda w: mixture(P, w), np.full(M, 1 / M), jac=lambda w: -gradient(P, w),
+        method="SLSQP", bounds=[(0, 1)] * M, constraints=sums_to_1, options={"ftol": 1e-14})
     lowest = min(found.fun, mixture(P, em(P, 2000)))
     for tolerance in (1e-2, 1e-4, 1e-7):
         w, gap = q.fit_prior(P, tolerance=tolerance)

@@ -13,6 +13,7 @@ import yaml  # huggingface-hub needs it
 from tiny import ROOT, works
 
 import train_q0 as q
+from records import figures
 from records.commands import COMMANDS
 
 PAGES = ("README.md", "data/README.md")
@@ -60,6 +61,17 @@ def test_links():
     for page in pages:
         for target in re.findall(r"\]\((?!http)([^)#]+)", page.read_text(encoding="utf-8")):
             assert (page.parent / target).exists(), (page, target)
+
+
+def test_figures(monkeypatch):
+    """A population has one colour in all of them."""
+    axes = []
+    monkeypatch.setattr(figures, "save", lambda figure, name: axes.extend(figure.axes))
+    figures.main()
+    drawn = [artist for axis in axes for artist in (*axis.lines, *axis.texts)]
+    for name, color in figures.COLORS.items():
+        named = re.compile(rf"(['(]|parameters, ){name}( \(|, seed|, the|')")
+        assert {x.get_color() for x in drawn if named.search(str(x))} == {color}
 
 
 def test_commands_run(corpus, logs, tmp_path, monkeypatch, capsys, request):

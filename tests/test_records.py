@@ -160,7 +160,7 @@ def test_counted_rows(records, runs, corpus, tmp_path, monkeypatch, capsys):
     made = []
     for side, name in (("first", "Ensemble"), ("new", "Q0")):
         folder = submit(records, name, track="counted")
-        run = shutil.copytree(runs[side][0], tmp_path / f"new_seed{len(made)}")
+        run = shutil.copytree(runs[side][0], q.LOGS / f"new_seed{len(made)}")
         assert q.main(["count", str(run)]) == 0
         counted = q.LOGS / f"{run.name}_counted"
         made.append(read_json(counted / "result.json"))

@@ -7,10 +7,7 @@ import train_q0 as q
 
 
 def test_learning_rate_and_decay_are_linear():
-    for floor, start, end in (
-            (0.08, 0.7, 1.0),
-            (0.08, 1.2, 0.096),
-            (0.0, 0.0, 1.0)):
+    for floor, start, end in ((0.08, 0.7, 1.0), (0.08, 1.2, 0.096), (0.0, 0.0, 1.0)):
         cfg = resolved(lr_floor=floor, wd_start=start, wd_end=end)
         for steps in (1, 7, 381):
             for s in range(steps):

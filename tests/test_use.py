@@ -57,8 +57,7 @@ def rows_of(out):
     table, *_ = table.split("   k ")
     found = {}
     for line in table.splitlines():
-        words = re.sub("[()]", " ", line[27:])
-        words = words.replace("n/a", "nan")
+        words = re.sub("[()]", " ", line[27:]).replace("n/a", "nan")
         numbers = map(float, words.split())
         found[line[:27].strip()] = dict(zip(COLUMNS, numbers))
     return found
@@ -177,16 +176,9 @@ def mixed(tmp_path_factory):
 
     def make(**options):
         return Mixture(
-            folder,
-            members=[2, 0, 1],
-            weights=[0.5, 0.3, 0.2],
-            heldout=np.ones((3, 1)),
-            kept=[0, 1, 2],
-            device=torch.device("cpu"),
-            gate=None,
-            manifest={},
-            encoding=Letters(),
-            **options)
+            folder, members=[2, 0, 1], weights=[0.5, 0.3, 0.2], heldout=np.ones((3, 1)),
+            kept=[0, 1, 2], device=torch.device("cpu"), gate=None, manifest={},
+            encoding=Letters(), **options)
     return make
 
 
@@ -260,7 +252,15 @@ def test_compare(finished, tmp_path, capsys):
     between = losses[1:3].mean()
     for loss, at in ((between, 15), (losses.min() - 1, np.nan)):
         assert_allclose(plot.reached([found], loss, plot.EPOCHS), [at])
-    out = works(capsys, "compare", finished, f"b={log}", "--out", tmp_path / "x.png")
+    for name in ("old", "old_mean"):
+        shutil.copytree(finished, tmp_path / name)
+    (tmp_path / "old_mean/log.txt").unlink()
+    (tmp_path / "old.png").touch()
+    row = f"b={tmp_path}/old*"
+    plot.compare([str(finished), row, "--out", f"{tmp_path}/x.png"])
+    out, said = capsys.readouterr()
+    assert said.endswith(": old.png (a picture), old_mean (made of other runs: compare those)\n")
+    fails(capsys, "has no curve of training: old_mean .made of", "compare", tmp_path / "old_mean")
     assert (tmp_path / "x.png").stat().st_size > 5000
     lines = [line.split() for line in out.splitlines()]
     pruned = f"{result['table']['rows'][1]['pruned']:.4f}"
