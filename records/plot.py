@@ -311,26 +311,26 @@ def without_curve(path):
     with q.reading(f"{path}, which should be the log of a run,"):
         check_file(path)
         lines = read_log(path).lines
-    return None if any(line.startswith("ensemble ") for line in lines) else "no member yet"
+    return None if any(" prior:learned " in line for line in lines) else "no member yet"
 
 
 def with_curves(name, paths):
     """Those of the files of argument `name` that have a curve; says which have none. Raises
     UserError where it is all of them."""
     left = []
-    out = []
+    out = {}
     for path in paths:
         why = without_curve(path)
         if why is None:
             left.append(path)
             continue
         run = path.parent.name if path.name == "log.txt" else path.name
-        out.append(f"{run} ({why})")
+        out.setdefault(why, []).append(run)
+    said = "; ".join(f"{', '.join(runs)} ({why})" for why, runs in out.items())
     if not left:
-        raise q.UserError(f"{name} has no curve of training: {', '.join(out)}")
+        raise q.UserError(f"{name} has no curve of training: {said}")
     if out:
-        q.say(f"notice: {name} leaves out what has no curve of training: {', '.join(out)}",
-              "stderr")
+        q.say(f"notice: {name} leaves out what has no curve of training: {said}", "stderr")
     return left
 
 

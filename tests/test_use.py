@@ -259,7 +259,7 @@ def test_compare(finished, tmp_path, capsys):
     row = f"b={tmp_path}/old*"
     plot.compare([str(finished), row, "--out", f"{tmp_path}/x.png"])
     out, said = capsys.readouterr()
-    assert said.endswith(": old.png (a picture), old_mean (made of other runs: compare those)\n")
+    assert said.endswith(": old.png (a picture); old_mean (made of other runs: compare those)\n")
     fails(capsys, "has no curve of training: old_mean .made of", "compare", tmp_path / "old_mean")
     assert (tmp_path / "x.png").stat().st_size > 5000
     lines = [line.split() for line in out.splitlines()]
