@@ -57,8 +57,7 @@ def rows_of(out):
     table, *_ = table.split("   k ")
     found = {}
     for line in table.splitlines():
-        words = re.sub("[()]", " ", line[27:]).replace("n/a", "nan")
-        numbers = map(float, words.split())
+        numbers = map(float, re.sub("[()]", " ", line[27:]).replace("n/a", "nan").split())
         found[line[:27].strip()] = dict(zip(COLUMNS, numbers))
     return found
 
