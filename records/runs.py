@@ -215,7 +215,9 @@ def read_finished(folder, command):
         about = q.load_json(path)
         config = about["config"]
         shared = {k: config[k] for k in ("seq_len", "softcap", "train_tokens")}
-        shared["data"] = {k: v for k, v in about["data"].items() if k != "teacher"}
+        # a run with a teacher, or with split tokens, scores the same tokens as one without
+        free = ("teacher", "tokenizer")
+        shared["data"] = {k: v for k, v in about["data"].items() if k not in free}
         shared["corpus"] = about["data"]["name"]
         shared["split"] = split
         loss = float(about[f"final_{split}_loss"])

@@ -98,6 +98,7 @@ def test_pooled_runs_are_one_population(chain, four, logs, capsys):
 
 def test_a_pool_is_a_run(chain, four, corpus, logs, capsys):
     """Every command takes it, another pool too, also one that names the folders of its runs."""
+    edit_json(four / "result.json", data={**result_of(four)["data"], "tokenizer": "1"})
     works(capsys, "pool", "chain", "--name", "one")
     config, = result_of(logs / "one")["pool_of"].values()
     edit_json(logs / "one/result.json", pool_of={"/a/chain": config, "/b/chain": {}})
