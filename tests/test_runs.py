@@ -101,7 +101,7 @@ def test_a_pool_is_a_run(chain, four, corpus, logs, capsys):
     edit_json(four / "result.json", data={**result_of(four)["data"], "tokenizer": "1"})
     works(capsys, "pool", "chain", "--name", "one")
     config, = result_of(logs / "one")["pool_of"].values()
-    edit_json(logs / "one/result.json", pool_of={"/a/chain": config, "/b/chain": {}})
+    edit_json(logs / "one/result.json", pool_of={"/a/chain": config, "/b/chain": config})
     works(capsys, "pool", "one", "q0", "--name", "chain_pool")
     pooled = logs / "chain_pool"
     assert list(result_of(pooled)["pool_of"]) == ["chain", "chain2", "q0"]
@@ -112,7 +112,7 @@ def test_a_pool_is_a_run(chain, four, corpus, logs, capsys):
     works(capsys, "count", "chain_pool")
     counted = result_of(logs / "chain_pool_counted")
     assert (counted["members"], counted["loss_before"]) == (9, loss)
-    fails(capsys, "chain brings the members of chain a second", "pool", "chain_pool", "chain")
+    fails(capsys, "copy brings members of ", "pool", "chain_pool", chain.rename(logs / "copy"))
     (four / "members/2/model.safetensors").unlink()  # a pool holds its members by itself
     assert load_mixture("chain_pool").member(4)
 
