@@ -157,14 +157,13 @@ def pool_into(folder, runs):
     finished = [read_finished(run, "pool") for run in runs]
     first = finished[0]
     sources = {}
-    owners = {}
+    hashes = set()
     for run in finished:
         differ = [key for key in first.shared if run.shared.get(key) != first.shared[key]]
         if differ:
             raise q.UserError(f"{title(run.folder)} differs from {title(first.folder)} in "
                               f"{', '.join(differ)}: runs that mix must agree in it")
-        check_new(owners, run)
-        add_sources(sources, run)
+        add_sources(sources, hashes, run)
     copy_data(first.folder, folder)
     split = first.shared["split"]
     predictions = q.Predictions(folder, ("heldout", split))
@@ -183,23 +182,20 @@ def pool_into(folder, runs):
     finish(folder, curve, predictions, about)
 
 
-def check_new(owners, run):
-    """Add the members of a Finished run to owners {sha256 of predictions: folder}. Raises UserError
-    for a member that is there already: the run is, by whatever name, or a pool of it."""
-    hashes = [entry["predictions"] for entry in run.curve]
-    for sha256 in hashes:
-        if sha256 in owners:
-            raise q.UserError(f"{title(run.folder)} brings members of {title(owners[sha256])} a "
-                              "second time: give each run once")
-    owners.update(dict.fromkeys(hashes, run.folder))
-
-
-def add_sources(sources, run):
-    """Add what a Finished run is made of to sources {name: config}; where a name is taken, with a
-    number."""
+def add_sources(sources, hashes, run):
+    """Add what a Finished run is made of to sources {name: config}, where a name is taken with a
+    number, and its members to hashes {sha256 of predictions}. Raises UserError for a run that is
+    there already: its name, settings and members are; another script may share the first two."""
+    brought = {entry["predictions"] for entry in run.curve}
     for source, config in run.sources:
-        name = next(name for name in free_names(source) if name not in sources)
+        for name in free_names(source):
+            if name not in sources:
+                break
+            if sources[name] == config and brought & hashes:
+                raise q.UserError(f"{title(run.folder)} brings the members of {name} a second "
+                                  "time: give each run once")
         sources[name] = config
+    hashes |= brought
 
 
 @dataclass(frozen=True)
