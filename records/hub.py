@@ -185,10 +185,13 @@ def push(argv):
         raise q.UserError(f"{args.run} is on the hub already: push takes a run of this machine")
     run = q.find_run(args.run)
     files = files_of(run)
+    paths = paths_named(run)
     commit = upload(args.repo, args.private, files, model_card(run, args.repo, files))
     size = sum(path.stat().st_size for path in files.values())
     print(f"pushed {len(files) + 1} files, {size / 1e6:.1f} MB: a RUN named hf:{args.repo}, this "
           f"version of it hf:{args.repo}@{commit.oid}")
+    if paths and not args.private:
+        q.say(f"notice: everyone can read in its settings: {', '.join(paths)}", "stderr")
 
 
 def files_of(run):
@@ -212,6 +215,15 @@ def files_of(run):
         if not (run / name).is_file() or (run / name).resolve() != run.resolve() / name:
             raise q.UserError(f"{run / name} is missing or a link: copy the file itself there")
     return {name: run / name for name in names}
+
+
+def paths_named(run):
+    """Absolute paths in the command and the settings of a run: they may say whose it is."""
+    with q.reading(run / "run.json"):
+        about = q.load_json(run / "run.json")
+        config = about.get("config", {})
+        words = [*about.get("command", "").split(), config.get("data"), config.get("teacher")]
+        return sorted({word for word in words if word and Path(word).is_absolute()})
 
 
 def check_member(folder, sha256):

@@ -114,7 +114,10 @@ def test_push(empty_hub, capsys):
     assert f"| 4 | {row['uniform']:.5f} | {row['learned']:.5f} | {row['pruned']:.5f} |" in card
     (q.LOGS / "two/curve.png").unlink()
     model.commit({**files, "notes.md": b"mine"})
-    works(capsys, "push", "two", "alice/one")
+    about = read_json(q.LOGS / "two/run.json")
+    edit_json(q.LOGS / "two/run.json", config=about["config"] | {"data": "/home/alice/text"})
+    q.main(["push", "two", "alice/one"])
+    assert "everyone can read in its settings: /home/alice/text" in capsys.readouterr().err
     files = files_at(empty_hub, "alice/one")
     assert "curve.png" not in files and files["notes.md"] == b"mine"
     assert works(capsys, "select", "hf:alice/one") == works(capsys, "select", "two")
