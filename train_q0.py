@@ -260,8 +260,8 @@ def method_settings(cfg):
 
 PUBLISHED = dict(  # the 1.87B run, in batches of 524,288 tokens: lr x decay of a cycle sum to 2.2
     data="data/fineweb", train_tokens=0, mlp_hidden=None, lr_matrix=0.01, lr_head=0.0005,
-    weight_decay=1.3, wd_start=0.7, wd_end=1.0, dropout=0.1, average=0.0, smear=False,
-    induction=False)
+    weight_decay=1.3, wd_start=0.7, wd_end=1.0, dropout=0.1, average=0.0, split_tokens=0.0,
+    smear=False, induction=False)
 PRESETS = {
     "tiny": {},
     "small": dict(
@@ -281,32 +281,38 @@ LENGTHS = {  # in epochs: a trajectory, a cycle, a member from scratch; until di
     "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
     "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
     "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
+PAIR = {"tiny": 32, "small": 384, "q0": 384}  # epochs from which on q0 has two trajectories or more
 # rows of COLUMNS, each from so many epochs on
-COLUMNS = "lr_matrix", "weight_decay", "wd_start", "wd_end", "dropout", "average"
+COLUMNS = "lr_matrix", "weight_decay", "wd_start", "wd_end", "dropout", "average", "split_tokens"
 AFRESH = {  # epochs of a member; measured up to 5, 8 and 16
-    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),  # decay falls with lr
-    6: (0.04, 1.2, 1.2, 0.096, 0.0, 0.25),
-    12: (0.04, 0.8, 0.7, 1.0, 0.1, 0.25)}  # decay rises while lr falls, as published
-RESTARTED = {  # epochs of all members
-    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0),
-    32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0)}
+    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.0),  # decay falls with lr
+    6: (0.04, 1.2, 1.2, 0.096, 0.0, 0.25, 0.0),
+    12: (0.04, 0.8, 0.7, 1.0, 0.1, 0.25, 0.0)}  # decay rises while lr falls, as published
+CONTINUED = {  # epochs of a trajectory
+    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.0),
+    32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0, 0.0)}
+PERTURBED = {  # epochs of a trajectory
+    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.0),
+    16: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.05),
+    32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0, 0.05)}
 POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
     "single": ("fresh", 0.0, AFRESH),
     "ensemble": ("fresh", 0.0, AFRESH),
     "chain": ("fresh", 0.45, AFRESH),
-    "snapshots": ("continue", 0.0, RESTARTED),
-    "q0": ("perturb", 0.45, RESTARTED)}
+    "snapshots": ("continue", 0.0, CONTINUED),
+    "q0": ("perturb", 0.45, PERTURBED)}
 
 def derive_budget(cfg):
     """Yield (field, value, reason): the trajectories and cycles that the epochs pay for. Where one
     is given, the other gets the rest. Raises UserError as `resolve` does."""
     length = LENGTHS[cfg.preset]
-    restarts = POPULATIONS[cfg.population][2] is RESTARTED
+    restarts = POPULATIONS[cfg.population][0] != "fresh"
     J = cfg.trajectories or 1
     C = cfg.cycles or 1
     each = max(1, cfg.epochs // (J * C))
     if restarts and not cfg.trajectories:
-        J = max(1, each // length["trajectory"])
+        fewest = 2 if cfg.population == "q0" and each >= PAIR[cfg.preset] else 1
+        J = max(fewest, each // length["trajectory"])
         each //= J
     member = length["cycle" if restarts else "member"]
     many = 1  # below 6 epochs one member is better than two
@@ -327,7 +333,6 @@ def derive_recipe(cfg):
     """What was tuned, or published, for the population."""
     boundary, weight, rows = POPULATIONS[cfg.population]
     yield "boundary", boundary, f"population {cfg.population}"
-    yield "split_tokens", 0.0, "none"
     if cfg.teacher:
         yield "distill_weight", 0.45, "--teacher is given"
     yield "distill_weight", weight, f"population {cfg.population}"
@@ -336,10 +341,10 @@ def derive_recipe(cfg):
     after = 1 if cfg.population == "chain" else max(1, round(untaught * members / cfg.epochs))
     yield "distill_after", after, f"{untaught} epochs before the first teacher, in a chain a member"
     each = cfg.epochs // members
-    epochs = each if rows is AFRESH else cfg.epochs
-    row = rows[max(n for n in rows if n <= epochs)]
+    tuned_for = each if rows is AFRESH else cfg.epochs // cfg.trajectories
+    row = rows[max(n for n in rows if n <= tuned_for)]
     for name, value in zip(COLUMNS, row):
-        yield name, value, f"{cfg.population}, {each} epochs a member, {cfg.epochs} in all"
+        yield name, value, f"{cfg.population}, {tuned_for} epochs from fresh weights on"
 
 def derive_sizes(cfg):
     """What follows from other sizes; the device."""

@@ -12,13 +12,14 @@ POPULATIONS = sorted(q.POPULATIONS)
 
 
 def row_of(cfg):
-    """Of q.AFRESH or q.RESTARTED: from how many epochs on its settings are chosen."""
+    """Of the rows of its population: from how many epochs on its settings are chosen."""
     _, _, rows = q.POPULATIONS[cfg.population]
     tuned = tuple(getattr(cfg, name) for name in q.COLUMNS)
     return next((epochs for epochs, row in rows.items() if row == tuned), None)
 
 
 @pytest.mark.parametrize("population, changes, shape", [
+    ("q0", dict(epochs=32), (2, 4, 4, 16)),
     ("q0", dict(epochs=128), (4, 8, 4, 32)),
     ("snapshots", dict(epochs=64), (2, 8, 4, 32)),
     ("ensemble", dict(epochs=128), (16, 1, 8, 6)),
@@ -35,7 +36,7 @@ def test_measured_budgets(population, changes, shape):
 
 
 @pytest.mark.parametrize("population, from_epochs, lengths, rows", [
-    ("q0", 6, range(3, 6), {1, 32}),
+    ("q0", 6, range(3, 6), {1, 16, 32}),
     ("chain", 12, range(6, 11), {6})])
 def test_no_budget_leaves_the_members_that_were_tuned(population, from_epochs, lengths, rows):
     """Measured with cycles of 4 epochs and members of 8; what is chosen for them holds at every
