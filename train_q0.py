@@ -277,11 +277,12 @@ PRESETS = {
 NEEDS = {"q0": 78, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
 
 # Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
-LENGTHS = {  # in epochs: a trajectory, a cycle, a member from scratch; until distillation starts
-    "tiny": dict(trajectory=32, cycle=4, member=8, untaught=8),
-    "small": dict(trajectory=192, cycle=2, member=16, untaught=8),
-    "q0": dict(trajectory=192, cycle=2, member=16, untaught=16)}
-PAIR = {"tiny": 32, "small": 384, "q0": 384}  # epochs from which on q0 has two trajectories or more
+# in epochs: a trajectory (of q0 two from `pair` in all on), a cycle, a member from scratch; and
+# until distillation starts
+LENGTHS = {
+    "tiny": dict(trajectory=32, pair=32, cycle=4, member=8, untaught=8),
+    "small": dict(trajectory=192, pair=384, cycle=2, member=16, untaught=8),
+    "q0": dict(trajectory=192, pair=384, cycle=2, member=16, untaught=16)}
 # rows of COLUMNS, each from so many epochs on
 COLUMNS = "lr_matrix", "weight_decay", "wd_start", "wd_end", "dropout", "average", "split_tokens"
 AFRESH = {  # epochs of a member; measured up to 5, 8 and 16
@@ -291,10 +292,7 @@ AFRESH = {  # epochs of a member; measured up to 5, 8 and 16
 CONTINUED = {  # epochs of a trajectory
     1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.0),
     32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0, 0.0)}
-PERTURBED = {  # epochs of a trajectory
-    1: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.0),
-    16: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.05),
-    32: (0.03, 0.53, 1.2, 0.096, 0.1, 0.0, 0.05)}
+PERTURBED = CONTINUED | {16: (0.03, 0.8, 1.2, 0.096, 0.0, 0.0, 0.05)}
 POPULATIONS = {  # weights at a cycle's start, weight of the teacher, settings
     "single": ("fresh", 0.0, AFRESH),
     "ensemble": ("fresh", 0.0, AFRESH),
@@ -311,7 +309,7 @@ def derive_budget(cfg):
     C = cfg.cycles or 1
     each = max(1, cfg.epochs // (J * C))
     if restarts and not cfg.trajectories:
-        fewest = 2 if cfg.population == "q0" and each >= PAIR[cfg.preset] else 1
+        fewest = 2 if cfg.population == "q0" and each >= length["pair"] else 1
         J = max(fewest, each // length["trajectory"])
         each //= J
     member = length["cycle" if restarts else "member"]
@@ -340,11 +338,10 @@ def derive_recipe(cfg):
     untaught = LENGTHS[cfg.preset]["untaught"]
     after = 1 if cfg.population == "chain" else max(1, round(untaught * members / cfg.epochs))
     yield "distill_after", after, f"{untaught} epochs before the first teacher, in a chain a member"
-    each = cfg.epochs // members
-    tuned_for = each if rows is AFRESH else cfg.epochs // cfg.trajectories
-    row = rows[max(n for n in rows if n <= tuned_for)]
+    each = cfg.epochs // (members if rows is AFRESH else cfg.trajectories)
+    row = rows[max(n for n in rows if n <= each)]
     for name, value in zip(COLUMNS, row):
-        yield name, value, f"{cfg.population}, {tuned_for} epochs from fresh weights on"
+        yield name, value, f"{cfg.population}, {each} epochs from fresh weights on"
 
 def derive_sizes(cfg):
     """What follows from other sizes; the device."""
