@@ -68,12 +68,6 @@ except ImportError:  # Windows: launches do not see each other
 # OpenMP threads that wait shall sleep: spinning, they take the cores from all other processes.
 # Torch reads this when it loads; the import changes nothing else, and the user's setting wins.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-# Huge pages for what malloc gives: a step of `tiny` is FACTOR times faster. As libc reads this when
-# a process starts, ours starts anew, but not under a debugger; the user's setting wins.
-if (__name__ == "__main__" and sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ
-        and not sys.gettrace()):
-    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
-    os.execv(sys.executable, sys.orig_argv)
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -315,7 +309,8 @@ def derive_budget(cfg):
     C = cfg.cycles or 1
     each = max(1, cfg.epochs // (J * C))
     if restarts and not cfg.trajectories:
-        fewest = 2 if cfg.population == "q0" and each >= length["pair"] else 1
+        pair = cfg.population == "q0" and not cfg.cycles and cfg.epochs >= length["pair"]
+        fewest = 2 if pair else 1
         J = max(fewest, each // length["trajectory"])
         each //= J
     member = length["cycle" if restarts else "member"]

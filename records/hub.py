@@ -218,12 +218,10 @@ def files_of(run):
 
 
 def paths_named(run):
-    """Absolute paths in the command and the settings of a run: they may say whose it is."""
+    """Paths in its settings that may say whose it is: absolute ones, and those outside."""
     with q.reading(run / "run.json"):
-        about = q.load_json(run / "run.json")
-        config = about.get("config", {})
-        words = [*about.get("command", "").split(), config.get("data"), config.get("teacher")]
-        return sorted({word for word in words if word and Path(word).is_absolute()})
+        text = (run / "run.json").read_text(encoding="utf-8")
+    return sorted(set(re.findall(r'[" =]((?:/|\.\.|[A-Za-z]:)[^" ]*)', text)))
 
 
 def check_member(folder, sha256):

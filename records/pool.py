@@ -48,10 +48,11 @@ def pooled(runs, k):
 
 
 def settings(run):
-    """(configuration, data): what runs of one pool must share."""
+    """(configuration, data): what runs of one pool must share; not each has teacher or tokenizer."""
     about = q.load_json(run / "run.json")
     free = ("seed", *q.MACHINE)
-    return {k: v for k, v in about["config"].items() if k not in free}, about["data"]
+    data = {k: v for k, v in about["data"].items() if k not in ("teacher", "tokenizer")}
+    return {k: v for k, v in about["config"].items() if k not in free}, data
 
 
 def check_alike(runs, size, mixed):

@@ -1,7 +1,5 @@
 """Order of the training text and cutting into sequences; seeds; an import without side effects."""
-import ast
 import base64
-import sys
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise, product
@@ -140,23 +138,6 @@ after = sys.argv, dict(os.environ), os.listdir("."), random.getstate(), torch.ge
 assert before[:-1] == after[:-1] and torch.equal(before[-1], after[-1])
 assert not torch.distributed.is_initialized() and not torch.cuda.is_initialized()
 """
-
-
-STARTS = """
-import os, runpy, sys
-os.execv = lambda path, argv: sys.exit(repr((path, argv[1:], os.environ["GLIBC_TUNABLES"])))
-runpy.run_path("train_q0.py", run_name="__main__")
-"""
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="it is of Linux' libc")
-def test_a_process_starts_anew_for_huge_pages(tmp_path, monkeypatch):
-    argv = ["-c", STARTS, "--epochs", "0"]
-    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    anew = user(q.ROOT, "python", *argv)
-    assert ast.literal_eval(anew.stderr)[1:] == (argv, "glibc.malloc.hugetlb=1")
-    goes_on = user(q.ROOT, "python", *argv, GLIBC_TUNABLES="")  # as set, by whomever
-    assert "--epochs 0 is out of range" in goes_on.stderr
 
 
 def test_import_has_no_side_effect(tmp_path):

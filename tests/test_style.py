@@ -13,7 +13,7 @@ import pytest
 TESTS = Path(__file__).resolve().parent
 SCRIPT = TESTS.parent / "train_q0.py"
 MAX_TEST_LINES = 6_000
-MAX_TOKENS = 19_874  # of 20,000; it grows only for what is measured to be better
+MAX_TOKENS = 19_840  # of 20,000; it grows only for what is measured to be better
 MAX_TOKENS_A_LINE = 11  # on average; the models of the field have 7 to 11
 MAX_COLUMNS = 100
 MAX_FUNCTION_LINES = 60

@@ -304,7 +304,6 @@ def test_what_a_mixture_cannot_read(finished, copied, capsys):
     fails(capsys, "has no tokenizer", "sample", copied)
 
 
-
 def test_members_without_weights(copied, corpus, capsys):
     """The prior is fitted to the others; every command says so and goes on."""
     for i in (0, 2):
