@@ -27,6 +27,7 @@ COLORS = {  # in every figure
     "snapshots": "tab:green",
     "chain": "tab:orange",
     "q0": "tab:red",
+    "q0, one trajectory": "lightcoral",
     "a chain, then q0": "tab:purple",
 }
 EQUAL = {  # {figure: {population: its pool}}
@@ -35,7 +36,8 @@ EQUAL = {  # {figure: {population: its pool}}
         "ensemble": "equal_ensemble_32",
         "snapshots": "equal_snapshots_32",
         "chain": "equal_chain_32",
-        "q0": "equal_q0_32",
+        "q0": "split_q0_32",
+        "q0, one trajectory": "equal_q0_32",
     },
     "wiki_cpu_128.png": {
         "ensemble": "equal_ensemble_128",

@@ -85,7 +85,8 @@ def commands(population, epochs, k=None):
     lines = [f"{train} --population {population} --run {run}"]
     if population == "chain+q0":
         half = f"python train_q0.py --epochs {epochs // 2}"
-        lines = [f"{half} --population chain --run A", f"{half} --seed 1 --run B",
+        long = f"--trajectories {max(1, epochs // 64)} --split-tokens 0"  # as measured
+        lines = [f"{half} --population chain --run A", f"{half} {long} --seed 1 --run B",
                  f"python train_q0.py pool A B --name {run}"]
     if k:
         lines.append(f"python train_q0.py select {run} --k {k}")
