@@ -276,10 +276,10 @@ PRESETS = {
         loop_passes=5, mtp_weight=0.3)}
 NEEDS = {"q0": 78, "small": 9, "tiny": 0}  # GB of a GPU's memory: `plan`, with 5% to spare
 
-# Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md), of `q0` published
-# in epochs: a trajectory (of q0 two from `pair` in all on), a cycle, a member from scratch; and
-# until distillation starts
-LENGTHS = {
+# Recipes: of `tiny` measured (records/tuning/2026-11-26_equal_effort.md and, for PERTURBED from 16
+# epochs on, 2026-11-28_split_tokens.md), of `q0` published
+LENGTHS = {  # in epochs: a trajectory; in all, from which on q0 has two of them or more; a cycle; a
+    # member from scratch; until distillation starts
     "tiny": dict(trajectory=32, pair=32, cycle=4, member=8, untaught=8),
     "small": dict(trajectory=192, pair=384, cycle=2, member=16, untaught=8),
     "q0": dict(trajectory=192, pair=384, cycle=2, member=16, untaught=16)}

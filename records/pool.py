@@ -48,7 +48,8 @@ def pooled(runs, k):
 
 
 def settings(run):
-    """(configuration, data): what runs of one pool must share; not each has teacher or tokenizer."""
+    """(configuration, data): what runs of one pool must share. Of its data only some name a teacher
+    or a tokenizer."""
     about = q.load_json(run / "run.json")
     free = ("seed", *q.MACHINE)
     data = {k: v for k, v in about["data"].items() if k not in ("teacher", "tokenizer")}

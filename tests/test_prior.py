@@ -169,3 +169,13 @@ def test_population_table(M, sizes):
             "learned": mixture(scored[top], w[top] / w[top].sum()),
             "pruned": mixture(scored[members], weights)}
         assert {name: row[name] for name in expected} == approx(expected, abs=1e-9)
+
+
+def test_data_efficiency():
+    for loss, shown in (
+            (3.048, "9.95x"),
+            (3.703, "2.00x"),
+            (3.7031, "<2x"),
+            (2.892, "20.00x"),
+            (2.8919, ">20x")):
+        assert population.data_efficiency(loss) == shown

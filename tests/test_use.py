@@ -12,8 +12,8 @@ from forks import Fork, planted
 from numpy.testing import assert_allclose
 from pytest import approx
 from tiny import (
-    END, VOCAB, VOCABULARY, build, edit_json, fails, loss_of, predictions_of, random_tokens,
-    read_json, sequences_of, shard_bytes, snapshot, works)
+    END, VOCAB, VOCABULARY, build, edit_json, fails, loss_of, make_data, predictions_of,
+    random_documents, random_tokens, read_json, sequences_of, shard_bytes, snapshot, works)
 
 import train_q0 as q
 from records import generate, plot, runs, use
@@ -302,6 +302,13 @@ def test_what_a_mixture_cannot_read(finished, copied, capsys):
         load_mixture(finished).log_probs(torch.zeros(1, 65, dtype=torch.long))
     edit_json(copied / "data/manifest.json", tokenizer=None)
     fails(capsys, "has no tokenizer", "sample", copied)
+
+
+def test_another_tokenizer(finished, tmp_path, capsys):
+    """Of as many entries."""
+    foreign = make_data(tmp_path / "foreign", random_documents(1400, seed=3))
+    fails(capsys, "has another tokenizer than the data of .*first", "evaluate", finished, "--data",
+          foreign / "val.bin")
 
 
 def test_members_without_weights(copied, corpus, capsys):
